@@ -1,0 +1,34 @@
+"""Eight virtual CPU devices, no display, deterministic property tests."""
+
+import os
+
+# Before jax and matplotlib are imported: a test never asks for an accelerator
+# or a display, whatever the machine has.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['MPLBACKEND'] = 'Agg'
+
+import hypothesis
+import jax
+import pytest
+
+# Takes effect only before the first use of the backend.
+jax.config.update('jax_num_cpu_devices', 8)
+
+# A first call compiles, so time per example says nothing; derandomised, so
+# that a failure in CI is the failure at home.
+hypothesis.settings.register_profile(
+  'longctx',
+  deadline=None,
+  derandomize=True,
+  database=None,
+  max_examples=50,
+  suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile('longctx')
+
+
+@pytest.fixture
+def x64():
+  """float64 for one test: the oracle's precision, off everywhere else."""
+  with jax.enable_x64(True):
+    yield
