@@ -1,0 +1,3 @@
+"""longctx: long-context attention as masks and recurrences, in JAX."""
+
+__version__ = '0.1.0'
