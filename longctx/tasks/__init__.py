@@ -1,0 +1,91 @@
+"""Tasks: what a model is trained and measured on, one file each.
+
+task = make_task('mqar', num_pairs=8)
+example = task.get(seed=0, split='train', index=7)
+"""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from longctx.tasks.bytes_lm import BytesLM
+from longctx.tasks.copying import Copying
+from longctx.tasks.induction import Induction
+from longctx.tasks.mqar import MQAR
+from longctx.tasks.passkey import Passkey
+from longctx.tasks.selective_copying import SelectiveCopying
+from longctx.tasks.task import SPLITS, Example, Task
+
+TASKS = {
+  'bytes_lm': BytesLM,
+  'copying': Copying,
+  'induction': Induction,
+  'mqar': MQAR,
+  'passkey': Passkey,
+  'selective_copying': SelectiveCopying,
+}
+
+__all__ = [
+  'SPLITS',
+  'TASKS',
+  'Example',
+  'Task',
+  'make_task',
+  'task_defaults',
+  'task_fields',
+]
+
+
+def make_task(name: str, **fields: Any) -> Task:
+  """Makes a task by name.
+
+  Raises:
+    ValueError: unknown task or field, a value of the wrong type, or values that
+      do not fit together.
+  """
+  defaults = task_defaults(name, **fields)
+  del defaults['name']
+  return TASKS[name](**defaults)
+
+
+def task_defaults(name: str, **overrides: Any) -> dict[str, Any]:
+  """All fields of a task with their values, and its name.
+
+  A config lists them all, so that each can be set on the command line;
+  `make_task(**task_defaults(...))` is the task.
+
+  Raises:
+    ValueError: unknown task, unknown field or a value of the wrong type.
+  """
+  if name not in TASKS:
+    raise ValueError(
+      f'unknown task {name!r}; known: {", ".join(sorted(TASKS))}'
+    )
+  defaults = {f.name: f.default for f in dataclasses.fields(TASKS[name])}
+  values = {
+    key: _checked(name, defaults, key, value)
+    for key, value in overrides.items()
+  }
+  return {'name': name, **defaults, **values}
+
+
+def task_fields(task: Task) -> dict[str, Any]:
+  """The name and fields that `make_task` would make this task from."""
+  names = {cls: name for name, cls in TASKS.items()}
+  return {'name': names[type(task)], **dataclasses.asdict(task)}
+
+
+def _checked(name: str, defaults: dict, key: str, value: Any) -> Any:
+  """The value of a field, or ValueError where the task cannot take it."""
+  if key not in defaults:
+    closest = difflib.get_close_matches(key, defaults, n=1, cutoff=0.0)[0]
+    raise ValueError(
+      f'task {name!r} has no field {key!r}; did you mean {closest!r}? '
+      f'known: {", ".join(defaults)}'
+    )
+  kind = type(defaults[key])
+  if kind is float and type(value) is int:
+    return float(value)
+  if type(value) is not kind:
+    raise ValueError(f'{name}.{key}={value!r} must be of type {kind.__name__}')
+  return value

@@ -1,0 +1,72 @@
+"""Induction: continue a random sequence that is being repeated."""
+
+import dataclasses
+
+import numpy as np
+
+from longctx.tasks.task import Example, Task
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Induction(Task):
+  """BOS, then a random permutation of random length, repeated to the end.
+
+  BOS is 0, symbols are 1 ... V - 1, the period P is uniform from min_period to
+  max_period and no symbol comes twice in a period. P = 4, T = 10:
+
+    position  0  1  2  3  4  5  6  7  8  9
+    tokens    0  6  2  9  4  6  2  9  4  6
+    labels    6  2  9  4  6  2  9  4  6  2
+    weights   0  0  0  0  0  1  1  1  1  1
+
+  Scored from the first repeated symbol on: before it nothing tells that the
+  period is over. The rule that solves it is the induction head's (Olsson et
+  al., 2022, https://arxiv.org/abs/2209.11895): find the previous occurrence of
+  the current token, and answer with the token after it.
+
+  Chance is 1 / (V - 1): the permutation is uniform, so every symbol is as
+  likely as another. (A model that knows the symbols of its context but not
+  their order reaches about 1 / P.) The ceiling is 1 by the rule above.
+
+  Attributes:
+    vocab_size: V, BOS included.
+    min_period: shortest period.
+    max_period: longest period; max_period <= V - 1 and
+      max_period + 2 <= seq_len, so that something is always scored.
+  """
+
+  seq_len: int = 64
+  vocab_size: int = 64
+  min_period: int = 16
+  max_period: int = 32
+
+  def __post_init__(self):
+    low, high = self.min_period, self.max_period
+    if not 1 <= low <= high:
+      raise ValueError(
+        f'min_period={low} and max_period={high} must satisfy '
+        '1 <= min_period <= max_period'
+      )
+    if high > self.vocab_size - 1:
+      raise ValueError(
+        f'vocab_size={self.vocab_size} is too small for permutations of '
+        f'max_period={high}: it needs vocab_size >= {high + 1}'
+      )
+    if self.seq_len < high + 2:
+      raise ValueError(
+        f'seq_len={self.seq_len} is too short for max_period={high}: a scored '
+        f'repeat needs seq_len >= {high + 2}'
+      )
+
+  @property
+  def chance(self) -> float:
+    return 1 / (self.vocab_size - 1)
+
+  def example(self, rng: np.random.Generator) -> Example:
+    period = int(rng.integers(self.min_period, self.max_period + 1))
+    symbols = 1 + rng.permutation(self.vocab_size - 1)[:period]
+    stream = np.zeros(self.seq_len + 1, np.int32)
+    stream[1:] = np.resize(symbols, self.seq_len)
+    weights = np.zeros(self.seq_len, np.float32)
+    weights[period + 1 :] = 1
+    return Example(tokens=stream[:-1], labels=stream[1:], weights=weights)

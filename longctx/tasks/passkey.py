@@ -1,0 +1,106 @@
+"""Passkey: recall a number hidden somewhere in a long filler."""
+
+import dataclasses
+
+import numpy as np
+
+from longctx.tasks.task import Example, Task, next_token_labels
+
+BOS, KEY, QUERY, FIRST_SYMBOL = 0, 1, 2, 3
+FILLERS = ('random', 'repeat')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Passkey(Task):
+  """A key of a few symbols after a KEY token, asked for at the end.
+
+  Tokens: 0 BOS, 1 KEY, 2 QUERY, then num_symbols symbols, then filler up to the
+  vocabulary's end. A key of three symbols a b c, T = 14, filler `.`:
+
+    position  0   1  2  3  4   5  6  7  8  9 10  11    12 13
+    tokens    BOS .  .  .  KEY a  b  c  .  .  .  QUERY a  b
+    labels                                       a     b  c
+    weights   0   0  0  0  0   0  0  0  0  0  0  1     1  1
+
+  The symbols of a key are drawn without replacement, so that the symbol that
+  follows another is never in doubt: the key is found once, by its marker, and
+  then continued. Papers: Landmark Attention (Mohtashami and Jaggi, 2023,
+  https://arxiv.org/abs/2305.16300), whose filler is one sentence repeated;
+  the sweep over length and depth is that of later long-context evaluations.
+
+  Chance is 1 / num_symbols: at every place of the key each symbol is as likely
+  as another. The ceiling is 1: KEY occurs once and the key stands beside it.
+
+  Attributes:
+    vocab_size: all tokens; at least one of them is filler.
+    num_symbols: number of different key symbols.
+    key_length: symbols of a key, at most num_symbols.
+    depth: where the key stands, from 0 (at the beginning) to 1 (just before the
+      query), rounded to a position; a negative depth draws it uniformly.
+    filler: 'random' tokens, or 'repeat', the filler tokens in order over and
+      over.
+  """
+
+  seq_len: int = 256
+  vocab_size: int = 64
+  num_symbols: int = 10
+  key_length: int = 5
+  depth: float = -1.0
+  filler: str = 'random'
+
+  def __post_init__(self):
+    if self.filler not in FILLERS:
+      raise ValueError(
+        f'unknown filler={self.filler!r}; known: {", ".join(FILLERS)}'
+      )
+    if not 1 <= self.key_length <= self.num_symbols:
+      raise ValueError(
+        f'key_length={self.key_length} must be between 1 and '
+        f'num_symbols={self.num_symbols}: no symbol comes twice in a key'
+      )
+    if self.vocab_size <= FIRST_SYMBOL + self.num_symbols:
+      raise ValueError(
+        f'vocab_size={self.vocab_size} leaves no filler token beside '
+        f'num_symbols={self.num_symbols} and BOS, KEY, QUERY: it needs '
+        f'vocab_size >= {FIRST_SYMBOL + self.num_symbols + 1}'
+      )
+    smallest = 2 * self.key_length + 2
+    if self.seq_len < smallest:
+      raise ValueError(
+        f'seq_len={self.seq_len} is too short for key_length='
+        f'{self.key_length}: key and query need seq_len >= {smallest}'
+      )
+    if self.depth > 1:
+      raise ValueError(
+        f'depth={self.depth} must be in [0, 1], or negative to draw it'
+      )
+
+  @property
+  def chance(self) -> float:
+    return 1 / self.num_symbols
+
+  def example(self, rng: np.random.Generator) -> Example:
+    T, n = self.seq_len, self.key_length
+    key = FIRST_SYMBOL + rng.permutation(self.num_symbols)[:n]
+    depth = rng.random() if self.depth < 0 else self.depth
+    query = T - n
+    # KEY may stand anywhere from 1 to the last place that ends before QUERY.
+    place = 1 + round(depth * (query - n - 2))
+    tokens = self._filler(rng)
+    tokens[0] = BOS
+    tokens[place] = KEY
+    tokens[place + 1 : place + 1 + n] = key
+    tokens[query] = QUERY
+    tokens[query + 1 :] = key[:-1]
+    labels = next_token_labels(tokens)
+    labels[-1] = key[-1]
+    weights = np.zeros(T, np.float32)
+    weights[query:] = 1
+    return Example(tokens=tokens, labels=labels, weights=weights)
+
+  def _filler(self, rng: np.random.Generator) -> np.ndarray:
+    """int32[T] of filler, to be overwritten by everything else."""
+    first, last = FIRST_SYMBOL + self.num_symbols, self.vocab_size
+    if self.filler == 'repeat':
+      return np.resize(np.arange(first, last, dtype=np.int32), self.seq_len)
+    return rng.integers(first, last, size=self.seq_len, dtype=np.int32)
