@@ -1,0 +1,1 @@
+"""What a model does, measured: so far, what an output can read."""

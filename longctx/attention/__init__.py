@@ -1,0 +1,92 @@
+"""Every attention variant as a Flax NNX module.
+
+A layer is named by a string: a variant's key in `VARIANTS`, optionally with
+arguments, such as `'full'`, `'sliding_window(window=64)'` or
+`"linear(feature_map='taylor', head_dim=16)"`. Arguments are those of the
+variant's constructor and the fields of `AttentionConfig`, which they replace
+for that layer alone.
+"""
+
+import ast
+import dataclasses
+import inspect
+
+from flax import nnx
+
+from longctx.attention.attention import Attention, AttentionConfig
+from longctx.attention.full import FullAttention
+from longctx.attention.linear import LinearAttention
+from longctx.attention.sliding_window import SlidingWindowAttention
+
+__all__ = [
+  'VARIANTS',
+  'Attention',
+  'AttentionConfig',
+  'make_attention',
+  'parse_layer',
+]
+
+VARIANTS: dict[str, type[Attention]] = {
+  'full': FullAttention,
+  'linear': LinearAttention,
+  'sliding_window': SlidingWindowAttention,
+}
+
+
+def make_attention(
+  layer: str, config: AttentionConfig, *, rngs: nnx.Rngs
+) -> Attention:
+  """Builds the attention module that a layer's string names.
+
+  Args:
+    layer: variant and arguments, such as `'sliding_window(window=64)'`.
+    config: what the layers of a model share.
+    rngs: source of the initial parameters.
+
+  Raises:
+    ValueError: for an unknown variant, an argument it does not take or a value
+      that does not fit.
+    NotImplementedError: for a combination that the variant does not support.
+  """
+  name, arguments = parse_layer(layer)
+  variant = VARIANTS[name]
+  shared = {field.name for field in dataclasses.fields(AttentionConfig)}
+  # Of __init__: the signature of an nnx.Module's class is *args, **kwargs.
+  own = set(inspect.signature(variant.__init__).parameters)
+  own -= {'self', 'config', 'rngs'}
+  for argument in arguments:
+    if argument not in shared | own:
+      raise ValueError(
+        f'layer {layer!r}: {name} takes no {argument!r}, but '
+        f'{", ".join(sorted(own) + sorted(shared))}'
+      )
+  config = dataclasses.replace(
+    config, **{k: v for k, v in arguments.items() if k in shared}
+  )
+  own_arguments = {k: v for k, v in arguments.items() if k in own}
+  return variant(config, rngs=rngs, **own_arguments)
+
+
+def parse_layer(layer: str) -> tuple[str, dict]:
+  """Splits `'name(key=value, …)'` into the variant's name and its arguments."""
+  try:
+    node = ast.parse(layer.strip(), mode='eval').body
+    arguments = {}
+    if isinstance(node, ast.Call):
+      if node.args or any(keyword.arg is None for keyword in node.keywords):
+        raise ValueError('arguments go by name')
+      arguments = {k.arg: ast.literal_eval(k.value) for k in node.keywords}
+      node = node.func
+    if not isinstance(node, ast.Name):
+      raise ValueError('not a name')
+  except (SyntaxError, ValueError) as error:
+    raise ValueError(
+      f'cannot read the layer {layer!r}: write a variant, as in '
+      "'full' or 'sliding_window(window=64)'; on the command line quote the "
+      "layers as a Python tuple, --config.model.layers=\"('full', 'linear')\""
+    ) from error
+  if node.id not in VARIANTS:
+    raise ValueError(
+      f'unknown variant {node.id!r}; known: {", ".join(sorted(VARIANTS))}'
+    )
+  return node.id, arguments

@@ -1,0 +1,227 @@
+"""The abstract attention layer: parameters, positions, one call into ops."""
+
+import abc
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from longctx import masks
+from longctx.ops.alibi import alibi_slopes
+from longctx.ops.dot_product_attention import dot_product_attention
+from longctx.ops.rope import apply_rope
+from longctx.ops.short_conv import short_conv
+from longctx.typing import Array, Float, Int
+
+POSITIONS = ('rope', 'alibi', 'learned', 'none')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+  """What the attention layers of a model share.
+
+  Attributes:
+    d_model: width D of the residual stream.
+    num_heads: query heads N.
+    num_kv_heads: key and value heads K; divides N.
+    head_dim: width H of a query or key head.
+    value_dim: width V of a value head.
+    positions: 'rope' (arXiv:2104.09864) rotates queries and keys, 'alibi'
+      (arXiv:2108.12409) lowers logits by distance; 'learned' (added to the
+      embeddings by the model) and 'none' leave the layer alone.
+    rope_base: base of RoPE's geometric wavelengths.
+    short_conv: width W of a causal depthwise convolution over queries, keys and
+      values, each with its own; 0 for none.
+    dtype: of the computation; statistics and states are float32.
+    param_dtype: of the parameters.
+    implementation: of the op, by name; None takes the best that fits.
+  """
+
+  d_model: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  value_dim: int
+  positions: str = 'rope'
+  rope_base: float = 10000.0
+  short_conv: int = 0
+  dtype: str = 'float32'
+  param_dtype: str = 'float32'
+  implementation: str | None = None
+
+  def __post_init__(self):
+    for name in (
+      'd_model',
+      'num_heads',
+      'num_kv_heads',
+      'head_dim',
+      'value_dim',
+    ):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(
+        f'num_heads={self.num_heads} must be a multiple of '
+        f'num_kv_heads={self.num_kv_heads}'
+      )
+    if self.positions not in POSITIONS:
+      raise ValueError(
+        f'unknown positions {self.positions!r}; known: {", ".join(POSITIONS)}'
+      )
+    if self.positions == 'rope' and self.head_dim % 2:
+      raise ValueError(f'RoPE needs an even head_dim, got {self.head_dim}')
+    if self.short_conv < 0:
+      raise ValueError(f'short_conv={self.short_conv} must be at least 0')
+
+
+class Attention(nnx.Module, abc.ABC):
+  """Projects to heads, mixes over positions, projects back.
+
+  A variant is a final subclass that sets `mask`, and so is softmax attention
+  under that mask, or overrides `mix`, `state_bytes` and `mixing_flops` with a
+  recurrence.
+  """
+
+  mask: masks.Mask | None = None
+
+  def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    N, K = config.num_heads, config.num_kv_heads
+    H, V = config.head_dim, config.value_dim
+
+    def linear(inputs, outputs):
+      return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=False,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        rngs=rngs,
+      )
+
+    self.query = linear(config.d_model, N * H)
+    self.key = linear(config.d_model, K * H)
+    self.value = linear(config.d_model, K * V)
+    self.out = linear(N * V, config.d_model)
+    if config.short_conv:
+      self.query_conv = _conv_kernel(config, N * H, rngs)
+      self.key_conv = _conv_kernel(config, K * H, rngs)
+      self.value_conv = _conv_kernel(config, K * V, rngs)
+
+  def __call__(
+    self,
+    x: Float[Array, 'B T D'],
+    *,
+    positions: Int[Array, '*B T'] | None = None,
+    segment_ids: Int[Array, 'B T'] | None = None,
+  ) -> Float[Array, 'B T D']:
+    """Applies the layer.
+
+    Args:
+      x: inputs.
+      positions: of the tokens; None means 0, 1, …, T - 1, which lets an
+        implementation know the mask's blocks when it compiles.
+      segment_ids: documents packed into a row; none reads another.
+    """
+    config = self.config
+    B, T, _ = x.shape
+    q, k, v = self.query(x), self.key(x), self.value(x)
+    if config.short_conv:
+      q = _convolve(q, self.query_conv, segment_ids)
+      k = _convolve(k, self.key_conv, segment_ids)
+      v = _convolve(v, self.value_conv, segment_ids)
+    q = q.reshape(B, T, config.num_heads, config.head_dim)
+    k = k.reshape(B, T, config.num_kv_heads, config.head_dim)
+    v = v.reshape(B, T, config.num_kv_heads, config.value_dim)
+    if config.positions == 'rope':
+      angles_at = jnp.arange(T) if positions is None else positions
+      q = apply_rope(q, angles_at, base=config.rope_base)
+      k = apply_rope(k, angles_at, base=config.rope_base)
+    out = self.mix(q, k, v, positions=positions, segment_ids=segment_ids)
+    return self.out(out.reshape(B, T, -1))
+
+  def mix(
+    self,
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B T K H'],
+    v: Float[Array, 'B T K V'],
+    *,
+    positions: Int[Array, '*B T'] | None,
+    segment_ids: Int[Array, 'B T'] | None,
+  ) -> Float[Array, 'B T N V']:
+    """Mixes values over positions: softmax attention under `mask`."""
+    config = self.config
+    alibi = config.positions == 'alibi'
+    return dot_product_attention(
+      q,
+      k,
+      v,
+      mask=self.mask,
+      q_positions=positions,
+      k_positions=positions,
+      q_segment_ids=segment_ids,
+      k_segment_ids=segment_ids,
+      alibi_slopes=alibi_slopes(config.num_heads) if alibi else None,
+      implementation=config.implementation,
+    )
+
+  def state_bytes(self, seq_len: int, dtype: str) -> int:
+    """Bytes that decoding keeps for one sequence of `seq_len` tokens.
+
+    Args:
+      seq_len: tokens read so far.
+      dtype: of cached keys and values; recurrent states are float32.
+    """
+    config = self.config
+    per_slot = config.num_kv_heads * (config.head_dim + config.value_dim)
+    slots = self.mask.kv_slots(seq_len)
+    return slots * per_slot * np.dtype(dtype).itemsize + self._tail_bytes(dtype)
+
+  def flops(self, seq_len: int) -> int:
+    """FLOPs of the forward pass on one sequence: projections and mixing."""
+    config = self.config
+    N, K = config.num_heads, config.num_kv_heads
+    H, V = config.head_dim, config.value_dim
+    channels = N * H + K * (H + V)
+    projections = 2 * config.d_model * (channels + N * V)
+    convolutions = 2 * config.short_conv * channels
+    return seq_len * (projections + convolutions) + self.mixing_flops(seq_len)
+
+  def mixing_flops(self, seq_len: int) -> int:
+    """FLOPs of `mix` alone on one sequence, counting allowed pairs."""
+    config = self.config
+    width = config.head_dim + config.value_dim
+    pairs = self.mask.num_allowed(seq_len, seq_len)
+    return 2 * config.num_heads * width * pairs
+
+  def _tail_bytes(self, dtype: str) -> int:
+    """Bytes of the inputs that the short convolutions keep."""
+    config = self.config
+    heads = config.num_heads * config.head_dim
+    heads += config.num_kv_heads * (config.head_dim + config.value_dim)
+    return max(config.short_conv - 1, 0) * heads * np.dtype(dtype).itemsize
+
+
+def _conv_kernel(
+  config: AttentionConfig, channels: int, rngs: nnx.Rngs
+) -> nnx.Param:
+  """Taps uniform in ±1/√W: from the start some heads look one token back.
+
+  A kernel that starts as the identity has to find the earlier taps by
+  gradient, which delays retrieval by hundreds of steps.
+  """
+  uniform = nnx.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+  shape = (config.short_conv, channels)
+  param_dtype = jnp.dtype(config.param_dtype)
+  return nnx.Param(uniform(rngs.params(), shape, param_dtype))
+
+
+def _convolve(
+  x: Float[Array, 'B T E'],
+  kernel: nnx.Param,
+  segment_ids: Int[Array, 'B T'] | None,
+) -> Float[Array, 'B T E']:
+  kernel = kernel[...].astype(x.dtype)
+  out, _ = short_conv(x, kernel, segment_ids=segment_ids)
+  return out

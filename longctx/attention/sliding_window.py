@@ -1,0 +1,25 @@
+"""Causal softmax attention over the most recent tokens."""
+
+from flax import nnx
+
+from longctx import masks
+from longctx.attention.attention import Attention, AttentionConfig
+
+
+class SlidingWindowAttention(Attention):
+  """out_t = Σ_{t - window < s ≤ t} softmax_s(q_t k_s / √H) v_s.
+
+  Longformer (arXiv:2004.05150), section 3.1, in its causal form. Time
+  O(T window), memory O(T); decoding keeps `window` keys and values.
+
+  Attributes:
+    window: keys that a query reads, its own position's included.
+  """
+
+  def __init__(
+    self, config: AttentionConfig, *, window: int = 256, rngs: nnx.Rngs
+  ):
+    if window < 1:
+      raise ValueError(f'sliding_window: {window=} must be at least 1')
+    super().__init__(config, rngs=rngs)
+    self.mask = masks.SlidingWindow(window - 1)

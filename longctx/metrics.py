@@ -1,0 +1,275 @@
+"""What a run tells about itself: lines, a progress bar, JSON, TensorBoard."""
+
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+import longctx
+
+PACKAGES = (
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'grain',
+  'tensorflow-datasets',
+  'numpy',
+)
+
+
+def say(message: str):
+  """One line for the user, above a progress bar if one is shown."""
+  tqdm.tqdm.write(message, file=sys.stderr)
+  sys.stderr.flush()
+
+
+def write_json(path: pathlib.Path, value: Any):
+  """Writes a JSON file whole or not at all."""
+  _replace(path, json.dumps(value, indent=2) + '\n')
+
+
+def _replace(path: pathlib.Path, text: str):
+  partial = path.with_name(path.name + '.partial')
+  partial.write_text(text)
+  os.replace(partial, path)
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The objects of a JSON-lines file; a last line cut short is left out."""
+  rows = []
+  if path.exists():
+    for line in path.read_text().splitlines():
+      try:
+        rows.append(json.loads(line))
+      except json.JSONDecodeError:
+        # Only the line being written when a run was killed can be broken.
+        break
+  return rows
+
+
+def write_lines(path: pathlib.Path, rows: Iterable[dict[str, Any]]):
+  """Writes a JSON-lines file whole or not at all."""
+  _replace(path, ''.join(json.dumps(row) + '\n' for row in rows))
+
+
+class Meter:
+  """Sums of per-token metrics over some steps, and the time they took."""
+
+  KEYS = ('loss', 'weight', 'correct')
+
+  def __init__(self):
+    self.sums = dict.fromkeys(self.KEYS, 0.0)
+    self._steps = 0
+    self._seconds = 0.0
+    self._tokens = 0
+    self._since: float | None = None
+
+  def add(self, values: dict[str, Any], *, tokens: int):
+    """Adds one step: sums over its tokens, and how many it has."""
+    for key in self.KEYS:
+      self.sums[key] += float(values[key])
+    self._steps += 1
+    now = time.perf_counter()
+    # The step after a pause would count the pause, or a compilation.
+    if self._since is not None:
+      self._seconds += now - self._since
+      self._tokens += tokens
+    self._since = now
+
+  def pause(self):
+    """Leaves out the time until the next step."""
+    self._since = None
+
+  def rates(self) -> dict[str, float]:
+    """Mean loss (nats per scored token), accuracy, tokens per second."""
+    weight = max(self.sums['weight'], 1e-9)
+    return {
+      'loss': self.sums['loss'] / weight,
+      'accuracy': self.sums['correct'] / weight,
+      'tokens_per_second': self._tokens / self._seconds
+      if self._seconds
+      else 0.0,
+    }
+
+  def reset(self):
+    """Starts the next interval; the clock runs on."""
+    since = self._since
+    self.__init__()
+    self._since = since
+
+  def state(self) -> dict[str, float]:
+    """The sums, so that a resumed run logs what an uninterrupted one would."""
+    return dict(self.sums)
+
+  def set_state(self, state: dict[str, float]):
+    self.sums = {key: float(state[key]) for key in self.KEYS}
+
+
+class MetricsLog:
+  """Appends to metrics.jsonl and, if asked, to TensorBoard."""
+
+  def __init__(
+    self, workdir: pathlib.Path, *, start_step: int, tensorboard: bool
+  ):
+    """Opens the log of a run that continues after `start_step`.
+
+    Lines of later steps are dropped: the run makes those steps again.
+    """
+    self.path = workdir / 'metrics.jsonl'
+    kept = [row for row in read_lines(self.path) if row['step'] <= start_step]
+    write_lines(self.path, kept)
+    self._file = self.path.open('a')
+    self._board = None
+    if tensorboard:
+      self._board = make_summary_writer()(
+        str(workdir / 'tensorboard'), purge_step=start_step + 1
+      )
+
+  def write(self, row: dict[str, Any]):
+    """Appends one object with `step`, `split` and numbers."""
+    self._file.write(json.dumps(row) + '\n')
+    self._file.flush()
+    if self._board is not None:
+      for key, value in row.items():
+        if key not in ('step', 'split'):
+          self._board.add_scalar(f'{row["split"]}/{key}', value, row['step'])
+
+  def close(self):
+    self._file.close()
+    if self._board is not None:
+      self._board.close()
+
+
+def make_summary_writer() -> Callable[..., Any]:
+  """TensorBoard's writer, from the optional dependency.
+
+  Raises:
+    ValueError: it is not installed.
+  """
+  try:
+    import tensorboardX
+  except ImportError as error:
+    raise ValueError(
+      'log.tensorboard=True needs tensorboardX: '
+      "pip install 'longctx[tensorboard]'"
+    ) from error
+  return tensorboardX.SummaryWriter
+
+
+class Progress:
+  """A progress bar on a terminal; elsewhere, a plain line per log."""
+
+  def __init__(self, *, name: str, steps: int, start_step: int, show: bool):
+    self._steps = steps
+    self._name = name
+    self._bar = tqdm.tqdm(
+      desc=name or 'train',
+      total=steps,
+      initial=start_step,
+      unit='step',
+      dynamic_ncols=True,
+      disable=not (show and sys.stderr.isatty()),
+    )
+
+  def advance(self):
+    self._bar.update()
+
+  def show(self, row: dict[str, Any]):
+    """Shows the figures of one line of the log."""
+    text = (
+      f'loss {row["loss"]:.4f}  accuracy {row["accuracy"]:.4f}  '
+      f'{row["tokens_per_second"]:,.0f} tokens/s'
+    )
+    if self._bar.disable:
+      name = f'{self._name}: ' if self._name else ''
+      say(f'{name}step {row["step"]}/{self._steps}  {text}')
+    else:
+      self._bar.set_postfix_str(text)
+
+  def close(self):
+    self._bar.close()
+
+
+def versions() -> dict[str, Any]:
+  """Python, packages, git commit and hardware, for versions.json."""
+  found = {'python': platform.python_version(), 'longctx': longctx.__version__}
+  found |= {name: _version(name) for name in PACKAGES}
+  devices = jax.devices()
+  return found | {
+    'commit': git_commit(),
+    'system': f'{platform.system()} {platform.machine()}',
+    'cpus': os.cpu_count(),
+    'platform': devices[0].platform,
+    'device': devices[0].device_kind,
+    'devices': len(devices),
+  }
+
+
+def _version(package: str) -> str | None:
+  try:
+    return metadata.version(package)
+  except metadata.PackageNotFoundError:
+    return None
+
+
+def git_commit() -> str | None:
+  """The commit this code is at, with '+' if it was edited since; or None."""
+
+  def git(*args):
+    return subprocess.run(
+      ['git', '-C', str(pathlib.Path(__file__).parent), *args],
+      capture_output=True,
+      text=True,
+      check=True,
+      timeout=10,
+    ).stdout.strip()
+
+  try:
+    edited = '+' if git('status', '--porcelain', '--untracked-files=no') else ''
+    return git('rev-parse', 'HEAD') + edited
+  except (OSError, subprocess.SubprocessError):
+    return None
+
+
+def accuracy_interval(
+  correct: np.ndarray, weight: np.ndarray, examples: int
+) -> tuple[float, float]:
+  """A 95% interval for an accuracy, from sums over batches.
+
+  Wilson's interval with as many trials as the scatter between batches
+  supports: the tokens of one example stand or fall together, so they count for
+  less than as many independent ones. At least as many as there are examples
+  are assumed, which is all that is known where every answer is right.
+
+  Args:
+    correct: right answers in each batch.
+    weight: scored answers in each batch.
+    examples: examples in all batches together.
+
+  Returns:
+    (low, high).
+  """
+  n, total = len(weight), float(weight.sum())
+  p = float(correct.sum()) / max(total, 1e-9)
+  trials = float(examples)
+  if n > 1 and 0 < p < 1:
+    scatter = n / (n - 1) * float(((correct - p * weight) ** 2).sum())
+    trials = p * (1 - p) * total**2 / max(scatter, 1e-9)
+    trials = min(max(trials, examples), total)
+  z = 1.96
+  centre = (p + z**2 / (2 * trials)) / (1 + z**2 / trials)
+  spread = z / (1 + z**2 / trials)
+  spread *= (p * (1 - p) / trials + z**2 / (4 * trials**2)) ** 0.5
+  return max(centre - spread, 0.0), min(centre + spread, 1.0)

@@ -1,0 +1,361 @@
+"""A decoder-only transformer from a pattern of attention layers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from longctx.attention import AttentionConfig, make_attention
+from longctx.typing import Array, Float, Int
+
+DTYPES = ('float32', 'bfloat16', 'float64')
+
+# What a block keeps for its backward pass, by name. The attention op keeps its
+# own inputs and outputs in any case but 'full'.
+REMAT_POLICIES = {
+  'none': None,
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_saveable,
+  'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+  """The shape of a decoder.
+
+  Attributes:
+    vocab_size: tokens V; None takes the task's.
+    layers: one string per block, see `longctx.attention`: ('full', 'linear') or
+      ('sliding_window(window=64)',) * 4 + ('full',).
+    d_model: width D of the residual stream.
+    num_heads: query heads N.
+    num_kv_heads: key and value heads K; None means N.
+    head_dim: width H of a query or key head; None means D / N.
+    value_dim: width V of a value head; None means H.
+    mlp_dim: width F of the MLP after each attention layer; 0 for no MLP.
+    positions: 'rope', 'alibi', 'learned' or 'none'.
+    rope_base: base of RoPE's geometric wavelengths.
+    max_positions: rows of the table of learned positions; None takes the
+      task's length.
+    short_conv: width of the convolution over queries, keys and values; 0: none.
+    tied_head: whether the output head is the embedding, transposed.
+    logits_chunk: positions whose logits exist at one time in `loss`.
+    remat: name in REMAT_POLICIES of what a block keeps for its backward pass.
+    dtype: of the computation.
+    param_dtype: of the parameters.
+    implementation: of the attention ops, by name; None takes the best.
+  """
+
+  vocab_size: int | None = None
+  layers: tuple[str, ...] = ('full', 'full')
+  d_model: int = 64
+  num_heads: int = 4
+  num_kv_heads: int | None = None
+  head_dim: int | None = None
+  value_dim: int | None = None
+  mlp_dim: int = 0
+  positions: str = 'rope'
+  rope_base: float = 10000.0
+  max_positions: int | None = None
+  short_conv: int = 0
+  tied_head: bool = True
+  logits_chunk: int = 1024
+  remat: str = 'none'
+  dtype: str = 'float32'
+  param_dtype: str = 'float32'
+  implementation: str | None = None
+
+  def attention(self) -> AttentionConfig:
+    """What the attention layers share, with the None fields resolved."""
+    head_dim = self.head_dim
+    if head_dim is None:
+      if self.num_heads < 1 or self.d_model % self.num_heads:
+        raise ValueError(
+          f'd_model={self.d_model} must be a multiple of '
+          f'num_heads={self.num_heads}, or head_dim be set'
+        )
+      head_dim = self.d_model // self.num_heads
+    return AttentionConfig(
+      d_model=self.d_model,
+      num_heads=self.num_heads,
+      num_kv_heads=self.num_kv_heads or self.num_heads,
+      head_dim=head_dim,
+      value_dim=self.value_dim or head_dim,
+      positions=self.positions,
+      rope_base=self.rope_base,
+      short_conv=self.short_conv,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      implementation=self.implementation,
+    )
+
+
+class MLP(nnx.Module):
+  """W_out gelu(W_in x), without biases."""
+
+  def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    kwargs = dict(
+      use_bias=False,
+      dtype=jnp.dtype(config.dtype),
+      param_dtype=jnp.dtype(config.param_dtype),
+      rngs=rngs,
+    )
+    self.up = nnx.Linear(config.d_model, config.mlp_dim, **kwargs)
+    self.down = nnx.Linear(config.mlp_dim, config.d_model, **kwargs)
+
+  def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
+    return self.down(nnx.gelu(self.up(x)))
+
+
+class Block(nnx.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x)) when there is an MLP."""
+
+  def __init__(self, layer: str, config: TransformerConfig, *, rngs: nnx.Rngs):
+    self.attention_norm = _norm(config, rngs)
+    self.attention = make_attention(layer, config.attention(), rngs=rngs)
+    self.has_mlp = config.mlp_dim > 0
+    if self.has_mlp:
+      self.mlp_norm = _norm(config, rngs)
+      self.mlp = MLP(config, rngs=rngs)
+
+  def __call__(
+    self,
+    x: Float[Array, 'B T D'],
+    *,
+    positions: Int[Array, '*B T'] | None = None,
+    segment_ids: Int[Array, 'B T'] | None = None,
+  ) -> Float[Array, 'B T D']:
+    x = x + self.attention(
+      self.attention_norm(x), positions=positions, segment_ids=segment_ids
+    )
+    if self.has_mlp:
+      x = x + self.mlp(self.mlp_norm(x))
+    return x
+
+
+class Transformer(nnx.Module):
+  """Embedding, a block per layer of the pattern, a norm and a head.
+
+  Pre-norm with RMSNorm (arXiv:1910.07467). All state is `nnx.Param`.
+  """
+
+  def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    _check(config)
+    self.config = config
+    # Rows of norm one: multiplied by √D they enter the residual stream with
+    # unit variance, and as a tied head they give logits of unit variance.
+    normal = nnx.initializers.normal(config.d_model**-0.5)
+    shape = (config.vocab_size, config.d_model)
+    param_dtype = jnp.dtype(config.param_dtype)
+    self.embedding = nnx.Param(normal(rngs.params(), shape, param_dtype))
+    if config.positions == 'learned':
+      shape = (config.max_positions, config.d_model)
+      self.position_table = nnx.Param(normal(rngs.params(), shape, param_dtype))
+    self.blocks = nnx.List(
+      [Block(layer, config, rngs=rngs) for layer in config.layers]
+    )
+    self.norm = _norm(config, rngs)
+    if not config.tied_head:
+      lecun = nnx.initializers.lecun_normal()
+      shape = (config.d_model, config.vocab_size)
+      self.head = nnx.Param(lecun(rngs.params(), shape, param_dtype))
+
+  def __call__(
+    self,
+    tokens: Int[Array, 'B T'],
+    *,
+    positions: Int[Array, '*B T'] | None = None,
+    segment_ids: Int[Array, 'B T'] | None = None,
+  ) -> Float[Array, 'B T V']:
+    """Logits of the next token at every position, float32.
+
+    Args:
+      tokens: token ids below vocab_size.
+      positions: of the tokens, shared by the batch or per row; None means
+        0, 1, …, T - 1.
+      segment_ids: documents packed into a row; none reads another.
+    """
+    x = self.embed(tokens, positions=positions)
+    x = self.hidden(x, positions=positions, segment_ids=segment_ids)
+    return self.logits(x)
+
+  def loss(
+    self,
+    tokens: Int[Array, 'B T'],
+    labels: Int[Array, 'B T'],
+    weights: Float[Array, 'B T'],
+    *,
+    positions: Int[Array, '*B T'] | None = None,
+    segment_ids: Int[Array, 'B T'] | None = None,
+  ) -> dict[str, Float[Array, '']]:
+    """Weighted sums over the batch: `loss` (nats), `weight` and `correct`.
+
+    Logits are made `logits_chunk` positions at a time, forward and backward, so
+    that [T, V] never exists at once.
+
+    Args:
+      tokens: token ids.
+      labels: what the logits at each position should predict.
+      weights: weight of each position in the sums; 0 where nothing is scored.
+      positions: as in `__call__`.
+      segment_ids: as in `__call__`.
+    """
+    x = self.embed(tokens, positions=positions)
+    x = self.hidden(x, positions=positions, segment_ids=segment_ids)
+    T, C = x.shape[1], min(self.config.logits_chunk, x.shape[1])
+    head = self._head()
+
+    @jax.checkpoint
+    def chunk_sums(head, x, labels, weights):
+      logits = _project(x, head)
+      lse = jax.nn.logsumexp(logits, axis=-1)
+      picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+      hit = jnp.argmax(logits, axis=-1) == labels
+      return {
+        'loss': jnp.sum(jnp.where(weights > 0, lse - picked, 0.0) * weights),
+        'weight': jnp.sum(weights),
+        'correct': jnp.sum(hit * weights),
+      }
+
+    def body(sums, chunk):
+      return jax.tree.map(jnp.add, sums, chunk_sums(head, *chunk)), None
+
+    whole = T // C * C
+    chunked = [
+      jnp.moveaxis(a[:, :whole].reshape(a.shape[0], -1, C, *a.shape[2:]), 1, 0)
+      for a in (x, labels, weights)
+    ]
+    zeros = dict.fromkeys(('loss', 'weight', 'correct'), jnp.zeros(()))
+    sums, _ = jax.lax.scan(body, zeros, chunked)
+    if whole < T:
+      rest = (x[:, whole:], labels[:, whole:], weights[:, whole:])
+      sums, _ = body(sums, rest)
+    return sums
+
+  def embed(
+    self,
+    tokens: Int[Array, 'B T'],
+    *,
+    positions: Int[Array, '*B T'] | None = None,
+  ) -> Float[Array, 'B T D']:
+    """Token embeddings, plus learned positions where the model has them."""
+    x = self.embedding[...][tokens]
+    if self.config.positions == 'learned':
+      T = tokens.shape[1]
+      if positions is None:
+        if self.config.max_positions < T:
+          raise ValueError(
+            f'{T} tokens need max_positions >= {T}, the model has '
+            f'{self.config.max_positions}; learned positions do not extrapolate'
+          )
+        positions = jnp.arange(T)
+      x = x + self.position_table[...][positions]
+    return (x * self.config.d_model**0.5).astype(self.config.dtype)
+
+  def hidden(
+    self,
+    x: Float[Array, 'B T D'],
+    *,
+    positions: Int[Array, '*B T'] | None = None,
+    segment_ids: Int[Array, 'B T'] | None = None,
+  ) -> Float[Array, 'B T D']:
+    """The blocks and the final norm, from embeddings to the head's inputs."""
+    for block in self.blocks:
+      # A module is no pytree in every mode of NNX; its split state always is.
+      graph, state = nnx.split(block)
+
+      def apply(state, x, graph=graph):
+        block = nnx.merge(graph, state)
+        return block(x, positions=positions, segment_ids=segment_ids)
+
+      if self.config.remat != 'none':
+        apply = jax.checkpoint(apply, policy=REMAT_POLICIES[self.config.remat])
+      x = apply(state, x)
+    return self.norm(x)
+
+  def logits(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
+    """The head: float32 logits from the normed outputs of `hidden`."""
+    return _project(x, self._head())
+
+  def state_bytes(self, seq_len: int, dtype: str = 'float32') -> int:
+    """Bytes that decoding keeps for one sequence, all layers together."""
+    layers = [block.attention for block in self.blocks]
+    return sum(layer.state_bytes(seq_len, dtype) for layer in layers)
+
+  def flops(self, seq_len: int) -> int:
+    """FLOPs of the forward pass on one sequence, the head included."""
+    config = self.config
+    head = 2 * seq_len * config.d_model * config.vocab_size
+    mlp = 4 * seq_len * config.d_model * config.mlp_dim
+    layers = [block.attention for block in self.blocks]
+    return head + sum(layer.flops(seq_len) + mlp for layer in layers)
+
+  def _head(self) -> Float[Array, 'D V']:
+    if self.config.tied_head:
+      return self.embedding[...].T
+    return self.head[...]
+
+
+def validate(config: TransformerConfig, seq_len: int) -> None:
+  """Traces the loss on `seq_len` tokens without compiling or computing.
+
+  Raises:
+    ValueError: for a wrong value.
+    NotImplementedError: for a combination that is not supported.
+  """
+
+  def loss():
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    tokens = jnp.zeros((1, seq_len), jnp.int32)
+    return model.loss(tokens, tokens, jnp.ones(tokens.shape))
+
+  jax.eval_shape(loss)
+
+
+def _check(config: TransformerConfig) -> None:
+  """Raises for values that no layer would notice."""
+  if not config.layers:
+    raise ValueError("layers is empty: name at least one, such as ('full',)")
+  if config.vocab_size is None or config.vocab_size < 1:
+    raise ValueError(f'vocab_size={config.vocab_size} must be at least 1')
+  if config.mlp_dim < 0 or config.logits_chunk < 1:
+    raise ValueError(
+      f'need mlp_dim={config.mlp_dim} >= 0 and '
+      f'logits_chunk={config.logits_chunk} >= 1'
+    )
+  if config.remat not in REMAT_POLICIES:
+    raise ValueError(
+      f'unknown remat {config.remat!r}; known: {", ".join(REMAT_POLICIES)}'
+    )
+  for name in ('dtype', 'param_dtype'):
+    if getattr(config, name) not in DTYPES:
+      raise ValueError(
+        f'unknown {name} {getattr(config, name)!r}; known: {", ".join(DTYPES)}'
+      )
+  if config.positions == 'learned' and not config.max_positions:
+    raise ValueError(
+      "positions='learned' needs max_positions, the longest sequence"
+    )
+
+
+def _norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+  return nnx.RMSNorm(
+    config.d_model,
+    dtype=jnp.dtype(config.dtype),
+    param_dtype=jnp.dtype(config.param_dtype),
+    rngs=rngs,
+  )
+
+
+def _project(
+  x: Float[Array, 'B T D'], head: Float[Array, 'D V']
+) -> Float[Array, 'B T V']:
+  """Logits in float32, whatever the dtype of x."""
+  return jnp.einsum(
+    'BTD,DV->BTV',
+    x,
+    head.astype(x.dtype),
+    preferred_element_type=jnp.float32,
+  )

@@ -1,0 +1,209 @@
+"""Dot-product attention: one equation, several implementations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longctx.masks import Causal, Mask
+from longctx.ops.dot_product_attention import blockwise, reference
+from longctx.ops.dot_product_attention.blocks import BlockSizes
+from longctx.ops.dot_product_attention.dropout import random_words
+from longctx.typing import Array, Float, Int, Key
+
+__all__ = [
+  'IMPLEMENTATIONS',
+  'NORMALIZERS',
+  'BlockSizes',
+  'dot_product_attention',
+]
+
+IMPLEMENTATIONS = {
+  'reference': reference.dot_product_attention,
+  'xla': blockwise.dot_product_attention,
+}
+
+# What the sum of exponentials starts from; None: not a softmax, not built yet.
+NORMALIZERS = {'softmax': 0, 'softmax1': 1, 'sigmoid': None, 'softpick': None}
+
+Integers = Int[Array, '...'] | Int[np.ndarray, '...']
+
+
+def dot_product_attention(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K V'],
+  *,
+  mask: Mask = Causal(),
+  q_positions: Integers | None = None,
+  k_positions: Integers | None = None,
+  q_segment_ids: Integers | None = None,
+  k_segment_ids: Integers | None = None,
+  scale: float | None = None,
+  logits_soft_cap: float | None = None,
+  sink_logits: Float[Array, ' N'] | None = None,
+  alibi_slopes: Float[Array, ' N'] | Float[np.ndarray, ' N'] | None = None,
+  normalizer: str = 'softmax',
+  dropout: tuple[float, Key[Array, '']] | None = None,
+  block_sizes: BlockSizes | None = None,
+  implementation: str | None = None,
+  return_lse: bool = False,
+) -> (
+  Float[Array, 'B T N V']
+  | tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]
+):
+  """Softmax attention over the keys that a mask and the segments allow.
+
+    z_ts = cap tanh(scale q_t · k_s / cap) - slope |pos_t - pos_s|
+    lse_t = log(Σ_s exp(z_ts))        out_t = Σ_s exp(z_ts - lse_t) v_s
+
+  with s over the allowed keys. A sink logit adds exp(sink) to the sum within
+  lse, 'softmax1' adds 1: both take probability and give no value. A query
+  without any key gets out = 0 and lse = -inf (the sink, if there is one), and
+  zero gradients. Statistics and sums are float32; out is rounded once.
+
+  Query head n reads key head n // (N / K) (grouped queries, arXiv:2305.13245).
+  Gradients reach q, k, v and sink_logits, from out and from lse alike.
+
+  Args:
+    q: queries.
+    k: keys; K divides N.
+    v: values, of any width V.
+    mask: who reads whom, as a function of positions.
+    q_positions: int [T] or [B, T]; 0 to T - 1 when None.
+    k_positions: int [S] or [B, S]; 0 to S - 1 when None.
+    q_segment_ids: int [B, T]; a query reads keys of its own segment alone. Any
+      integers, none of which is special.
+    k_segment_ids: int [B, S]; those of the queries when None and T = S.
+    scale: of the products q · k; H**-0.5 when None.
+    logits_soft_cap: cap on |z|, before ALiBi; None for none.
+    sink_logits: a learned logit per head.
+    alibi_slopes: per head (arXiv:2108.12409); taken as constants, without a
+      gradient.
+    normalizer: 'softmax' or 'softmax1'.
+    dropout: (rate, key), a probability and a typed key. Weights are dropped
+      after normalisation and the kept ones divided by 1 - rate. Which ones
+      depends on the key, batch row, head, segment and positions, and not on the
+      implementation or block sizes. Batch rows and heads are counted in the
+      arrays given: inside `shard_map`, fold the shard's place on those axes
+      into the key.
+    block_sizes: for blockwise implementations; None for heuristics.
+    implementation: 'reference' (memory B N T S), 'xla' (memory linear in T and
+      S) or None for the best that supports the call.
+    return_lse: whether to return lse too.
+
+  Returns:
+    out in the dtype of q; with `return_lse` also lse in float32. lse is -inf
+    where out is 0 for want of keys: merge parts with a rule that takes -inf.
+
+  Raises:
+    ValueError: shapes that do not fit together, an unknown name.
+    NotImplementedError: a combination that the implementation lacks.
+  """
+  _check_arrays(q, k, v)
+  _check_names(normalizer, implementation)
+  B, T, N, H = q.shape
+  S = k.shape[1]
+  if k_segment_ids is None and T == S:
+    k_segment_ids = q_segment_ids
+  if (q_segment_ids is None) != (k_segment_ids is None):
+    raise ValueError(
+      'give both q_segment_ids and k_segment_ids, or neither; got '
+      f'{q_segment_ids is not None=}, {k_segment_ids is not None=}, {T=}, {S=}'
+    )
+  if logits_soft_cap is not None and logits_soft_cap <= 0:
+    raise ValueError(f'{logits_soft_cap=} must be positive, or None')
+  if alibi_slopes is not None:
+    alibi_slopes = _per_head('alibi_slopes', jnp.asarray(alibi_slopes), N)
+    alibi_slopes = jax.lax.stop_gradient(alibi_slopes)
+  if sink_logits is not None:
+    sink_logits = _per_head('sink_logits', sink_logits, N)
+  if NORMALIZERS[normalizer]:
+    one = jnp.zeros(N, jnp.promote_types(q.dtype, jnp.float32))
+    sink_logits = one if sink_logits is None else jnp.logaddexp(sink_logits, 0)
+
+  out, lse = IMPLEMENTATIONS[implementation or 'xla'](
+    q,
+    k,
+    v,
+    mask=mask,
+    q_positions=_indices('q_positions', q_positions, (1, B), T),
+    k_positions=_indices('k_positions', k_positions, (1, B), S),
+    q_segment_ids=_indices('q_segment_ids', q_segment_ids, (B,), T),
+    k_segment_ids=_indices('k_segment_ids', k_segment_ids, (B,), S),
+    scale=H**-0.5 if scale is None else scale,
+    logits_soft_cap=logits_soft_cap,
+    sink_logits=sink_logits,
+    alibi_slopes=alibi_slopes,
+    dropout=_dropout(dropout),
+    block_sizes=block_sizes,
+  )
+  return (out, lse) if return_lse else out
+
+
+def _check_arrays(q: Array, k: Array, v: Array) -> None:
+  """Raises where q, k and v do not fit together."""
+  shapes = f'{q.shape=}, {k.shape=}, {v.shape=}'
+  if not q.ndim == k.ndim == v.ndim == 4:
+    raise ValueError(f'q, k and v need 4 axes, BTNH and BSKH: {shapes}')
+  if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3]:
+    raise ValueError(f'B, S and K must agree between q, k and v: {shapes}')
+  if q.shape[3] != k.shape[3]:
+    raise ValueError(f'q and k must have the same head dim: {shapes}')
+  N, K = q.shape[2], k.shape[2]
+  if K == 0 or N % K:
+    raise ValueError(f'{N=} query heads must be a multiple of {K=} key heads')
+  if 0 in q.shape or 0 in v.shape:
+    raise ValueError(f'no axis may be empty: {shapes}')
+
+
+def _check_names(normalizer: str, implementation: str | None) -> None:
+  """Raises for an unknown name, and for a known one that is not built."""
+  if normalizer not in NORMALIZERS:
+    raise ValueError(f'unknown {normalizer=}; known: {sorted(NORMALIZERS)}')
+  if NORMALIZERS[normalizer] is None:
+    raise NotImplementedError(
+      f'{normalizer=} does not sum exponentials, so its blocks do not merge by '
+      "lse; 'softmax' and 'softmax1' are built"
+    )
+  if implementation is not None and implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f'unknown {implementation=}; known: {sorted(IMPLEMENTATIONS)}, or None'
+    )
+
+
+def _per_head(name: str, x: Array, N: int) -> Array:
+  if x.shape != (N,):
+    raise ValueError(
+      f'{name} must have one entry per query head, {N=}: {x.shape=}'
+    )
+  return x
+
+
+def _indices(
+  name: str, x: Array | np.ndarray | None, batches: tuple[int, ...], length: int
+) -> Array | None:
+  """An integer array with a batch axis of one of the sizes given."""
+  if x is None:
+    return None
+  x = jnp.asarray(x)
+  if x.ndim == 1 and 1 in batches:
+    x = x[None]
+  if x.ndim != 2 or x.shape[0] not in batches or x.shape[1] != length:
+    raise ValueError(
+      f'{name} must have {length=} and batch size {batches[-1]}: {x.shape=}'
+    )
+  if not jnp.issubdtype(x.dtype, jnp.integer):
+    raise ValueError(f'{name} must be integers: {x.dtype=}')
+  return x
+
+
+def _dropout(
+  dropout: tuple[float, Array] | None,
+) -> tuple[float, Array] | None:
+  """Checks the rate and draws two words from the key; None if none drops."""
+  if dropout is None:
+    return None
+  rate, key = dropout
+  if not 0 <= rate < 1:
+    raise ValueError(f'dropout {rate=} must be in [0, 1)')
+  return (rate, random_words(key)) if rate > 0 else None

@@ -1,0 +1,239 @@
+"""Block sizes, and how arrays are cut into blocks and put together again."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+
+from longctx.masks import Mask
+from longctx.typing import Array, Num
+
+BLOCKS = (128, 256, 512, 1024)
+
+# Scores held at once: 4 MB in float32, about what the caches of two cores hold.
+SCORES_TOGETHER = 2**20
+
+# The cost of a row or column of a block, and of a step, in scores.
+EDGE, STEP = 64, 2**17
+
+# Positions on which a mask is sampled to choose block sizes.
+COUNTED = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+  """How attention is cut into blocks; None leaves a size to a heuristic.
+
+  Any size works for any length: what is missing is padded. A size beyond the
+  length is cut to it.
+
+  Attributes:
+    block_q: queries per block, forward.
+    block_k: keys per block, forward.
+    block_q_backward: queries per block, backward.
+    block_k_backward: keys per block, backward.
+    heads: (batch row, key head) pairs computed together.
+  """
+
+  block_q: int | None = None
+  block_k: int | None = None
+  block_q_backward: int | None = None
+  block_k_backward: int | None = None
+  heads: int | None = None
+
+  def __post_init__(self):
+    for name, size in dataclasses.asdict(self).items():
+      if size is not None and size < 1:
+        raise ValueError(f'BlockSizes: {name}={size} must be at least 1')
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+  """How [B, T, N] x [B, S, K] is cut: shapes of blocks and their counts.
+
+  Queries come in blocks [X, G block_q, H] and keys in blocks [X, block_k, H],
+  X = rows * heads: the G query heads of a key head are G times as many query
+  rows, so keys and values are never repeated.
+
+  Attributes:
+    rows: batch rows computed together; divides B.
+    heads: key heads computed together; divides K.
+  """
+
+  B: int
+  T: int
+  S: int
+  K: int
+  G: int
+  block_q: int
+  block_k: int
+  rows: int
+  heads: int
+
+  @property
+  def X(self) -> int:
+    return self.rows * self.heads
+
+  @property
+  def row_groups(self) -> int:
+    return self.B // self.rows
+
+  @property
+  def head_groups(self) -> int:
+    return self.K // self.heads
+
+  @property
+  def groups(self) -> int:
+    return self.row_groups * self.head_groups
+
+  @property
+  def nq(self) -> int:
+    return -(-self.T // self.block_q)
+
+  @property
+  def nk(self) -> int:
+    return -(-self.S // self.block_k)
+
+  def split_q(
+    self, x: Num[Array, 'B T N D'], fill=0
+  ) -> Num[Array, 'g nq X R D']:
+    """Blocks of a query-side array, R = G block_q rows each."""
+    D = x.shape[-1]
+    x = _pad(x, self.nq * self.block_q, fill)
+    x = x.reshape(
+      self.row_groups,
+      self.rows,
+      self.nq,
+      self.block_q,
+      self.head_groups,
+      self.heads,
+      self.G,
+      D,
+    )
+    x = x.transpose(0, 4, 2, 1, 5, 6, 3, 7)
+    return x.reshape(self.groups, self.nq, self.X, self.G * self.block_q, D)
+
+  def join_q(self, x: Num[Array, 'blocks X R D']) -> Num[Array, 'B T N D']:
+    """The inverse of `split_q`."""
+    D = x.shape[-1]
+    x = x.reshape(
+      self.row_groups,
+      self.head_groups,
+      self.nq,
+      self.rows,
+      self.heads,
+      self.G,
+      self.block_q,
+      D,
+    )
+    x = x.transpose(0, 3, 2, 6, 1, 4, 5, 7)
+    x = x.reshape(self.B, self.nq * self.block_q, self.K * self.G, D)
+    return x[:, : self.T]
+
+  def split_k(self, x: Num[Array, 'B S K D']) -> Num[Array, 'g nk X C D']:
+    """Blocks of a key-side array."""
+    D = x.shape[-1]
+    x = _pad(x, self.nk * self.block_k, 0)
+    x = x.reshape(
+      self.row_groups,
+      self.rows,
+      self.nk,
+      self.block_k,
+      self.head_groups,
+      self.heads,
+      D,
+    )
+    x = x.transpose(0, 4, 2, 1, 5, 3, 6)
+    return x.reshape(self.groups, self.nk, self.X, self.block_k, D)
+
+  def join_k(self, x: Num[Array, 'blocks X C D']) -> Num[Array, 'B S K D']:
+    """The inverse of `split_k`."""
+    D = x.shape[-1]
+    x = x.reshape(
+      self.row_groups,
+      self.head_groups,
+      self.nk,
+      self.rows,
+      self.heads,
+      self.block_k,
+      D,
+    )
+    x = x.transpose(0, 3, 2, 5, 1, 4, 6)
+    x = x.reshape(self.B, self.nk * self.block_k, self.K, D)
+    return x[:, : self.S]
+
+  def split_positions(
+    self, x: Num[Array, 'b length'], block: int
+  ) -> Num[Array, 'g n rows block']:
+    """Blocks of an index array with a batch axis of B or 1."""
+    b, length = x.shape
+    n = -(-length // block)
+    rows = 1 if b == 1 else self.rows
+    x = _pad(x, n * block, 0).reshape(b // rows, rows, n, block)
+    return x.transpose(0, 2, 1, 3)
+
+
+def _pad(x: Num[Array, 'b length ...'], length: int, fill) -> Num[Array, '...']:
+  """Lengthens axis 1."""
+  missing = length - x.shape[1]
+  if missing == 0:
+    return x
+  widths = [(0, 0)] * x.ndim
+  widths[1] = (0, missing)
+  return jnp.pad(x, widths, constant_values=fill)
+
+
+@functools.lru_cache(maxsize=256)
+def make_tiling(
+  mask: Mask,
+  shape: tuple[int, int, int, int, int],
+  sizes: BlockSizes,
+  *,
+  backward: bool,
+) -> Tiling:
+  """The cheapest tiling by a model of a CPU, among those that `sizes` allows.
+
+  A block of scores costs its area, a little more for every row and column (the
+  products fill their registers less well) and a constant for handing some ten
+  operations to the threads. Blocks that the mask leaves empty cost nothing, so
+  that narrow windows get small blocks.
+
+  Args:
+    mask: counted at the first few thousand positions.
+    shape: B, T, S, K, G.
+    sizes: where a size is given, it is taken.
+    backward: which of the sizes to read.
+  """
+  B, T, S, K, G = shape
+  fixed_q = sizes.block_q_backward if backward else sizes.block_q
+  fixed_k = sizes.block_k_backward if backward else sizes.block_k
+  best, least = None, None
+  for block_q in {min(b, T) for b in ([fixed_q] if fixed_q else BLOCKS)}:
+    for block_k in {min(b, S) for b in ([fixed_k] if fixed_k else BLOCKS)}:
+      together = SCORES_TOGETHER // (G * block_q * block_k)
+      together = sizes.heads or max(1, min(together, 64))
+      heads = _divisor(K, together)
+      rows = _divisor(B, together // K) if heads == K else 1
+      tiling = Tiling(*shape, block_q, block_k, rows, heads)
+      cost = _cost(mask, tiling)
+      if least is None or (cost, -block_q, -block_k) < least:
+        best, least = tiling, (cost, -block_q, -block_k)
+  return best
+
+
+def _cost(mask: Mask, tiling: Tiling) -> float:
+  t = tiling
+  T, S = min(t.T, COUNTED), min(t.S, COUNTED)
+  block_q, block_k = min(t.block_q, T), min(t.block_k, S)
+  kinds = mask.block_map(T, S, block_q, block_k)
+  area = (t.G * block_q + EDGE) * (block_k + EDGE)
+  # Scores beyond the cache cost about twice as much.
+  held = t.X * t.G * t.block_q * t.block_k
+  area *= 2 if held > SCORES_TOGETHER else 1
+  return float(np.count_nonzero(kinds) * t.groups * (t.X * area + STEP))
+
+
+def _divisor(n: int, most: int) -> int:
+  """The largest divisor of n that is at most `most`."""
+  return next(d for d in range(min(n, most), 0, -1) if n % d == 0)

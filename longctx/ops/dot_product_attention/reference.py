@@ -1,0 +1,83 @@
+"""Dot-product attention as its equation: the oracle."""
+
+import jax
+import jax.numpy as jnp
+
+from longctx.masks import Mask
+from longctx.ops.dot_product_attention.blocks import BlockSizes
+from longctx.ops.dot_product_attention.dropout import keep_factor
+from longctx.typing import Array, Float, Int, Num
+
+
+def dot_product_attention(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K V'],
+  *,
+  mask: Mask,
+  q_positions: Int[Array, 'Bq T'] | None,
+  k_positions: Int[Array, 'Bk S'] | None,
+  q_segment_ids: Int[Array, 'B T'] | None,
+  k_segment_ids: Int[Array, 'B S'] | None,
+  scale: float,
+  logits_soft_cap: float | None,
+  sink_logits: Float[Array, ' N'] | None,
+  alibi_slopes: Float[Array, ' N'] | None,
+  dropout: tuple[float, Num[Array, '2']] | None,
+  block_sizes: BlockSizes | None,
+) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
+  """Softmax over the allowed keys, with every score held: memory B N T S.
+
+    z_ts = cap tanh(scale q_t · k_s / cap) - slope |pos_t - pos_s|
+    lse_t = log(exp(sink) + Σ_s exp(z_ts))     out_t = Σ_s exp(z_ts - lse_t) v_s
+
+  Arguments and errors are those of `longctx.ops.dot_product_attention`, with
+  the defaults filled in and positions given a batch axis of B or 1.
+
+  Returns:
+    out in the dtype of q, lse in float32 (float64 for float64 inputs).
+  """
+  del block_sizes
+  B, T, N, _ = q.shape
+  S, K = k.shape[1:3]
+  dtype = jnp.promote_types(q.dtype, jnp.float32)
+  q_pos = jnp.arange(T)[None] if q_positions is None else q_positions
+  k_pos = jnp.arange(S)[None] if k_positions is None else k_positions
+  q_pos, k_pos = q_pos[:, None, :, None], k_pos[:, None, None, :]
+  k, v = (jnp.repeat(x.astype(dtype), N // K, axis=2) for x in (k, v))
+
+  z = jnp.einsum('BTNH,BSNH->BNTS', q.astype(dtype), k) * scale
+  if logits_soft_cap is not None:
+    z = logits_soft_cap * jnp.tanh(z / logits_soft_cap)
+  if alibi_slopes is not None:
+    z = z - alibi_slopes[:, None, None] * abs(q_pos - k_pos)
+  ok, segment = mask.allowed(q_pos, k_pos), None
+  if q_segment_ids is not None:
+    segment = q_segment_ids[:, None, :, None]
+    ok &= segment == k_segment_ids[:, None, None, :]
+  z = jnp.where(ok, z, -jnp.inf)
+
+  sink = jnp.full(N, -jnp.inf) if sink_logits is None else sink_logits
+  sink = sink.astype(dtype)[:, None, None]
+  # A finite floor keeps z - peak defined in a row without keys.
+  peak = jnp.maximum(z.max(-1, keepdims=True, initial=-1e30), sink)
+  peak = jax.lax.stop_gradient(peak)
+  p = jnp.exp(z - peak)
+  total = p.sum(-1, keepdims=True) + jnp.exp(sink - peak)
+  some = total > 0
+  total = jnp.where(some, total, 1)
+  lse = jnp.where(some, peak + jnp.log(total), -jnp.inf)
+  if dropout is not None:
+    rate, words = dropout
+    batch, head = jnp.arange(B)[:, None, None, None], jnp.arange(N)
+    p *= keep_factor(
+      rate,
+      words,
+      batch=batch,
+      head=head[:, None, None],
+      segment=segment,
+      q_positions=q_pos,
+      k_positions=k_pos,
+    )
+  out = jnp.einsum('BNTS,BSNV->BTNV', p / total, v)
+  return out.astype(q.dtype), lse[..., 0].swapaxes(1, 2)

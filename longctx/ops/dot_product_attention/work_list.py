@@ -1,0 +1,189 @@
+"""Which blocks a blockwise computation visits: never an empty one.
+
+A list says, for every block row, which blocks to visit: first those whose pairs
+are all allowed, which need no element mask, then those with some. The backward
+pass reads the same blocks by column.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from longctx import masks
+from longctx.ops.dot_product_attention.blocks import Tiling
+from longctx.typing import Array, Bool, Int, Num
+
+
+class WorkList(NamedTuple):
+  """Row r of group g visits indices[g, start:stop], full blocks up to `full`.
+
+  Groups are groups of batch rows; one group serves all where nothing depends on
+  the batch row.
+  """
+
+  start: Num[Array, 'g n'] | np.ndarray
+  full: Num[Array, 'g n'] | np.ndarray
+  stop: Num[Array, 'g n'] | np.ndarray
+  indices: Num[Array, 'g w'] | np.ndarray
+
+
+class Indices(NamedTuple):
+  """Integers that decide who reads whom; None where the default holds."""
+
+  q_positions: Int[Array, 'Bq T'] | None = None
+  k_positions: Int[Array, 'Bk S'] | None = None
+  q_segment_ids: Int[Array, 'B T'] | None = None
+  k_segment_ids: Int[Array, 'B S'] | None = None
+
+
+def make_work_list(
+  mask: masks.Mask, tiling: Tiling, indices: Indices, *, by_column: bool
+) -> WorkList:
+  """The list from the mask alone, or from positions and segments at run time.
+
+  With default positions and no segments the list is made on the host. Else it
+  is computed from the smallest and largest position and segment of each block,
+  O(nq nk) numbers: exact for sorted segments and for the masks that
+  `_bounds` knows, else a block that is empty may be visited, where
+  its element mask drops every pair.
+  """
+  if all(x is None for x in indices):
+    return _static_work_list(mask, tiling, by_column)
+  kinds = _block_kinds(mask, tiling, indices)
+  if by_column:
+    kinds = kinds.swapaxes(1, 2)
+  g, n, width = kinds.shape
+  order = jnp.argsort(-kinds, axis=-1, stable=True)
+  start = jnp.broadcast_to(jnp.arange(n) * width, (g, n))
+  full = start + (kinds == masks.FULL).sum(-1)
+  stop = start + (kinds != masks.EMPTY).sum(-1)
+  return WorkList(start, full, stop, order.reshape(g, n * width))
+
+
+@functools.lru_cache(maxsize=64)
+def _static_work_list(
+  mask: masks.Mask, tiling: Tiling, by_column: bool
+) -> WorkList:
+  kinds = _static_kinds(mask, tiling)
+  if by_column:
+    kinds = kinds.T
+  # Full before partial, in ascending order within each.
+  parts = [
+    np.concatenate(
+      [np.flatnonzero(row == masks.FULL), np.flatnonzero(row == masks.PARTIAL)]
+    )
+    for row in kinds
+  ]
+  stop = np.cumsum([len(part) for part in parts], dtype=np.int32)
+  start = np.concatenate([[0], stop[:-1]]).astype(np.int32)
+  full = start + (kinds == masks.FULL).sum(1, dtype=np.int32)
+  # One entry at least, so that the array can be indexed.
+  indices = np.concatenate([*parts, [0]]).astype(np.int32)
+  return WorkList(start[None], full[None], stop[None], indices[None])
+
+
+def _static_kinds(mask: masks.Mask, tiling: Tiling) -> Int[np.ndarray, 'nq nk']:
+  t = tiling
+  kinds = mask.block_map(t.T, t.S, t.block_q, t.block_k)
+  if t.S % t.block_k:
+    # Padded keys are for the element mask to drop.
+    kinds[:, -1] = np.minimum(kinds[:, -1], masks.PARTIAL)
+  return kinds
+
+
+def _block_kinds(
+  mask: masks.Mask, tiling: Tiling, indices: Indices
+) -> Int[Array, 'g nq nk']:
+  """`_static_kinds` at run time, per group of batch rows."""
+  t = tiling
+  if indices.q_positions is None and indices.k_positions is None:
+    kinds = jnp.asarray(_static_kinds(mask, t))[None]
+    possible, certain = kinds > masks.EMPTY, kinds == masks.FULL
+  else:
+    q_positions, k_positions = indices.q_positions, indices.k_positions
+    if q_positions is None:
+      q_positions = jnp.arange(t.T)[None]
+    if k_positions is None:
+      k_positions = jnp.arange(t.S)[None]
+    bounds = _pair_ranges(t, q_positions, k_positions)
+    possible, certain = _bounds(mask, *bounds)
+  if indices.q_segment_ids is not None:
+    q_low, q_high, k_low, k_high = _pair_ranges(
+      t, indices.q_segment_ids, indices.k_segment_ids
+    )
+    possible &= (q_low <= k_high) & (k_low <= q_high)
+    certain &= (q_low == k_high) & (k_low == q_high)
+  if t.S % t.block_k:
+    certain = certain.at[..., -1].set(False)
+  possible = _over_rows(possible, t).any(1)
+  certain = _over_rows(certain, t).all(1)
+  return jnp.where(possible & certain, masks.FULL, possible.astype(jnp.int32))
+
+
+def _over_rows(
+  x: Bool[Array, 'b nq nk'], tiling: Tiling
+) -> Bool[Array, 'g rows nq nk']:
+  rows = 1 if x.shape[0] == 1 else tiling.rows
+  return x.reshape(x.shape[0] // rows, rows, tiling.nq, tiling.nk)
+
+
+def _pair_ranges(
+  tiling: Tiling, q: Int[Array, 'bq T'], k: Int[Array, 'bk S']
+) -> tuple[Array, ...]:
+  """Smallest and largest of each block, as [b, nq, 1] and [b, 1, nk]."""
+
+  def ranges(x, block):
+    missing = -x.shape[1] % block
+    x = jnp.pad(x, ((0, 0), (0, missing)), mode='edge')
+    x = x.reshape(x.shape[0], -1, block)
+    return x.min(-1), x.max(-1)
+
+  q_low, q_high = ranges(q, tiling.block_q)
+  k_low, k_high = ranges(k, tiling.block_k)
+  return (
+    q_low[:, :, None],
+    q_high[:, :, None],
+    k_low[:, None],
+    k_high[:, None],
+  )
+
+
+def _bounds(
+  mask: masks.Mask,
+  q_low: Int[Array, 'bq nq 1'],
+  q_high: Int[Array, 'bq nq 1'],
+  k_low: Int[Array, 'bk 1 nk'],
+  k_high: Int[Array, 'bk 1 nk'],
+) -> tuple[Bool[Array, 'b nq nk'], Bool[Array, 'b nq nk']]:
+  """Whether some, and whether all, pairs of two ranges may be allowed.
+
+  Never no where the answer is yes, for some; never yes where it is no, for all.
+  """
+  nearest, farthest = q_low - k_high, q_high - k_low
+  everywhere = nearest == nearest
+  match mask:
+    case masks.And(a, b) | masks.Or(a, b):
+      some_a, all_a = _bounds(a, q_low, q_high, k_low, k_high)
+      some_b, all_b = _bounds(b, q_low, q_high, k_low, k_high)
+      if isinstance(mask, masks.And):
+        return some_a & some_b, all_a & all_b
+      return some_a | some_b, all_a | all_b
+    case masks.Full():
+      return everywhere, everywhere
+    case masks.Causal():
+      return farthest >= 0, nearest >= 0
+    case masks.SlidingWindow(left, right):
+      some = (nearest <= left) & (farthest >= -right)
+      return some, (farthest <= left) & (nearest >= -right)
+    case masks.Dilated(window, dilation):
+      reach = (window - 1) * dilation
+      some = (nearest <= reach) & (farthest >= -reach)
+      return some, ~everywhere
+    case masks.PrefixColumns(n):
+      return everywhere & (k_low < n), everywhere & (k_high < n)
+    case masks.GlobalTokens(n):
+      return (q_low < n) | (k_low < n), (q_high < n) | (k_high < n)
+    case _:
+      return everywhere, ~everywhere

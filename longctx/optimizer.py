@@ -1,0 +1,190 @@
+"""Optimizers, schedules and which parameters decay, from one frozen config."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import optax
+from optax import contrib
+
+SCHEDULES = ('constant', 'cosine', 'linear', 'step')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """How gradients become updates.
+
+  Attributes:
+    name: 'adamw', 'muon' (matrices by Muon, all else by AdamW at the same
+      learning rate; Jordan 2024, scaled as in arXiv:2502.16982), 'radam'
+      (arXiv:1908.03265) or 'sgd' (momentum b1).
+    learning_rate: the peak, reached after `warmup_steps`.
+    schedule: 'constant', 'cosine' and 'linear' (down to `final_factor` of the
+      peak at the last step) or 'step' (to `final_factor` at `step_at`).
+    weight_decay: decoupled, times the learning rate. It applies to weight
+      matrices alone: norms, biases and per-head scalars are not shrunk, since
+      that changes a scale rather than a capacity, nor are embeddings, whose
+      rare rows would fade between their few gradients.
+    clip_norm: largest global norm of a gradient; 0 does not clip.
+    accumulation: forward passes that one update is split into.
+  """
+
+  name: str = 'adamw'
+  learning_rate: float = 1e-3
+  schedule: str = 'cosine'
+  warmup_steps: int = 0
+  final_factor: float = 0.1
+  step_at: int = 0
+  weight_decay: float = 0.1
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  clip_norm: float = 1.0
+  accumulation: int = 1
+
+  def __post_init__(self):
+    if self.name not in OPTIMIZERS:
+      raise ValueError(
+        f'unknown optimizer {self.name!r}; known: {", ".join(OPTIMIZERS)}'
+      )
+    if self.schedule not in SCHEDULES:
+      raise ValueError(
+        f'unknown schedule {self.schedule!r}; known: {", ".join(SCHEDULES)}'
+      )
+    if self.schedule == 'step' and self.step_at <= self.warmup_steps:
+      raise ValueError(
+        f'optimizer.step_at={self.step_at} must be later than '
+        f'optimizer.warmup_steps={self.warmup_steps}'
+      )
+    if not 0 < self.learning_rate < math.inf:
+      raise ValueError(
+        f'optimizer.learning_rate={self.learning_rate} must be positive'
+      )
+    for key in ('warmup_steps', 'weight_decay', 'clip_norm', 'final_factor'):
+      if not 0 <= getattr(self, key) < math.inf:
+        raise ValueError(
+          f'optimizer.{key}={getattr(self, key)} must not be negative'
+        )
+    if self.accumulation < 1:
+      raise ValueError(
+        f'optimizer.accumulation={self.accumulation} must be at least 1'
+      )
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  """Learning rate by update: a linear warm-up, then the named shape."""
+  peak, warmup = config.learning_rate, config.warmup_steps
+  rest = max(steps - warmup, 1)
+  if config.schedule == 'cosine':
+    body = optax.cosine_decay_schedule(peak, rest, alpha=config.final_factor)
+  elif config.schedule == 'linear':
+    body = optax.linear_schedule(peak, peak * config.final_factor, rest)
+  elif config.schedule == 'step':
+    body = optax.piecewise_constant_schedule(
+      peak, {config.step_at - warmup: config.final_factor}
+    )
+  else:
+    body = optax.constant_schedule(peak)
+  if not warmup:
+    return body
+  # Starts above zero: an update that changes nothing is a wasted one.
+  ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+  return optax.join_schedules([ramp, body], [warmup])
+
+
+def _named(path: tuple[Any, ...], *words: str) -> bool:
+  name = jax.tree_util.keystr(path).lower()
+  return any(word in name for word in words)
+
+
+def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
+  """Whether a parameter maps vectors to vectors.
+
+  Tables with a row per token or position do not, nor do the taps of a
+  depthwise convolution, a vector per channel.
+  """
+  return leaf.ndim >= 2 and not _named(path, 'embed', 'position', 'conv')
+
+
+def decay_mask(params: Any) -> Any:
+  """True for the weight matrices, which decay; see `OptimizerConfig`."""
+  return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def muon_axes(params: Any) -> Any:
+  """Which axes of each parameter Muon reads as rows and columns, or None.
+
+  None, so AdamW, for what is no matrix and for the head, whose rows are
+  tokens. A kernel of three axes is [D, heads, dim], or [heads, dim, D] where
+  its name says that it leaves the layer.
+  """
+
+  def axes(path, leaf):
+    if not is_matrix(path, leaf) or _named(path, 'head'):
+      return None
+    split = leaf.ndim - 1 if _named(path, 'out') else 1
+    return contrib.MuonDimensionNumbers(
+      tuple(range(split)), tuple(range(split, leaf.ndim))
+    )
+
+  return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _adamw(config, schedule):
+  return optax.adamw(
+    schedule,
+    b1=config.b1,
+    b2=config.b2,
+    eps=config.eps,
+    weight_decay=config.weight_decay,
+    mask=decay_mask,
+  )
+
+
+def _muon(config, schedule):
+  return contrib.muon(
+    schedule,
+    weight_decay=config.weight_decay,
+    weight_decay_mask=decay_mask,
+    adam_b1=config.b1,
+    adam_b2=config.b2,
+    adam_weight_decay=0.0,
+    muon_weight_dimension_numbers=muon_axes,
+    # Root mean square of an AdamW update, so that one learning rate fits both.
+    consistent_rms=0.2,
+  )
+
+
+def _radam(config, schedule):
+  return optax.chain(
+    optax.scale_by_radam(b1=config.b1, b2=config.b2, eps=config.eps),
+    optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+    optax.scale_by_learning_rate(schedule),
+  )
+
+
+def _sgd(config, schedule):
+  return optax.chain(
+    optax.trace(decay=config.b1),
+    optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+    optax.scale_by_learning_rate(schedule),
+  )
+
+
+OPTIMIZERS = {
+  'adamw': _adamw,
+  'muon': _muon,
+  'radam': _radam,
+  'sgd': _sgd,
+}
+
+
+def make_optimizer(
+  config: OptimizerConfig, steps: int
+) -> optax.GradientTransformation:
+  """Clipping and the named optimizer; `steps` ends the schedule."""
+  optimizer = OPTIMIZERS[config.name](config, make_schedule(config, steps))
+  if not config.clip_norm:
+    return optimizer
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)

@@ -1,0 +1,334 @@
+"""Trains the runs of an experiment, each to its own folder.
+
+A run can be killed at any time: the same command continues from the last
+checkpoint and ends with the parameters of a run that was never stopped, bit for
+bit on the same mesh, data order included.
+"""
+
+import json
+import math
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from longctx import config as config_lib
+from longctx import figures, metrics, steps
+from longctx.checkpoint import Checkpointer, abstract
+from longctx.optimizer import make_schedule
+from longctx.runs import Run, open_batches
+from longctx.steps import Sharding
+
+
+class StoppedError(Exception):
+  """The run was asked to stop by a signal, and saved itself."""
+
+  def __init__(self, message: str, signum: int):
+    super().__init__(message)
+    self.signum = signum
+
+
+class NotFiniteError(Exception):
+  """A loss, gradient or parameter is NaN or infinite."""
+
+
+def train(runs: list[Run], workdir: pathlib.Path) -> dict[str, Any]:
+  """Trains every run, compares them, and returns results.json by run.
+
+  Raises:
+    StoppedError: SIGTERM or SIGINT came; what was done is saved.
+    NotFiniteError: a loss diverged; the last good checkpoint stays.
+  """
+  with StopRequest() as stop:
+    results = {run.name: train_run(run, stop=stop) for run in runs}
+  curves = {
+    run.name: metrics.read_lines(run.workdir / 'metrics.jsonl') for run in runs
+  }
+  if len(runs) > 1:
+    metrics.write_json(workdir / 'results.json', results)
+    figures.training(
+      workdir / 'figures' / 'training.png', curves, results=results
+    )
+  print(table(results))
+  print(f'figures: {workdir / "figures"}')
+  return results
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+  """The runs side by side, on the test split, chance and ceiling beside."""
+  columns = ('accuracy', 'chance', 'ceiling', 'loss')
+  width = max(6, *(len(name) for name in results))
+  lines = [
+    f'{"run":<{width}}'
+    + ''.join(f'{c:>10}' for c in columns)
+    + f'{"parameters":>12}{"tokens/s":>11}{"seconds":>9}'
+  ]
+  for name, row in results.items():
+    lines.append(
+      f'{name or "train":<{width}}'
+      + ''.join(f'{row[c]:>10.4f}' for c in columns)
+      + f'{row["parameters"]:>12,}{row["tokens_per_second"]:>11,.0f}'
+      + f'{row["seconds"]:>9.0f}'
+    )
+  return '\n'.join(lines)
+
+
+class StopRequest:
+  """Notes SIGTERM and the first SIGINT; a second SIGINT interrupts at once."""
+
+  def __init__(self):
+    self.signum: int | None = None
+    self._previous = {}
+
+  def __enter__(self) -> 'StopRequest':
+    # Python delivers signals to the main thread, and lets no other listen.
+    if threading.current_thread() is threading.main_thread():
+      for signum in (signal.SIGTERM, signal.SIGINT):
+        self._previous[signum] = signal.signal(signum, self._note)
+    return self
+
+  def _note(self, signum, frame):
+    self.signum = signum
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+  def __exit__(self, *unused):
+    for signum, handler in self._previous.items():
+      signal.signal(signum, handler)
+
+
+def train_run(
+  run: Run, *, stop: StopRequest, sharding: Sharding = None
+) -> dict[str, Any]:
+  """Trains one run to its last step and measures it on the test split."""
+  trainer = Trainer(run, sharding=sharding)
+  try:
+    return trainer.run(stop)
+  finally:
+    trainer.close()
+
+
+class Trainer:
+  """The state of one run, and the loop that advances it."""
+
+  def __init__(self, run: Run, *, sharding: Sharding = None):
+    """Restores the run where it was, or makes its initial state.
+
+    Args:
+      run: what to train.
+      sharding: of the batches, [B, T]; None keeps them on one device.
+    """
+    config = run.config
+    self.name, self.config, self.task = run.name, config, run.task
+    self.workdir = run.workdir
+    self.sharding = sharding
+    self.graph, params = steps.abstract_params(run.model)
+    self.parameters = sum(x.size for x in jax.tree.leaves(params))
+    self.functions = steps.make_steps(self.graph, config)
+    self.schedule = make_schedule(config.optimizer, config.steps)
+    self.meter = metrics.Meter()
+    self.seconds = 0.0
+    self.state = steps.init_state(run.model, config)
+    self.batches = open_batches(config, run.task, 'train')
+    self.checkpointer = Checkpointer(
+      run.workdir / 'checkpoints', keep=config.checkpoint.keep, say=metrics.say
+    )
+    self.step = self._restore()
+    self.saved = self.step
+    metrics.write_json(run.workdir / 'config.json', config_lib.to_dict(config))
+    metrics.write_json(run.workdir / 'versions.json', metrics.versions())
+    self.log = metrics.MetricsLog(
+      run.workdir, start_step=self.step, tensorboard=config.log.tensorboard
+    )
+    self.validation: list | None = None
+
+  def _restore(self) -> int:
+    self.checkpointer.remove_unfinished()
+    found = self.checkpointer.restore(**abstract(self.state))
+    if found is None:
+      return 0
+    self.checkpointer.set_aside_after(found.step)
+    self.state = {'params': found.params, 'opt': found.opt}
+    self.batches.set_state(found.data)
+    self.meter.set_state(found.meta['meter'])
+    self.seconds = found.meta['seconds']
+    return found.step
+
+  def run(self, stop: StopRequest) -> dict[str, Any]:
+    """Trains to the last step; returns what results.json holds."""
+    config, first = self.config, self.step
+    self._announce()
+    progress = metrics.Progress(
+      name=self.name,
+      steps=config.steps,
+      start_step=first,
+      show=config.log.progress,
+    )
+    begun, before = time.perf_counter(), self.seconds
+    pending = None
+    try:
+      for step in range(first + 1, config.steps + 1):
+        batch = steps.put(next(self.batches), self.sharding)
+        self.state, values = self.functions.train(self.state, batch)
+        self.step = step
+        # Reading a step's metrics waits for it; by now the next one runs.
+        if pending is not None:
+          self._note(*pending, progress)
+        pending = (step, values)
+        last = step == config.steps
+        validate_now = last or _due(step, config.eval.every)
+        save_now = last or _due(step, config.checkpoint.every)
+        self.seconds = before + time.perf_counter() - begun
+        if validate_now or save_now or stop.signum is not None:
+          self._note(*pending, progress)
+          pending = None
+          if validate_now:
+            self._validate()
+          # After the validation, so that no resumed run lacks its line.
+          if save_now or stop.signum is not None:
+            self._save()
+          self.meter.pause()
+        if stop.signum is not None and not last:
+          self._stop(stop.signum)
+    finally:
+      progress.close()
+    return self._finish(first)
+
+  def _announce(self):
+    where = f'step {self.step} of {self.config.steps}' if self.step else 'new'
+    metrics.say(
+      f'{self.name or "train"}: {where}, {self.parameters:,} parameters, task '
+      f'{self.config.task["name"]} (chance {self.task.chance:.4f}, ceiling '
+      f'{self.task.ceiling:.4f}), {self._devices()}, workdir {self.workdir}'
+    )
+
+  def _devices(self) -> str:
+    count = 1 if self.sharding is None else len(self.sharding.device_set)
+    return f'{count} {jax.devices()[0].device_kind} device' + 's' * (count > 1)
+
+  def _note(self, step: int, values: Any, progress: metrics.Progress):
+    """Takes in the metrics of a finished step, and stops at a bad one."""
+    values = {k: float(v) for k, v in jax.device_get(values).items()}
+    for key in ('loss', 'grad_norm'):
+      if not np.isfinite(values[key]):
+        self._not_finite(f'{key} is {values[key]} at step {step}')
+    tokens = self.config.batch_size * self.task.seq_len
+    self.meter.add(values, tokens=tokens)
+    progress.advance()
+    if step % self.config.log.every == 0:
+      row = {
+        'step': step,
+        'split': 'train',
+        **self.meter.rates(),
+        'learning_rate': float(self.schedule(step - 1)),
+        'grad_norm': values['grad_norm'],
+      }
+      self.log.write(row)
+      progress.show(row)
+      self.meter.reset()
+
+  def _not_finite(self, what: str):
+    kept = (
+      f'checkpoint {self.saved} is the last good one'
+      if self.saved
+      else 'there is no checkpoint yet'
+    )
+    raise NotFiniteError(
+      f'{what}; {kept}. A lower optimizer.learning_rate, more '
+      'optimizer.warmup_steps or a smaller optimizer.clip_norm may help'
+    )
+
+  def _validate(self):
+    if self.validation is None:
+      batches = open_batches(self.config, self.task, 'validation')
+      self.validation = list(batches)
+      batches.close()
+    row = {'step': self.step, 'split': 'validation'}
+    self.log.write(row | self.measure(self.validation))
+
+  def measure(self, batches: Iterable[steps.Batch]) -> dict[str, float]:
+    """Mean loss and accuracy over batches, each token counted once."""
+    totals = dict.fromkeys(metrics.Meter.KEYS, 0.0)
+    for batch in batches:
+      values = self.functions.evaluate(
+        self.state['params'], steps.put(batch, self.sharding)
+      )
+      for key, value in jax.device_get(values).items():
+        totals[key] += float(value)
+    weight = max(totals['weight'], 1e-9)
+    return {
+      'loss': totals['loss'] / weight,
+      'accuracy': totals['correct'] / weight,
+    }
+
+  def _save(self):
+    if self.saved == self.step:
+      return
+    try:
+      self.checkpointer.save(
+        self.step,
+        **self.state,
+        data=self.batches.get_state(),
+        meta={'meter': self.meter.state(), 'seconds': self.seconds},
+      )
+    except FloatingPointError as error:
+      self._not_finite(f'{error} after step {self.step}')
+    self.saved = self.step
+
+  def _stop(self, signum: int):
+    self.checkpointer.wait()
+    raise StoppedError(
+      f'{signal.Signals(signum).name}: saved step {self.step} of '
+      f'{self.config.steps} in {self.workdir}; the same command continues',
+      signum,
+    )
+
+  def _finish(self, first: int) -> dict[str, Any]:
+    """Measures the test split once, and writes results.json."""
+    path = self.workdir / 'results.json'
+    self.checkpointer.wait()
+    if first == self.step and path.exists():
+      results = json.loads(path.read_text())
+      if results['steps'] == self.step:
+        metrics.say(f'{self.name or "train"}: already finished')
+        return results
+    rows = metrics.read_lines(self.log.path)
+    batches = open_batches(self.config, self.task, 'test')
+    test = self.measure(batches)
+    batches.close()
+    rates = [r['tokens_per_second'] for r in rows if r['split'] == 'train']
+    validations = [r for r in rows if r['split'] == 'validation']
+    results = {
+      'split': 'test',
+      **test,
+      'bits_per_token': test['loss'] / math.log(2),
+      'chance': self.task.chance,
+      'ceiling': self.task.ceiling,
+      'validation_accuracy': validations[-1]['accuracy'],
+      'validation_loss': validations[-1]['loss'],
+      'steps': self.step,
+      'parameters': self.parameters,
+      'tokens_per_second': float(np.median(rates)) if rates else 0.0,
+      'seconds': self.seconds,
+      'seed': self.config.seed,
+    }
+    metrics.write_json(path, results)
+    figures.training(
+      self.workdir / 'figures' / 'training.png',
+      {self.name: rows},
+      results={self.name: results},
+    )
+    return results
+
+  def close(self):
+    self.batches.close()
+    self.log.close()
+    self.checkpointer.close()
+
+
+def _due(step: int, every: int) -> bool:
+  return every > 0 and step % every == 0

@@ -1,0 +1,335 @@
+"""The implementations of dot-product attention against the equation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longctx import masks
+from longctx.ops.dot_product_attention import (
+  IMPLEMENTATIONS,
+  BlockSizes,
+  dot_product_attention,
+)
+from tests.tolerances import case_id, tolerance
+
+OTHERS = sorted(set(IMPLEMENTATIONS) - {'reference'})
+# Several blocks of every kind at the lengths below, other ones backward.
+SMALL = BlockSizes(16, 8, 8, 16)
+
+
+def make_inputs(B=2, T=37, S=None, N=4, K=2, H=8, V=12, dtype='float32'):
+  """q, k, v, sink_logits and the cotangents of out and lse."""
+  rng = np.random.default_rng(0)
+  S = S or T
+  shapes = [(B, T, N, H), (B, S, K, H), (B, S, K, V), (N,), (B, T, N, V)]
+  arrays = [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
+  wide = jnp.promote_types(dtype, jnp.float32)
+  return *arrays, jnp.asarray(rng.normal(size=(B, T, N)), wide)
+
+
+def documents(B, T, *, seed=1):
+  """Segment ids of packed documents, cut elsewhere in each batch row."""
+  rng = np.random.default_rng(seed)
+  return np.sort(rng.integers(0, 3, (B, T)), axis=1)
+
+
+def shuffled(B, T, *, seed=2):
+  """Positions in another order in each batch row."""
+  rng = np.random.default_rng(seed)
+  return np.stack([rng.permutation(T) for _ in range(B)])
+
+
+def run(implementation, inputs, *, sink=False, rate=0.0, **options):
+  """out, lse and the gradients of q, k, v and sink_logits from both."""
+  static = {
+    name: value
+    for name, value in options.items()
+    if not isinstance(value, jax.Array | np.ndarray)
+  }
+  arrays = {n: jnp.asarray(v) for n, v in options.items() if n not in static}
+  static |= dict(implementation=implementation)
+  return _run(inputs, arrays, tuple(static.items()), sink, rate)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _run(inputs, arrays, static, sink, rate):
+  *primals, out_bar, lse_bar = inputs
+
+  def attend(q, k, v, sink_logits):
+    extra = dict(sink_logits=sink_logits) if sink else {}
+    if rate:
+      extra['dropout'] = (rate, jax.random.key(3))
+    return dot_product_attention(
+      q, k, v, return_lse=True, **extra, **arrays, **dict(static)
+    )
+
+  outputs, vjp = jax.vjp(attend, *primals)
+  return *outputs, *vjp((out_bar, lse_bar))
+
+
+def check(actual, expected, dtype='float32'):
+  names = ('out', 'lse', 'dq', 'dk', 'dv', 'dsink')
+  for name, x, y in zip(names, actual, expected, strict=True):
+    assert x.dtype == y.dtype and x.shape == y.shape, name
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    # Gradients sum over as many terms as there are queries and heads.
+    size = max(1, np.abs(y[np.isfinite(y)]).max(initial=0))
+    y, x = (
+      np.where(np.isfinite(y), y / size, y),
+      np.where(np.isfinite(x), x / size, x),
+    )
+    np.testing.assert_allclose(x, y, **tolerance(dtype), err_msg=name)
+
+
+SHAPES = [
+  dict(),
+  dict(B=2, T=63, N=4, K=2, H=32),
+  dict(B=1, T=5, N=2, K=2),
+  dict(B=1, T=1, S=9, N=2, K=1),
+  dict(B=3, T=21, S=50, N=6, K=2, V=4),
+  dict(B=2, T=63, N=4, K=2, H=32, dtype='bfloat16'),
+]
+
+
+@pytest.mark.parametrize('implementation', OTHERS)
+@pytest.mark.parametrize('shape', SHAPES, ids=lambda s: case_id(**s))
+def test_equals_reference_for_shape(implementation, shape):
+  inputs = make_inputs(**shape)
+  actual = run(implementation, inputs, sink=True, block_sizes=SMALL)
+  expected = run('reference', inputs, sink=True)
+  check(actual, expected, shape.get('dtype', 'float32'))
+
+
+CASES = {
+  'full': dict(mask=masks.Full()),
+  'window': dict(mask=masks.SlidingWindow(7)),
+  'two-sided': dict(mask=masks.SlidingWindow(9, 3), logits_soft_cap=2.0),
+  'dilated': dict(mask=masks.Causal() & masks.Dilated(4, 3)),
+  'longformer': dict(mask=masks.SlidingWindow(4, 4) | masks.GlobalTokens(3)),
+  'sinks': dict(
+    mask=masks.Causal() & masks.PrefixColumns(2) | masks.SlidingWindow(5)
+  ),
+  'bigbird': dict(mask=masks.RandomBlocks(8, 1, 0) | masks.SlidingWindow(4)),
+  'pattern': dict(mask=masks.BlockSparse(8, ((1, 0, 1), (0, 1, 0), (0, 0, 0)))),
+  'packed': dict(q_segment_ids=documents(2, 37)),
+  'packed-window': dict(
+    q_segment_ids=documents(2, 37), mask=masks.SlidingWindow(7), sink=True
+  ),
+  'shuffled': dict(q_positions=shuffled(2, 37), k_positions=shuffled(2, 37)),
+  'shuffled-window': dict(
+    q_positions=shuffled(1, 37)[0],
+    k_positions=shuffled(1, 37)[0],
+    mask=masks.SlidingWindow(5) | masks.Causal() & masks.PrefixColumns(2),
+  ),
+  'alibi': dict(alibi_slopes=np.float32([1, 0.5, 0.25, 0.125]), scale=0.5),
+  'softmax1': dict(normalizer='softmax1', sink=True),
+  'dropout': dict(rate=0.3, q_segment_ids=documents(2, 37)),
+  'everything': dict(
+    mask=masks.SlidingWindow(9, 3),
+    q_segment_ids=documents(2, 37),
+    q_positions=shuffled(2, 37),
+    alibi_slopes=np.float32([1, 0.5, 0.25, 0.125]),
+    logits_soft_cap=2.0,
+    sink=True,
+    rate=0.2,
+  ),
+}
+
+
+@pytest.mark.parametrize('implementation', OTHERS)
+@pytest.mark.parametrize('case', CASES)
+def test_equals_reference_for_option(implementation, case):
+  inputs = make_inputs()
+  options = CASES[case]
+  actual = run(implementation, inputs, block_sizes=SMALL, **options)
+  check(actual, run('reference', inputs, **options))
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+def test_equals_float64_oracle(implementation, x64):
+  inputs = make_inputs(dtype='float64')
+  narrow = [x.astype(jnp.float32) for x in inputs]
+  oracle = run('reference', inputs, sink=True)
+  actual = run(implementation, narrow, sink=True, block_sizes=SMALL)
+  check(actual, [x.astype(jnp.float32) for x in oracle])
+  assert all(x.dtype == jnp.float32 for x in actual)
+
+
+def test_reference_is_softmax_written_out():
+  q, k, v, *_ = make_inputs(N=1, K=1, B=1, T=6)
+  z = np.asarray(q)[0, :, 0] @ np.asarray(k)[0, :, 0].T * q.shape[-1] ** -0.5
+  p = np.exp(z) * np.tril(np.ones((6, 6)))
+  expected = p / p.sum(1, keepdims=True) @ np.asarray(v)[0, :, 0]
+  out, lse = dot_product_attention(
+    q, k, v, implementation='reference', return_lse=True
+  )
+  np.testing.assert_allclose(out[0, :, 0], expected, **tolerance('float32'))
+  np.testing.assert_allclose(
+    lse[0, :, 0], np.log(p.sum(1)), **tolerance('float32')
+  )
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+def test_rows_without_keys_give_zeros_and_finite_gradients(implementation):
+  inputs = make_inputs()
+  segments = documents(2, 37)
+  none = dict(q_segment_ids=segments, k_segment_ids=segments + 1)
+  out, lse, *gradients = run(implementation, inputs, block_sizes=SMALL, **none)
+  empty = segments == 0
+  assert (out[empty] == 0).all() and (lse[empty] == -jnp.inf).all()
+  assert (gradients[0][empty] == 0).all()
+  assert all(jnp.isfinite(x).all() for x in (out, *gradients))
+  assert jnp.isfinite(lse[~empty & (np.arange(37) > 30)]).any()
+
+
+@pytest.mark.parametrize('implementation', OTHERS)
+def test_extreme_logits_stay_finite(implementation):
+  q, k, *rest = make_inputs()
+  inputs = (q * 1e4, k, *rest)
+  actual = run(implementation, inputs, block_sizes=SMALL)
+  assert all(jnp.isfinite(x).all() for x in actual)
+  # The largest logit takes all: rounding of logits near 1e4 is 1e-3.
+  expected = run('reference', inputs)
+  np.testing.assert_allclose(actual[0], expected[0], atol=5e-3)
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+def test_gradient_reaches_allowed_keys_alone(implementation):
+  mask = masks.SlidingWindow(5) | masks.Causal() & masks.PrefixColumns(2)
+  q, k, v, *_ = make_inputs(B=1, T=21, N=2, K=2)
+  segments = documents(1, 21)
+
+  @jax.jit
+  @functools.partial(jax.vmap, in_axes=(0, None, None))
+  def reach(t, k, v):
+    def value(k, v):
+      out = dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        q_segment_ids=segments,
+        block_sizes=SMALL,
+        implementation=implementation,
+      )
+      return out[0, t].sum()
+
+    dk, dv = jax.grad(value, argnums=(0, 1))(k, v)
+    return (abs(dk) + abs(dv).sum(-1, keepdims=True)).sum((0, 2, 3)) > 0
+
+  same = segments[0][:, None] == segments[0][None]
+  expected = mask.dense(21, 21) & same
+  np.testing.assert_array_equal(reach(jnp.arange(21), k, v), expected)
+
+
+@pytest.mark.parametrize('implementation', OTHERS)
+def test_dropout_does_not_depend_on_block_sizes(implementation):
+  inputs = make_inputs()
+  results = [
+    run(implementation, inputs, rate=0.5, block_sizes=sizes)
+    for sizes in (SMALL, BlockSizes(7, 37, 16, 5, heads=1))
+  ]
+  check(*results)
+
+
+def test_dropout_keeps_the_mean():
+  q, k, v, *_ = make_inputs(B=4, T=64, N=8, K=8, V=1)
+  out = [
+    dot_product_attention(
+      q * 0, k, v * 0 + 1, mask=masks.Full(), dropout=(rate, jax.random.key(0))
+    )
+    for rate in (0.0, 0.25)
+  ]
+  np.testing.assert_allclose(out[0], 1, **tolerance('float32'))
+  # Means of 64 weights that are 0 or 1 / 0.75, and of all 2048 such means.
+  assert abs(out[1].mean() - 1) < 0.01
+  assert 0.05 < out[1].std() < 0.1
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+def test_works_under_vmap_and_shard_map(implementation):
+  inputs = make_inputs(B=4)
+  q, k, v = inputs[:3]
+  attend = functools.partial(
+    dot_product_attention, implementation=implementation, block_sizes=SMALL
+  )
+
+  def gradients(attend, *arrays):
+    def loss(q, k, v):
+      return (attend(q, k, v) ** 2).sum()
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arrays)
+
+  mesh = jax.make_mesh(
+    (4,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  spec = jax.sharding.PartitionSpec('data')
+  expected = gradients(attend, q, k, v)
+  for check_vma in (False, True):
+    sharded = jax.shard_map(
+      attend, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma
+    )
+    for x, y in zip(gradients(sharded, q, k, v), expected, strict=True):
+      np.testing.assert_allclose(x, y, **tolerance('float32'))
+  mapped = jax.vmap(lambda q, k, v: attend(q[None], k[None], v[None])[0])
+  for x, y in zip(gradients(mapped, q, k, v), expected, strict=True):
+    np.testing.assert_allclose(x, y, **tolerance('float32'))
+
+
+def test_xla_saves_nothing_that_grows_with_the_square():
+  def saved(T):
+    q, k, v, *_ = make_inputs(B=1, T=T)
+    _, vjp = jax.eval_shape(
+      lambda *a: jax.vjp(
+        functools.partial(dot_product_attention, implementation='xla'), *a
+      ),
+      q,
+      k,
+      v,
+    )
+    return sum(x.size for x in jax.tree.leaves(vjp))
+
+  assert saved(512) <= 2 * saved(256)
+
+
+def test_an_unknown_name_lists_the_known_ones():
+  q, k, v, *_ = make_inputs()
+  with pytest.raises(ValueError, match='reference'):
+    dot_product_attention(q, k, v, implementation='fast')
+  with pytest.raises(ValueError, match='softmax1'):
+    dot_product_attention(q, k, v, normalizer='softmax2')
+  with pytest.raises(NotImplementedError, match='sigmoid'):
+    dot_product_attention(q, k, v, normalizer='sigmoid')
+
+
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    (dict(q_positions=np.arange(36)), 'q_positions'),
+    (dict(k_positions=np.zeros((3, 37), int)), 'k_positions'),
+    (dict(q_segment_ids=np.zeros((1, 37), int)), 'q_segment_ids'),
+    (dict(k_segment_ids=np.zeros((2, 37), int)), 'both'),
+    (dict(logits_soft_cap=0.0), 'logits_soft_cap'),
+  ],
+)
+def test_a_wrong_option_is_named(options, message):
+  q, k, v, *_ = make_inputs()
+  with pytest.raises(ValueError, match=message):
+    dot_product_attention(q, k, v, **options)
+
+
+def test_heads_that_do_not_divide_are_refused():
+  q, k, v, *_ = make_inputs(N=4, K=3)
+  with pytest.raises(ValueError, match='N=4 query heads'):
+    dot_product_attention(q, k, v)
+  with pytest.raises(ValueError, match='block_q=0'):
+    BlockSizes(block_q=0)
+
+
+def test_a_dropout_rate_of_one_is_refused():
+  q, k, v, *_ = make_inputs()
+  with pytest.raises(ValueError, match='rate'):
+    dot_product_attention(q, k, v, dropout=(1.0, jax.random.key(0)))

@@ -1,0 +1,55 @@
+"""Every experiment in configs/ is built, checked and stepped once."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from longctx import cli, runs, steps
+from longctx.config import ExperimentConfig, from_config_dict
+from tests.test_train import ROOT
+
+# 'file:argument' for configs whose get_config takes one, and 'file' for all.
+SPECS = sorted(path.stem for path in (ROOT / 'configs').glob('[a-z]*.py'))
+ARGUMENTS = ('default:copying', 'mqar:linear', 'copying:full', 'induction:1')
+
+# Depth alone, and only for the time of one step: each block is the same code.
+FEWER_LAYERS = ('bytes_lm', 'copying')
+
+
+def load(spec):
+  name, colon, argument = spec.partition(':')
+  path = ROOT / 'configs' / f'{name}.py'
+  config = cli.load_config_file(f'{path}{colon}{argument}')
+  if name in FEWER_LAYERS:
+    config.model.layers = config.model.layers[:1]
+  return from_config_dict(ExperimentConfig, config)
+
+
+@pytest.mark.parametrize('spec', [*SPECS, *ARGUMENTS])
+def test_config_is_checked_and_makes_a_finite_step(spec, tmp_path):
+  for run in runs.prepare(load(spec), tmp_path):
+    config = dataclasses.replace(run.config, batch_size=2)
+    batches = runs.open_batches(config, run.task, 'train')
+    batch = next(batches)
+    batches.close()
+    graph, _ = steps.abstract_params(run.model)
+    state = steps.init_state(run.model, config)
+    before = jax.device_get(state['params'])
+    state, values = steps.make_steps(graph, config).train(state, batch)
+    assert np.isfinite(float(values['loss']))
+    assert float(values['weight']) > 0
+    after = jax.device_get(state['params'])
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
+    assert any(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize('spec', SPECS)
+def test_docstring_says_what_to_run_and_what_comes_out(spec):
+  text = pathlib.Path(ROOT / 'configs' / f'{spec}.py').read_text()
+  docstring = text.split('"""')[1]
+  assert f'--config=configs/{spec}.py' in docstring
+  if spec != 'default':
+    assert 'Expected' in docstring

@@ -1,0 +1,242 @@
+"""The package's habits: one-way imports, versions and a README that agree.
+
+Imports are read from the syntax tree, so that a forbidden one is found even
+where it would work.
+"""
+
+import ast
+import configparser
+import importlib
+import pathlib
+import re
+import sys
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from longctx.attention import VARIANTS
+from longctx.tasks import TASKS
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# Lowest first: a module imports from layers below its own. All that is not
+# named here trains, evaluates or serves; it stands on top, free among itself.
+LAYERS = (
+  ('typing',),
+  ('masks', 'layouts'),
+  ('ops',),
+  ('parallel',),
+  ('attention',),
+  ('model', 'tasks', 'analysis'),
+)
+LAYER = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+TOP = len(LAYERS)
+
+# Pure functions of arrays need no more than these.
+PURE = {'jax', 'jaxtyping', 'numpy'}
+
+# The only imports that may stand inside a function: what an extra brings, or
+# what a benchmark compares with when it is there.
+OPTIONAL = {'tensorboardX', 'torch'}
+
+# Where the name to import is not the name to install.
+DISTRIBUTION = {'absl': 'absl-py', 'orbax': 'orbax-checkpoint'}
+
+
+def module_name(path):
+  parts = path.relative_to(ROOT).with_suffix('').parts
+  return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+
+
+LIBRARY = {module_name(p): p for p in sorted(ROOT.glob('longctx/**/*.py'))}
+SCRIPTS = {
+  module_name(path): path
+  for pattern in ('*.py', 'configs/*.py', 'benchmarks/*.py')
+  for path in sorted(ROOT.glob(pattern))
+}
+# A module is checked as 'longctx.masks', not as a path of this machine.
+library_modules = pytest.mark.parametrize('name', LIBRARY)
+
+
+def imported(name, path):
+  """Yields (absolute module, is inside a function) for each import."""
+  package = name if path.name == '__init__.py' else name.rpartition('.')[0]
+
+  def visit(node, inside):
+    if isinstance(node, ast.Import):
+      yield from ((alias.name, inside) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      base = node.module or ''
+      if node.level:
+        stem = package.split('.')[: len(package.split('.')) - node.level + 1]
+        base = '.'.join([*stem, base] if base else stem)
+      # 'from longctx.ops import rope' may name a module or a function.
+      for alias in node.names:
+        full = f'{base}.{alias.name}'
+        yield (full if full in LIBRARY else base), inside
+    function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    for child in ast.iter_child_nodes(node):
+      yield from visit(child, inside or function)
+
+  yield from visit(ast.parse(path.read_text()), False)
+
+
+def top(module):
+  """'longctx.ops.rope' -> 'ops'; '' for longctx itself and for others."""
+  parts = module.split('.')
+  return parts[1] if parts[0] == 'longctx' and len(parts) > 1 else ''
+
+
+def layer(name):
+  return LAYER.get(name, TOP)
+
+
+@library_modules
+def test_module_imports_on_its_own(name):
+  if not name.endswith('__main__'):
+    importlib.import_module(name)
+
+
+@library_modules
+def test_imports_point_one_way(name):
+  here = top(name)
+  for module, _ in imported(name, LIBRARY[name]):
+    assert module.split('.')[0] not in ('configs', 'benchmarks', 'tests'), (
+      f'{name} imports {module}, which stands on longctx'
+    )
+    there = top(module)
+    if not there or there == here or TOP == layer(here) == layer(there):
+      continue
+    assert layer(there) < layer(here), f'{name} imports {module}, not below it'
+
+
+def test_no_import_cycles():
+  graph = {
+    name: {m for m, _ in imported(name, path) if m in LIBRARY} - {name}
+    for name, path in LIBRARY.items()
+  }
+  # A package's __init__ imports its files; they do not import it back.
+  while leaves := [name for name, below in graph.items() if not below]:
+    for leaf in leaves:
+      del graph[leaf]
+    for below in graph.values():
+      below.difference_update(leaves)
+  assert not graph, f'modules in or above a cycle: {sorted(graph)}'
+
+
+@library_modules
+def test_pure_layers_import_only_jax_and_numpy(name):
+  if layer(top(name)) > LAYER['parallel']:
+    return
+  for module, _ in imported(name, LIBRARY[name]):
+    first = module.split('.')[0]
+    assert first in PURE | {'longctx'} | sys.stdlib_module_names, (
+      f'{name} imports {module}; ops are functions of arrays alone'
+    )
+
+
+@library_modules
+def test_config_dicts_stop_above_the_model(name):
+  if layer(top(name)) == TOP:
+    return
+  for module, _ in imported(name, LIBRARY[name]):
+    assert not module.startswith('ml_collections'), (
+      f'{name} imports {module}; pass it a dataclass or arguments'
+    )
+
+
+@pytest.mark.parametrize('name', [*LIBRARY, *SCRIPTS])
+def test_no_imports_inside_functions(name):
+  for module, inside in imported(name, {**LIBRARY, **SCRIPTS}[name]):
+    assert not inside or module.split('.')[0] in OPTIONAL, (
+      f'{name} imports {module} inside a function; move it to the top'
+    )
+
+
+def setup_requirements():
+  """Each requirement of setup.cfg with the section it stands in."""
+  parser = configparser.ConfigParser()
+  parser.read(ROOT / 'setup.cfg')
+  sections = dict(parser['options.extras_require'])
+  sections['install_requires'] = parser['options']['install_requires']
+  return {
+    section: [Requirement(line) for line in text.split('\n') if line.strip()]
+    for section, text in sections.items()
+  }
+
+
+def pins(python):
+  """Distribution -> version in constraints.txt for one Python version."""
+  found = {}
+  for line in (ROOT / 'constraints.txt').read_text().splitlines():
+    if not line.strip() or line.startswith('#'):
+      continue
+    requirement = Requirement(line)
+    marker = requirement.marker
+    if marker and not marker.evaluate({'python_version': python}):
+      continue
+    name = canonicalize_name(requirement.name)
+    assert name not in found, f'{name} is pinned twice on Python {python}'
+    (pin,) = requirement.specifier
+    assert pin.operator == '==', f'{line}: not an exact version'
+    found[name] = pin.version
+  return found
+
+
+@pytest.mark.parametrize('python', ['3.11', '3.12'])
+def test_constraints_agree_with_setup(python):
+  pinned = pins(python)
+  for section, requirements in setup_requirements().items():
+    for requirement in requirements:
+      version = pinned.get(canonicalize_name(requirement.name))
+      assert version, f'{section}: {requirement} has no pin'
+      assert version in requirement.specifier, f'{requirement}: {version}'
+
+
+def test_every_dependency_has_a_floor_and_a_ceiling():
+  for section, requirements in setup_requirements().items():
+    for requirement in requirements:
+      # 'jax[tpu]' adds to the range that stands in install_requires.
+      operators = {s.operator for s in requirement.specifier}
+      expected = set() if requirement.extras else {'>=', '<'}
+      assert operators == expected, f'{section}: {requirement}'
+
+
+@library_modules
+def test_every_import_is_a_declared_dependency(name):
+  declared = {
+    canonicalize_name(requirement.name)
+    for requirement in setup_requirements()['install_requires']
+  }
+  for module, _ in imported(name, LIBRARY[name]):
+    first = module.split('.')[0]
+    if first in OPTIONAL | {'longctx'} | sys.stdlib_module_names:
+      continue
+    distribution = canonicalize_name(DISTRIBUTION.get(first, first))
+    assert distribution in declared, f'{name} imports {first}: not in setup.cfg'
+
+
+def test_pre_commit_runs_the_pinned_ruff():
+  text = (ROOT / '.pre-commit-config.yaml').read_text()
+  (rev,) = re.findall(r'rev: v(\S+)', text)
+  assert rev == pins('3.11')['ruff'] == pins('3.12')['ruff']
+
+
+README = (ROOT / 'README.md').read_text()
+
+
+def test_the_python_in_the_readme_runs():
+  names = {}
+  for block in re.findall(r'```python\n(.*?)```', README, re.DOTALL):
+    exec(block, names)
+
+
+def test_what_the_readme_names_exists():
+  for path in set(re.findall(r'\b(?:configs|benchmarks)/\w+\.py', README)):
+    assert (ROOT / path).is_file(), f'README.md names {path}'
+
+
+@pytest.mark.parametrize('name', [*TASKS, *VARIANTS])
+def test_every_task_and_variant_is_in_the_readme(name):
+  assert re.search(rf'^\| `{re.escape(name)}\b', README, re.MULTILINE)

@@ -1,0 +1,21 @@
+"""The smallest experiment that learns something, shared by several tests."""
+
+from longctx import config as config_lib
+from longctx import tasks
+from longctx.config import ExperimentConfig
+from longctx.model import TransformerConfig
+
+
+def tiny_config(**overrides) -> ExperimentConfig:
+  """A 12-step run on two-pair recall; `overrides` as in a config's `runs`."""
+  config = ExperimentConfig(
+    steps=12,
+    batch_size=8,
+    task=tasks.task_defaults('mqar', seq_len=16, vocab_size=16, num_pairs=2),
+    model=TransformerConfig(layers=('full',), d_model=16, num_heads=2),
+    eval=config_lib.EvalConfig(every=6, batches=2, test_batches=2),
+    checkpoint=config_lib.CheckpointConfig(every=5, keep=2),
+    log=config_lib.LogConfig(every=4),
+    runs={'tiny': overrides},
+  )
+  return config_lib.expand_runs(config)['tiny']
