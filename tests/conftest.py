@@ -10,10 +10,11 @@ os.environ['MPLBACKEND'] = 'Agg'
 
 # Compiling is most of the suite's time. Through the environment, so that the
 # programs which tests start share it; `make clean` removes it.
-_CACHE = pathlib.Path(__file__).parent.parent / '.pytest_cache' / 'jax'
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
+os.environ['JAX_COMPILATION_CACHE_DIR'] = str(
+  pathlib.Path(__file__).parent.parent / '.pytest_cache' / 'jax'
+)
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
+os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
 import hypothesis
 import jax

@@ -134,7 +134,7 @@ def test_a_stack_reads_exactly_what_its_layers_reach():
 def test_no_feature_map_reads_ahead(feature_map):
   model = make_model((f'linear(chunk_size=8, feature_map={feature_map!r})',))
   allowed = model_pairs(model, 0, SEGMENTS)
-  fn = lambda x: model.hidden(x, segment_ids=jnp.asarray(SEGMENTS)[None])  # noqa: E731
+  fn = lambda x: model.hidden(x, segment_ids=jnp.asarray(SEGMENTS)[None])
   x = jax.random.normal(jax.random.key(2), (1, T, 16))
   assert leak_probe.leaks(leak_probe.reads(fn, x), allowed) == []
   assert leak_probe.leaks(leak_probe.changes(fn, x), allowed) == []

@@ -2,11 +2,11 @@
 
 import dataclasses
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from longctx import model as model_lib
 from longctx.model import Transformer, TransformerConfig, validate
