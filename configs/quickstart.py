@@ -20,7 +20,7 @@ from longctx import tasks
 
 def get_config() -> ConfigDict:
   config = default.get_config()
-  config.steps = 1000
+  config.steps = 1500
   config.batch_size = 64
   config.task = ConfigDict(
     tasks.task_defaults('mqar', seq_len=64, vocab_size=256, num_pairs=16)
