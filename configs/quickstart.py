@@ -3,13 +3,16 @@
 Multi-query associative recall, 16 key-value pairs in 64 tokens. The same
 two-layer model, one head with d_k = 16, reads with softmax attention and with
 linear attention over elu + 1. Softmax keeps every key; linear attention keeps
-one 16 x 16 matrix, and 16 pairs do not fit. Zoology (arXiv:2312.04927) and
-Transformers are RNNs (arXiv:2006.16236).
+one 16 x 16 matrix, in which 16 pairs get into each other's way. Zoology
+(arXiv:2312.04927) and Transformers are RNNs (arXiv:2006.16236).
 
   python train.py --config=configs/quickstart.py
 
-Expected on the test split: softmax >= 0.99, elu+1 <= 0.60, chance 0.008. Under
-three minutes on two CPU cores.
+Expected on the test split, measured at commit 616b5f5 on two CPU cores (AMD
+EPYC) in 105 seconds: softmax 1.000, elu+1 0.206, chance 0.008; one seed. The
+comparison is one of equal budgets: at a constant learning rate of 8e-3, elu+1
+had 0.74 of the training batches right after 2,500 steps, and with value_dim=64,
+a state four times as large, 0.96 after 2,200. Softmax needs 300.
 """
 
 from ml_collections import ConfigDict
