@@ -8,8 +8,8 @@ one 16 x 16 matrix, in which 16 pairs get into each other's way. Zoology
 
   python train.py --config=configs/quickstart.py
 
-Expected on the test split, measured at commit 616b5f5 on two CPU cores (AMD
-EPYC) in 105 seconds: softmax 1.000, elu+1 0.206, chance 0.008; one seed. The
+Expected on the test split, measured at commit d968c53 on two CPU cores (AMD
+EPYC) in 82 seconds: softmax 1.000, elu+1 0.206, chance 0.008; one seed. The
 comparison is one of equal budgets: at a constant learning rate of 8e-3, elu+1
 had 0.74 of the training batches right after 2,500 steps, and with value_dim=64,
 a state four times as large, 0.96 after 2,200. Softmax needs 300.
