@@ -1,0 +1,192 @@
+"""Where the tokens of a sequence lie when several devices share it.
+
+A layout is a permutation of the sequence, cut into one shard per device. With
+T = 16 tokens on R = 4 devices:
+
+    contiguous   0  1  2  3 |  4  5  6  7 |  8  9 10 11 | 12 13 14 15
+    zigzag       0  1 14 15 |  2  3 12 13 |  4  5 10 11 |  6  7  8  9
+    striped      0  4  8 12 |  1  5  9 13 |  2  6 10 14 |  3  7 11 15
+
+Under a causal mask the last contiguous shard has 2 - 1/R times the mean work;
+zigzag (Llama 3, arXiv:2407.21783) and striped (arXiv:2311.09431) share it out
+evenly. A batch is permuted once, where it enters, and every array of it
+together: all the rest reads positions, so nothing can come out of line.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longctx.typing import Int, Shaped
+
+LAYOUTS = ('contiguous', 'zigzag', 'striped')
+
+# Zigzag chunks beyond this length are made a multiple of it, so that blocks of
+# scores end where chunks do.
+CHUNK_MULTIPLE = 128
+
+# What stands at padded places of a batch. No token reads a padded one.
+FILL = {
+  'tokens': 0,
+  'labels': 0,
+  'weights': 0,
+  'positions': 0,
+  'segment_ids': -1,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceLayout:
+  """How `seq_len` tokens are spread over `num_shards` shards.
+
+  Any length works: padding fills the last shards up and stands at the end of
+  the natural order, at positions `seq_len` and beyond.
+
+  Attributes:
+    name: 'contiguous', 'zigzag' or 'striped'.
+    seq_len: tokens T of the sequence, without padding.
+    num_shards: shards R.
+  """
+
+  name: str
+  seq_len: int
+  num_shards: int
+
+  def __post_init__(self):
+    if self.name not in LAYOUTS:
+      raise ValueError(
+        f'unknown layout {self.name!r}; known: {", ".join(LAYOUTS)}'
+      )
+    if self.seq_len < 1 or self.num_shards < 1:
+      raise ValueError(
+        f'need seq_len={self.seq_len} >= 1 and '
+        f'num_shards={self.num_shards} >= 1'
+      )
+
+  @property
+  def runs(self) -> int:
+    """Runs of neighbouring tokens in a shard; 0 where there are none."""
+    return {'contiguous': 1, 'zigzag': 2, 'striped': 0}[self.name]
+
+  @property
+  def run_len(self) -> int:
+    """Tokens of a run, C; those of a whole shard where it has no runs."""
+    length = -(-self.seq_len // (self.num_shards * max(self.runs, 1)))
+    if self.name == 'zigzag' and length > CHUNK_MULTIPLE:
+      length = -(-length // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+    return length
+
+  @property
+  def shard_len(self) -> int:
+    """Tokens of a shard, L, the padding included."""
+    return self.run_len * max(self.runs, 1)
+
+  @property
+  def padded_len(self) -> int:
+    """Tokens of all shards, R L."""
+    return self.shard_len * self.num_shards
+
+  @property
+  def is_padded(self) -> bool:
+    return self.padded_len > self.seq_len
+
+  @property
+  def is_natural(self) -> bool:
+    """Whether the layout leaves the sequence as it is."""
+    return self.name == 'contiguous' or self.num_shards == 1
+
+  def positions(self, shard: int | jax.Array) -> Int[Any, ' L']:
+    """Natural positions of the tokens of a shard, in their order there.
+
+    Args:
+      shard: its index, which may be traced.
+
+    Returns:
+      int32[L]; numpy for a Python integer, else a JAX array.
+    """
+    xp = np if isinstance(shard, (int, np.integer)) else jnp
+    i = xp.arange(self.shard_len, dtype=xp.int32)
+    R, C = self.num_shards, self.run_len
+    if self.name == 'striped':
+      return shard + R * i
+    if self.name == 'contiguous':
+      return shard * C + i
+    chunk = xp.where(i < C, shard, 2 * R - 1 - shard)
+    return (chunk * C + i % C).astype(xp.int32)
+
+  @functools.cached_property
+  def order(self) -> Int[np.ndarray, ' R_L']:
+    """The natural position of every place of the layout, int32[R L]."""
+    return np.concatenate(
+      [self.positions(shard) for shard in range(self.num_shards)]
+    )
+
+  @functools.cached_property
+  def places(self) -> Int[np.ndarray, ' R_L']:
+    """The place in the layout of every natural position: `order` inverted."""
+    places = np.empty(self.padded_len, np.int32)
+    places[self.order] = np.arange(self.padded_len, dtype=np.int32)
+    return places
+
+  def apply(
+    self, x: Shaped[Any, '...'], *, axis: int = 1, fill: float = 0
+  ) -> Shaped[Any, '...']:
+    """Brings an axis of length T from natural order into the layout, R L.
+
+    Args:
+      x: a numpy or JAX array.
+      axis: which axis is the sequence.
+      fill: value of the padding.
+    """
+    if x.shape[axis] != self.seq_len:
+      raise ValueError(
+        f'axis {axis} of {x.shape=} must have seq_len={self.seq_len}'
+      )
+    xp = jnp if isinstance(x, jax.Array) else np
+    if self.is_padded:
+      widths = [(0, 0)] * x.ndim
+      widths[axis] = (0, self.padded_len - self.seq_len)
+      x = xp.pad(x, widths, constant_values=fill)
+    return x if self.is_natural else xp.take(x, self.order, axis=axis)
+
+  def restore(
+    self, x: Shaped[Any, '...'], *, axis: int = 1
+  ) -> Shaped[Any, '...']:
+    """The inverse of `apply`: natural order, without the padding."""
+    if x.shape[axis] != self.padded_len:
+      raise ValueError(
+        f'axis {axis} of {x.shape=} must have padded_len={self.padded_len}'
+      )
+    xp = jnp if isinstance(x, jax.Array) else np
+    return xp.take(x, self.places[: self.seq_len], axis=axis)
+
+  def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A batch of arrays [B, T] in the layout's order, [B, R L].
+
+    Padding has weight 0 and is read by no token: causal and other masks on
+    default positions leave out the keys beyond T, and where the batch brings
+    its own positions or segments, padding is a segment of its own.
+
+    Args:
+      batch: tokens, labels, weights and, where there are, positions and
+        segment_ids; `read` holds places in T instead, and is mapped to them.
+    """
+    batch = dict(batch)
+    read = batch.pop('read', None)
+    unknown = sorted(set(batch) - set(FILL))
+    if unknown:
+      raise ValueError(f'no layout for {unknown}; known: {sorted(FILL)}, read')
+    if self.is_padded and 'positions' in batch and 'segment_ids' not in batch:
+      batch['segment_ids'] = np.zeros(batch['tokens'].shape, np.int32)
+    placed = {
+      name: self.apply(x, axis=x.ndim - 1, fill=FILL[name])
+      for name, x in batch.items()
+    }
+    if read is not None:
+      placed['read'] = np.where(read < 0, -1, self.places[read])
+    return placed

@@ -1,0 +1,94 @@
+"""Device meshes: the one place where they are made.
+
+A mesh has three axes: `data` splits the batch, `seq` the sequence, `model` the
+heads and the MLP (or, under 'ring+ulysses', the sequence again).
+"""
+
+import glob
+import importlib.util
+import os
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+AXES = ('data', 'seq', 'model')
+
+# Virtual CPU devices take turns on few cores, so one may wait minutes for
+# another; XLA would take that for a deadlock and abort after 40 seconds.
+PATIENCE = (
+  '--xla_cpu_collective_call_warn_stuck_timeout_seconds=3600',
+  '--xla_cpu_collective_call_terminate_timeout_seconds=36000',
+)
+
+
+def make_mesh(data: int = 1, seq: int = 1, model: int = 1) -> Mesh:
+  """A mesh over the first data * seq * model devices.
+
+  Devices of one process, and so those with the fastest links, are neighbours
+  on `model` first, then on `seq`.
+
+  Raises:
+    ValueError: there are fewer devices.
+  """
+  shape = (data, seq, model)
+  if min(shape) < 1:
+    raise ValueError(f'mesh axes must be at least 1: {data=}, {seq=}, {model=}')
+  count = int(np.prod(shape))
+  devices = jax.devices()
+  if len(devices) < count:
+    raise ValueError(
+      f'a mesh of {data=} x {seq=} x {model=} needs {count} devices, and there '
+      f'are {len(devices)} of kind {devices[0].device_kind}; take a smaller '
+      'mesh, or start where there are more'
+    )
+  kinds = (AxisType.Auto,) * len(AXES)
+  if count == len(devices):
+    return jax.make_mesh(shape, AXES, axis_types=kinds)
+  return Mesh(np.array(devices[:count]).reshape(shape), AXES, axis_types=kinds)
+
+
+def has_accelerator() -> bool:
+  """Whether JAX will find a TPU or GPU, told without starting a backend.
+
+  After a backend has started the number of virtual CPU devices is fixed, and
+  with several processes `jax.distributed` cannot be initialized any more.
+  """
+  platforms = jax.config.jax_platforms or os.environ.get('JAX_PLATFORMS', '')
+  if platforms:
+    return platforms.split(',')[0] != 'cpu'
+
+  def present(nodes: tuple[str, ...], packages: tuple[str, ...]) -> bool:
+    installed = any(importlib.util.find_spec(name) for name in packages)
+    return installed and any(glob.glob(node) for node in nodes)
+
+  return present(('/dev/accel*', '/dev/vfio/[0-9]*'), ('libtpu',)) or present(
+    ('/dev/nvidia[0-9]*',), ('jax_cuda12_plugin', 'jax_cuda13_plugin')
+  )
+
+
+def ensure_devices(count: int) -> str | None:
+  """Makes virtual CPU devices where there is nothing but a CPU.
+
+  Has to run before anything uses a device.
+
+  Args:
+    count: devices that this process should have.
+
+  Returns:
+    One line for the user where devices were made, else None.
+  """
+  if count == 1 or has_accelerator():
+    return None
+  try:
+    jax.config.update('jax_num_cpu_devices', count)
+  except RuntimeError:
+    # Devices were used already: `make_mesh` says so if they are too few.
+    return None
+  known = os.environ.get('XLA_FLAGS', '')
+  extra = [flag for flag in PATIENCE if flag.split('=')[0] not in known]
+  os.environ['XLA_FLAGS'] = ' '.join([known, *extra]).strip()
+  return (
+    f'no accelerator: {count} virtual devices share {os.cpu_count()} CPU '
+    'cores. Results are those of real devices, speed is not'
+  )
