@@ -50,6 +50,31 @@ class Mask(abc.ABC):
       for jax.numpy positions.
     """
 
+  def bounds(
+    self,
+    q_low: Positions,
+    q_high: Positions,
+    k_low: Positions,
+    k_high: Positions,
+  ):
+    """Whether some, and whether all, pairs of two ranges may be allowed.
+
+    For positions that are known only at run time. Where a mask cannot tell, it
+    says yes to some and no to all, which costs time and is still right.
+
+    Args:
+      q_low: smallest position of a block of queries, any shape.
+      q_high: largest one.
+      k_low: smallest position of a block of keys, broadcastable.
+      k_high: largest one.
+
+    Returns:
+      (some, all): Booleans of the broadcast shape. some is never no where a
+      pair is allowed; all is never yes where one is not.
+    """
+    everywhere = q_low - k_low == q_low - k_low
+    return everywhere, ~everywhere
+
   @abc.abstractmethod
   def primitives(self) -> tuple[Primitive, ...]:
     """The primitive masks this one is made of."""
@@ -200,6 +225,16 @@ class Full(Primitive):
   def allowed(self, q_positions: Positions, k_positions: Positions):
     return q_positions - k_positions == q_positions - k_positions
 
+  def bounds(
+    self,
+    q_low: Positions,
+    q_high: Positions,
+    k_low: Positions,
+    k_high: Positions,
+  ):
+    everywhere = q_low - k_low == q_low - k_low
+    return everywhere, everywhere
+
 
 @dataclasses.dataclass(frozen=True)
 class Causal(Primitive):
@@ -209,6 +244,15 @@ class Causal(Primitive):
 
   def allowed(self, q_positions: Positions, k_positions: Positions):
     return q_positions >= k_positions
+
+  def bounds(
+    self,
+    q_low: Positions,
+    q_high: Positions,
+    k_low: Positions,
+    k_high: Positions,
+  ):
+    return q_high >= k_low, q_low >= k_high
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +269,17 @@ class SlidingWindow(Primitive):
   def allowed(self, q_positions: Positions, k_positions: Positions):
     offset = q_positions - k_positions
     return (offset <= self.left) & (offset >= -self.right)
+
+  def bounds(
+    self,
+    q_low: Positions,
+    q_high: Positions,
+    k_low: Positions,
+    k_high: Positions,
+  ):
+    nearest, farthest = q_low - k_high, q_high - k_low
+    some = (nearest <= self.left) & (farthest >= -self.right)
+    return some, (farthest <= self.left) & (nearest >= -self.right)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +302,19 @@ class Dilated(Primitive):
     near = offset < self.window * self.dilation
     return near & (offset % self.dilation == 0)
 
+  def bounds(
+    self,
+    q_low: Positions,
+    q_high: Positions,
+    k_low: Positions,
+    k_high: Positions,
+  ):
+    reach = (self.window - 1) * self.dilation
+    some = (q_low - k_high <= reach) & (q_high - k_low >= -reach)
+    return some, some & (self.dilation == 1) & (
+      (q_high - k_low <= reach) & (q_low - k_high >= -reach)
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class PrefixColumns(Primitive):
@@ -262,6 +330,15 @@ class PrefixColumns(Primitive):
 
   def allowed(self, q_positions: Positions, k_positions: Positions):
     return k_positions + 0 * q_positions < self.n
+
+  def bounds(
+    self,
+    q_low: Positions,
+    q_high: Positions,
+    k_low: Positions,
+    k_high: Positions,
+  ):
+    return k_low + 0 * q_low < self.n, k_high + 0 * q_low < self.n
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,6 +361,54 @@ class GlobalTokens(Primitive):
 
   def allowed(self, q_positions: Positions, k_positions: Positions):
     return (q_positions < self.n) | (k_positions < self.n)
+
+  def bounds(
+    self,
+    q_low: Positions,
+    q_high: Positions,
+    k_low: Positions,
+    k_high: Positions,
+  ):
+    some = (q_low < self.n) | (k_low < self.n)
+    return some, (q_high < self.n) | (k_high < self.n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Beyond(Primitive):
+  """Pairs of queries and keys that both lie beyond a prefix.
+
+  What `GlobalTokens` and `PrefixColumns` leave: schedules that treat the first
+  tokens apart give the rest of a mask by `mask & Beyond(rows, columns)`.
+
+  Attributes:
+    rows: queries from this position on.
+    columns: keys from this position on.
+  """
+
+  rows: int
+  columns: int
+
+  def __post_init__(self):
+    _check(self, rows=0, columns=0)
+
+  def q_cuts(self, T: int) -> np.ndarray:
+    return np.array([min(self.rows, T)])
+
+  def k_cuts(self, S: int) -> np.ndarray:
+    return np.array([min(self.columns, S)])
+
+  def allowed(self, q_positions: Positions, k_positions: Positions):
+    return (q_positions >= self.rows) & (k_positions >= self.columns)
+
+  def bounds(
+    self,
+    q_low: Positions,
+    q_high: Positions,
+    k_low: Positions,
+    k_high: Positions,
+  ):
+    some = (q_high >= self.rows) & (k_high >= self.columns)
+    return some, (q_low >= self.rows) & (k_low >= self.columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,6 +497,35 @@ class BlockSparse(Primitive):
     column = xp.minimum(column, table.shape[1] - 1)
     return inside & table[row, column]
 
+  def bounds(
+    self,
+    q_low: Positions,
+    q_high: Positions,
+    k_low: Positions,
+    k_high: Positions,
+  ):
+    # Counts of ones in rectangles, from sums over all the blocks before.
+    table = np.asarray(self.pattern, np.int32)
+    sums = np.pad(table, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    on_device = any(
+      isinstance(x, jax.Array) for x in (q_low, q_high, k_low, k_high)
+    )
+    sums = jnp.asarray(sums) if on_device else sums
+    xp = jnp if on_device else np
+    rows, columns = table.shape
+    top, bottom = q_low // self.block, q_high // self.block + 1
+    left, right = k_low // self.block, k_high // self.block + 1
+    area = (bottom - top) * (right - left)
+    top, bottom = xp.minimum(top, rows), xp.minimum(bottom, rows)
+    left, right = xp.minimum(left, columns), xp.minimum(right, columns)
+    ones = (
+      sums[bottom, right]
+      - sums[top, right]
+      - sums[bottom, left]
+      + sums[top, left]
+    )
+    return ones > 0, ones == area
+
 
 @dataclasses.dataclass(frozen=True)
 class _Combination(Mask):
@@ -395,6 +549,17 @@ class And(_Combination):
   def combine(self, leaf: Callable[[Primitive], np.ndarray]) -> np.ndarray:
     return self.a.combine(leaf) & self.b.combine(leaf)
 
+  def bounds(
+    self,
+    q_low: Positions,
+    q_high: Positions,
+    k_low: Positions,
+    k_high: Positions,
+  ):
+    some, all_ = self.a.bounds(q_low, q_high, k_low, k_high)
+    also, also_all = self.b.bounds(q_low, q_high, k_low, k_high)
+    return some & also, all_ & also_all
+
 
 @dataclasses.dataclass(frozen=True)
 class Or(_Combination):
@@ -406,6 +571,17 @@ class Or(_Combination):
 
   def combine(self, leaf: Callable[[Primitive], np.ndarray]) -> np.ndarray:
     return self.a.combine(leaf) | self.b.combine(leaf)
+
+  def bounds(
+    self,
+    q_low: Positions,
+    q_high: Positions,
+    k_low: Positions,
+    k_high: Positions,
+  ):
+    some, all_ = self.a.bounds(q_low, q_high, k_low, k_high)
+    also, also_all = self.b.bounds(q_low, q_high, k_low, k_high)
+    return some | also, all_ | also_all
 
 
 def _edges(length: int, block: int) -> np.ndarray:

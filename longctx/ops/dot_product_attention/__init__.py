@@ -7,13 +7,14 @@ import numpy as np
 from longctx.masks import Causal, Mask
 from longctx.ops.dot_product_attention import blockwise, reference
 from longctx.ops.dot_product_attention.blocks import BlockSizes
-from longctx.ops.dot_product_attention.dropout import random_words
+from longctx.ops.dot_product_attention.dropout import Dropout, make_dropout
 from longctx.typing import Array, Float, Int, Key
 
 __all__ = [
   'IMPLEMENTATIONS',
   'NORMALIZERS',
   'BlockSizes',
+  'Dropout',
   'dot_product_attention',
 ]
 
@@ -43,7 +44,7 @@ def dot_product_attention(
   sink_logits: Float[Array, ' N'] | None = None,
   alibi_slopes: Float[Array, ' N'] | Float[np.ndarray, ' N'] | None = None,
   normalizer: str = 'softmax',
-  dropout: tuple[float, Key[Array, '']] | None = None,
+  dropout: tuple[float, Key[Array, '']] | Dropout | None = None,
   block_sizes: BlockSizes | None = None,
   implementation: str | None = None,
   return_lse: bool = False,
@@ -84,8 +85,7 @@ def dot_product_attention(
       after normalisation and the kept ones divided by 1 - rate. Which ones
       depends on the key, batch row, head, segment and positions, and not on the
       implementation or block sizes. Batch rows and heads are counted in the
-      arrays given: inside `shard_map`, fold the shard's place on those axes
-      into the key.
+      arrays given; a `Dropout` also says where those begin in larger ones.
     block_sizes: for blockwise implementations; None for heuristics.
     implementation: 'reference' (memory B N T S), 'xla' (memory linear in T and
       S) or None for the best that supports the call.
@@ -134,7 +134,7 @@ def dot_product_attention(
     logits_soft_cap=logits_soft_cap,
     sink_logits=sink_logits,
     alibi_slopes=alibi_slopes,
-    dropout=_dropout(dropout),
+    dropout=make_dropout(dropout),
     block_sizes=block_sizes,
   )
   return (out, lse) if return_lse else out
@@ -195,15 +195,3 @@ def _indices(
   if not jnp.issubdtype(x.dtype, jnp.integer):
     raise ValueError(f'{name} must be integers: {x.dtype=}')
   return x
-
-
-def _dropout(
-  dropout: tuple[float, Array] | None,
-) -> tuple[float, Array] | None:
-  """Checks the rate and draws two words from the key; None if none drops."""
-  if dropout is None:
-    return None
-  rate, key = dropout
-  if not 0 <= rate < 1:
-    raise ValueError(f'dropout {rate=} must be in [0, 1)')
-  return (rate, random_words(key)) if rate > 0 else None

@@ -191,6 +191,7 @@ def make_tiling(
   sizes: BlockSizes,
   *,
   backward: bool,
+  piece: int | None = None,
 ) -> Tiling:
   """The cheapest tiling by a model of a CPU, among those that `sizes` allows.
 
@@ -204,13 +205,14 @@ def make_tiling(
     shape: B, T, S, K, G.
     sizes: where a size is given, it is taken.
     backward: which of the sizes to read.
+    piece: blocks chosen here divide it, or are cut to it.
   """
   B, T, S, K, G = shape
   fixed_q = sizes.block_q_backward if backward else sizes.block_q
   fixed_k = sizes.block_k_backward if backward else sizes.block_k
   best, least = None, None
-  for block_q in {min(b, T) for b in ([fixed_q] if fixed_q else BLOCKS)}:
-    for block_k in {min(b, S) for b in ([fixed_k] if fixed_k else BLOCKS)}:
+  for block_q in _candidates(fixed_q, T, piece):
+    for block_k in _candidates(fixed_k, S, piece):
       together = SCORES_TOGETHER // (G * block_q * block_k)
       together = sizes.heads or max(1, min(together, 64))
       heads = _divisor(K, together)
@@ -220,6 +222,15 @@ def make_tiling(
       if least is None or (cost, -block_q, -block_k) < least:
         best, least = tiling, (cost, -block_q, -block_k)
   return best
+
+
+def _candidates(fixed: int | None, length: int, piece: int | None) -> set[int]:
+  """The block sizes to choose from, the fixed one alone if there is one."""
+  if fixed:
+    return {min(fixed, length)}
+  piece = min(piece or length, length)
+  sizes = {min(size, piece) for size in BLOCKS}
+  return {b for b in sizes if piece % b == 0} if piece < length else sizes
 
 
 def _cost(mask: Mask, tiling: Tiling) -> float:

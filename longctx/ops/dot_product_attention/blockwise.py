@@ -32,12 +32,12 @@ from longctx.ops.dot_product_attention.blocks import (
   Tiling,
   make_tiling,
 )
-from longctx.ops.dot_product_attention.dropout import keep_factor
+from longctx.ops.dot_product_attention.dropout import Dropout, keep_factor
 from longctx.ops.dot_product_attention.work_list import (
   Indices,
   make_work_list,
 )
-from longctx.typing import Array, Float, Int, Num
+from longctx.typing import Array, Float, Int
 
 # Finite, so that exp(-inf - FLOOR) is 0 in rows that have no key yet.
 FLOOR = -1e30
@@ -50,7 +50,6 @@ class Spec:
   mask: Mask
   scale: float
   logits_soft_cap: float | None
-  dropout_rate: float
   forward: Tiling
   backward: Tiling
 
@@ -58,9 +57,9 @@ class Spec:
 class Extras(NamedTuple):
   """Arrays without a gradient; None where not used."""
 
-  indices: Indices
-  alibi_slopes: Float[Array, ' N'] | None
-  dropout_words: Num[Array, '2'] | None
+  indices: Indices = Indices()
+  alibi_slopes: Float[Array, ' N'] | None = None
+  dropout: Dropout | None = None
 
 
 def dot_product_attention(
@@ -77,7 +76,7 @@ def dot_product_attention(
   logits_soft_cap: float | None,
   sink_logits: Float[Array, ' N'] | None,
   alibi_slopes: Float[Array, ' N'] | None,
-  dropout: tuple[float, Num[Array, '2']] | None,
+  dropout: Dropout | None,
   block_sizes: BlockSizes | None,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
   """Blockwise attention; arguments as in the reference, memory O(T).
@@ -87,47 +86,103 @@ def dot_product_attention(
   Returns:
     out in the dtype of q, lse in float32 (float64 for float64 inputs).
   """
+  spec = make_spec(
+    q,
+    k,
+    mask=mask,
+    scale=scale,
+    logits_soft_cap=logits_soft_cap,
+    block_sizes=block_sizes,
+  )
+  indices = Indices(q_positions, k_positions, q_segment_ids, k_segment_ids)
+  out, lse = _attend(spec, q, k, v, Extras(indices, alibi_slopes, dropout))
+  if sink_logits is not None:
+    out, lse = add_sink(out, lse, sink_logits)
+  return out, lse
+
+
+def make_spec(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  *,
+  mask: Mask,
+  scale: float,
+  logits_soft_cap: float | None,
+  block_sizes: BlockSizes | None,
+  piece: int | None = None,
+) -> Spec:
+  """The tilings for arrays of these shapes, and what else is static.
+
+  Args:
+    q: queries, of which the shape is read.
+    k: keys, likewise.
+    mask: as in `dot_product_attention`, like the next ones.
+    scale: of the logits.
+    logits_soft_cap: cap on the logits.
+    block_sizes: None for heuristics.
+    piece: blocks should not cross multiples of this many tokens, where
+      positions jump; None: there are no jumps.
+  """
   B, T, N, _ = q.shape
   S, K = k.shape[1:3]
   sizes = block_sizes or BlockSizes()
-  rate, words = (0.0, None) if dropout is None else dropout
-  spec = Spec(
-    mask,
-    scale,
-    logits_soft_cap,
-    rate,
-    make_tiling(mask, (B, T, S, K, N // K), sizes, backward=False),
-    make_tiling(mask, (B, T, S, K, N // K), sizes, backward=True),
+  forward, backward = (
+    make_tiling(
+      mask, (B, T, S, K, N // K), sizes, backward=backward, piece=piece
+    )
+    for backward in (False, True)
   )
-  indices = Indices(q_positions, k_positions, q_segment_ids, k_segment_ids)
-  out, lse = _attend(spec, q, k, v, Extras(indices, alibi_slopes, words))
-  if sink_logits is not None:
-    # The sink joins after the fact, so its gradient comes from dlse.
-    total = jnp.logaddexp(lse, sink_logits.astype(lse.dtype))
-    out = (out * jnp.exp(lse - total)[..., None]).astype(q.dtype)
-    lse = total
-  return out, lse
+  return Spec(mask, scale, logits_soft_cap, forward, backward)
+
+
+def add_sink(
+  out: Float[Array, 'B T N V'],
+  lse: Float[Array, 'B T N'],
+  sink_logits: Float[Array, ' N'],
+) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
+  """Lets a logit per head take its share of the probability.
+
+  It joins after the fact, so its gradient comes from that of lse, and a ring
+  counts it once.
+  """
+  total = jnp.logaddexp(lse, sink_logits.astype(lse.dtype))
+  return (out * jnp.exp(lse - total)[..., None]).astype(out.dtype), total
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(spec: Spec, q, k, v, extras: Extras):
-  return _forward(spec, q, k, v, extras)
+  out, lse = forward(spec, q, k, v, extras)
+  return out.astype(q.dtype), lse
 
 
 def _attend_fwd(spec: Spec, q, k, v, extras: Extras):
-  out, lse = _forward(spec, q, k, v, extras)
+  out, lse = _attend(spec, q, k, v, extras)
   return (out, lse), (q, k, v, extras, out, lse)
 
 
 def _attend_bwd(spec: Spec, residuals, cotangents):
-  dq, dk, dv = _backward(spec, *residuals, *cotangents)
-  return dq, dk, dv, None
+  q, k, v, extras, out, lse = residuals
+  dout, dlse = cotangents
+  delta = make_delta(out, dout, dlse)
+  grads = backward(spec, q, k, v, extras, lse, dout, delta)
+  grads = (g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
+  return *grads, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _forward(spec: Spec, q, k, v, extras: Extras):
+def forward(
+  spec: Spec,
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K V'],
+  extras: Extras,
+) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
+  """(out, lse) over the keys given, both in the dtype of the sums.
+
+  Parts over disjoint sets of keys are put together by `ops.merge`.
+  """
   t = spec.forward
   dtype = jnp.promote_types(q.dtype, jnp.float32)
   q_blocks, k_blocks, v_blocks = t.split_q(q), t.split_k(k), t.split_k(v)
@@ -161,18 +216,45 @@ def _forward(spec: Spec, q, k, v, extras: Extras):
     acc, peak, total = work.visit(g, i, step, _vary_like(carry, q, k, v))
     some = total > 0
     total = jnp.where(some, total, 1)
-    out = (acc / total[..., None]).astype(q.dtype)
+    out = acc / total[..., None]
     return out, jnp.where(some, peak + jnp.log(total), -jnp.inf)
 
   out, lse = lax.map(row, jnp.arange(t.groups * t.nq))
   return t.join_q(out), t.join_q(lse[..., None])[..., 0]
 
 
-def _backward(spec: Spec, q, k, v, extras: Extras, out, lse, dout, dlse):
+def make_delta(
+  out: Float[Array, 'B T N V'],
+  dout: Float[Array, 'B T N V'],
+  dlse: Float[Array, 'B T N'],
+) -> Float[Array, 'B T N']:
+  """rowsum(dout * out) - dlse, which is all that `backward` needs of them."""
+  delta = jnp.einsum(
+    'BTNV,BTNV->BTN', dout, out, preferred_element_type=dlse.dtype
+  )
+  return delta - dlse
+
+
+def backward(
+  spec: Spec,
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K V'],
+  extras: Extras,
+  lse: Float[Array, 'B T N'],
+  dout: Float[Array, 'B T N V'],
+  delta: Float[Array, 'B T N'],
+) -> tuple[
+  Float[Array, 'B T N H'], Float[Array, 'B S K H'], Float[Array, 'B S K V']
+]:
+  """(dq, dk, dv) of the pairs of q and k, in the dtype of the sums.
+
+  With lse and delta of all the keys, the keys given may be a part of them: then
+  dq is that part's share, and dk and dv are whole.
+  """
   t = spec.backward
   dtype = lse.dtype
-  delta = jnp.einsum('BTNV,BTNV->BTN', dout, out, preferred_element_type=dtype)
-  delta = t.split_q((delta - dlse)[..., None])[..., 0]
+  delta = t.split_q(delta[..., None])[..., 0]
   # exp(z - inf) = 0: rows without keys and padded rows have no weights.
   lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
   lse = t.split_q(lse[..., None], fill=jnp.inf)[..., 0]
@@ -208,12 +290,12 @@ def _backward(spec: Spec, q, k, v, extras: Extras, out, lse, dout, dlse):
     )
     carry = (dq, *_vary_like(zeros, q, k, v, dout))
     dq, dk, dv = work.visit(g, j, step, carry)
-    return dq, (dk.astype(k.dtype), dv.astype(v.dtype))
+    return dq, (dk, dv)
 
   dq = jnp.zeros((t.groups * t.nq, t.X, H, R), dtype)
   dq = _vary_like(dq, q, k, v, dout)
   dq, (dk, dv) = lax.scan(column, dq, jnp.arange(t.groups * t.nk))
-  dq = t.join_q(dq.swapaxes(2, 3) * spec.scale).astype(q.dtype)
+  dq = t.join_q(dq.swapaxes(2, 3) * spec.scale)
   return dq, t.join_k(dk), t.join_k(dv)
 
 
@@ -228,7 +310,7 @@ class _Work:
     self, spec: Spec, tiling: Tiling, extras: Extras, *, by_column: bool
   ):
     self.spec, self.tiling, self.by_column = spec, tiling, by_column
-    self.slopes, self.words = extras.alibi_slopes, extras.dropout_words
+    self.slopes, self.dropout = extras.alibi_slopes, extras.dropout
     self.list = make_work_list(
       spec.mask, tiling, extras.indices, by_column=by_column
     )
@@ -281,15 +363,14 @@ class _Work:
 
   def dropped(self, p, g, i, j):
     """The scores times 0 where dropped, else 1 / (1 - rate)."""
-    if self.words is None:
+    if self.dropout is None:
       return p
     t = self.tiling
     q_pos, k_pos = self._positions(g, i, j)
     batch = g // t.head_groups * t.rows + jnp.arange(t.rows)
     segment = self._at(self.indices.q_segment_ids, g, i)
     keep = keep_factor(
-      self.spec.dropout_rate,
-      self.words,
+      self.dropout,
       batch=batch.reshape(-1, 1, 1, 1, 1),
       head=self._heads(jnp.arange(t.K * t.G), g),
       segment=None if segment is None else self._expand_q(segment),

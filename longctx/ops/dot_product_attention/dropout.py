@@ -5,20 +5,56 @@ position, key position), not by the order in which weights are computed: any
 block size, and any mesh that hands over global positions, drops the same ones.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from longctx.typing import Array, Float, Int, Key, Num
 
 
-def random_words(key: Key[Array, '']) -> Num[Array, '2']:
-  """The two words of randomness that `keep_factor` hashes with positions."""
-  return jax.random.bits(key, (2,), jnp.uint32)
+class Dropout(NamedTuple):
+  """What decides which weights are dropped, beside their indices.
+
+  Attributes:
+    threshold: weights whose random bits are below it are dropped.
+    factor: of the weights that are kept.
+    words: two words of randomness.
+    first_batch_row: number in the whole batch of the arrays' first row.
+    first_head: number in the whole layer of the arrays' first query head.
+  """
+
+  threshold: Num[Array, '']
+  factor: Float[Array, '']
+  words: Num[Array, '2']
+  first_batch_row: int | Int[Array, ''] = 0
+  first_head: int | Int[Array, ''] = 0
+
+
+def make_dropout(
+  dropout: tuple[float, Key[Array, '']] | Dropout | None,
+) -> Dropout | None:
+  """From (rate, key); None if nothing is dropped.
+
+  Raises:
+    ValueError: the rate is no probability below 1.
+  """
+  if dropout is None or isinstance(dropout, Dropout):
+    return dropout
+  rate, key = dropout
+  if not 0 <= rate < 1:
+    raise ValueError(f'dropout {rate=} must be in [0, 1)')
+  if rate == 0:
+    return None
+  return Dropout(
+    threshold=jnp.uint32(round(rate * 2**32)),
+    factor=jnp.float32(1 / (1 - rate)),
+    words=jax.random.bits(key, (2,), jnp.uint32),
+  )
 
 
 def keep_factor(
-  rate: float,
-  words: Num[Array, '2'],
+  dropout: Dropout,
   *,
   batch: Int[Array, '...'],
   head: Int[Array, '...'],
@@ -28,18 +64,20 @@ def keep_factor(
 ) -> Float[Array, '...']:
   """1 / (1 - rate) where a weight is kept and 0 where it is dropped.
 
-  The indices broadcast against each other; so does the result. Segments are
+  The indices broadcast against each other; so does the result. Batch rows and
+  heads are counted from the first ones that `dropout` names. Segments are
   hashed so that documents whose positions start anew draw anew.
   """
-  row = words[0]
+  batch = dropout.first_batch_row + batch
+  head = dropout.first_head + head
+  row = dropout.words[0]
   for index in (batch, head, segment, q_positions):
     if index is not None:
       row = _mix(row ^ index.astype(jnp.uint32) * jnp.uint32(0x9E3779B1))
   column = k_positions.astype(jnp.uint32) * jnp.uint32(0x85EBCA77)
   # Rows and columns are mixed on their own, so that a pair costs one mix.
-  bits = _mix(row + _mix(words[1] ^ column))
-  kept = bits >= jnp.uint32(round(rate * 2**32))
-  return jnp.where(kept, jnp.float32(1 / (1 - rate)), 0)
+  bits = _mix(row + _mix(dropout.words[1] ^ column))
+  return jnp.where(bits >= dropout.threshold, dropout.factor, 0)
 
 
 def _mix(x: Num[Array, '...']) -> Num[Array, '...']:

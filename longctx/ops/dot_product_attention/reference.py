@@ -5,8 +5,8 @@ import jax.numpy as jnp
 
 from longctx.masks import Mask
 from longctx.ops.dot_product_attention.blocks import BlockSizes
-from longctx.ops.dot_product_attention.dropout import keep_factor
-from longctx.typing import Array, Float, Int, Num
+from longctx.ops.dot_product_attention.dropout import Dropout, keep_factor
+from longctx.typing import Array, Float, Int
 
 
 def dot_product_attention(
@@ -23,7 +23,7 @@ def dot_product_attention(
   logits_soft_cap: float | None,
   sink_logits: Float[Array, ' N'] | None,
   alibi_slopes: Float[Array, ' N'] | None,
-  dropout: tuple[float, Num[Array, '2']] | None,
+  dropout: Dropout | None,
   block_sizes: BlockSizes | None,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
   """Softmax over the allowed keys, with every score held: memory B N T S.
@@ -68,11 +68,9 @@ def dot_product_attention(
   total = jnp.where(some, total, 1)
   lse = jnp.where(some, peak + jnp.log(total), -jnp.inf)
   if dropout is not None:
-    rate, words = dropout
     batch, head = jnp.arange(B)[:, None, None, None], jnp.arange(N)
     p *= keep_factor(
-      rate,
-      words,
+      dropout,
       batch=batch,
       head=head[:, None, None],
       segment=segment,

@@ -45,9 +45,9 @@ def make_work_list(
 
   With default positions and no segments the list is made on the host. Else it
   is computed from the smallest and largest position and segment of each block,
-  O(nq nk) numbers: exact for sorted segments and for the masks that
-  `_bounds` knows, else a block that is empty may be visited, where
-  its element mask drops every pair.
+  O(nq nk) numbers: exact for sorted segments and as exact as
+  `mask.bounds`, else a block that is empty may be visited, where its element
+  mask drops every pair.
   """
   if all(x is None for x in indices):
     return _static_work_list(mask, tiling, by_column)
@@ -108,7 +108,7 @@ def _block_kinds(
     if k_positions is None:
       k_positions = jnp.arange(t.S)[None]
     bounds = _pair_ranges(t, q_positions, k_positions)
-    possible, certain = _bounds(mask, *bounds)
+    possible, certain = mask.bounds(*bounds)
   if indices.q_segment_ids is not None:
     q_low, q_high, k_low, k_high = _pair_ranges(
       t, indices.q_segment_ids, indices.k_segment_ids
@@ -148,42 +148,3 @@ def _pair_ranges(
     k_low[:, None],
     k_high[:, None],
   )
-
-
-def _bounds(
-  mask: masks.Mask,
-  q_low: Int[Array, 'bq nq 1'],
-  q_high: Int[Array, 'bq nq 1'],
-  k_low: Int[Array, 'bk 1 nk'],
-  k_high: Int[Array, 'bk 1 nk'],
-) -> tuple[Bool[Array, 'b nq nk'], Bool[Array, 'b nq nk']]:
-  """Whether some, and whether all, pairs of two ranges may be allowed.
-
-  Never no where the answer is yes, for some; never yes where it is no, for all.
-  """
-  nearest, farthest = q_low - k_high, q_high - k_low
-  everywhere = nearest == nearest
-  match mask:
-    case masks.And(a, b) | masks.Or(a, b):
-      some_a, all_a = _bounds(a, q_low, q_high, k_low, k_high)
-      some_b, all_b = _bounds(b, q_low, q_high, k_low, k_high)
-      if isinstance(mask, masks.And):
-        return some_a & some_b, all_a & all_b
-      return some_a | some_b, all_a | all_b
-    case masks.Full():
-      return everywhere, everywhere
-    case masks.Causal():
-      return farthest >= 0, nearest >= 0
-    case masks.SlidingWindow(left, right):
-      some = (nearest <= left) & (farthest >= -right)
-      return some, (farthest <= left) & (nearest >= -right)
-    case masks.Dilated(window, dilation):
-      reach = (window - 1) * dilation
-      some = (nearest <= reach) & (farthest >= -reach)
-      return some, ~everywhere
-    case masks.PrefixColumns(n):
-      return everywhere & (k_low < n), everywhere & (k_high < n)
-    case masks.GlobalTokens(n):
-      return (q_low < n) | (k_low < n), (q_high < n) | (k_high < n)
-    case _:
-      return everywhere, ~everywhere
