@@ -30,14 +30,8 @@ LAYOUTS = ('contiguous', 'zigzag', 'striped')
 # scores end where chunks do.
 CHUNK_MULTIPLE = 128
 
-# What stands at padded places of a batch. No token reads a padded one.
-FILL = {
-  'tokens': 0,
-  'labels': 0,
-  'weights': 0,
-  'positions': 0,
-  'segment_ids': -1,
-}
+# Arrays of a batch that have an entry per token.
+PER_TOKEN = ('tokens', 'labels', 'weights', 'positions', 'segment_ids')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,14 +128,14 @@ class SequenceLayout:
     return places
 
   def apply(
-    self, x: Shaped[Any, '...'], *, axis: int = 1, fill: float = 0
+    self, x: Shaped[Any, '...'], *, axis: int = 1, fill: Any = 0
   ) -> Shaped[Any, '...']:
     """Brings an axis of length T from natural order into the layout, R L.
 
     Args:
       x: a numpy or JAX array.
       axis: which axis is the sequence.
-      fill: value of the padding.
+      fill: value of the padding, a number or a scalar array.
     """
     if x.shape[axis] != self.seq_len:
       raise ValueError(
@@ -178,15 +172,15 @@ class SequenceLayout:
     """
     batch = dict(batch)
     read = batch.pop('read', None)
-    unknown = sorted(set(batch) - set(FILL))
+    unknown = sorted(set(batch) - set(PER_TOKEN))
     if unknown:
-      raise ValueError(f'no layout for {unknown}; known: {sorted(FILL)}, read')
+      raise ValueError(f'no layout for {unknown}; known: {PER_TOKEN} and read')
     if self.is_padded and 'positions' in batch and 'segment_ids' not in batch:
       batch['segment_ids'] = np.zeros(batch['tokens'].shape, np.int32)
-    placed = {
-      name: self.apply(x, axis=x.ndim - 1, fill=FILL[name])
-      for name, x in batch.items()
-    }
+    placed = {}
+    for name, x in batch.items():
+      fill = x.max() + 1 if name == 'segment_ids' else 0
+      placed[name] = self.apply(x, axis=x.ndim - 1, fill=fill)
     if read is not None:
       placed['read'] = np.where(read < 0, -1, self.places[read])
     return placed

@@ -118,6 +118,20 @@ class Mask(abc.ABC):
       out[row] = np.where(counts == area, FULL, counts > 0)
     return out
 
+  def count(
+    self, q_edges: Int[np.ndarray, ' Q'], k_edges: Int[np.ndarray, ' K']
+  ) -> Int[np.ndarray, 'q k']:
+    """Allowed pairs, exactly, of each interval of queries with each of keys.
+
+    Args:
+      q_edges: ascending positions; interval i is [q_edges[i], q_edges[i + 1]).
+      k_edges: likewise for keys.
+
+    Returns:
+      int64[Q - 1, K - 1].
+    """
+    return np.stack(list(self._count_rows(q_edges, k_edges)))
+
   def num_allowed(self, T: int, S: int) -> int:
     """How many of the T x S pairs are allowed, exactly."""
     # Strips bound the memory of masks that are cut into many small cells.

@@ -1,6 +1,7 @@
 """Putting attention over disjoint sets of keys together."""
 
 import jax.numpy as jnp
+from jax import lax
 
 from longctx.typing import Array, Float
 
@@ -25,3 +26,25 @@ def merge(
     + jnp.exp(lse_b - total)[..., None] * out_b
   )
   return out, lse
+
+
+def merge_devices(
+  out: Float[Array, 'B T N V'],
+  lse: Float[Array, 'B T N'],
+  *,
+  axis: str | tuple[str, ...],
+) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
+  """`merge` over the devices of a mesh axis, inside of `shard_map`.
+
+  Two sums over devices of the size of out, whatever the number of keys (Tree
+  Attention, arXiv:2408.04093). Every device gets the result.
+  """
+  # Any number near the largest will do, so it needs no gradient.
+  peak = lax.pmax(lax.stop_gradient(lse), axis)
+  peak = jnp.where(peak == -jnp.inf, 0, peak)
+  weight = jnp.exp(lse - peak)
+  total = lax.psum(weight, axis)
+  some = total > 0
+  total = jnp.where(some, total, 1)
+  out = lax.psum(out * weight[..., None], axis) / total[..., None]
+  return out, jnp.where(some, peak + jnp.log(total), -jnp.inf)

@@ -1,5 +1,7 @@
 """Dot-product attention: one equation, several implementations."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ __all__ = [
   'BlockSizes',
   'Dropout',
   'dot_product_attention',
+  'resolve',
 ]
 
 IMPLEMENTATIONS = {
@@ -99,6 +102,51 @@ def dot_product_attention(
     ValueError: shapes that do not fit together, an unknown name.
     NotImplementedError: a combination that the implementation lacks.
   """
+  call = resolve(
+    q,
+    k,
+    v,
+    mask=mask,
+    q_positions=q_positions,
+    k_positions=k_positions,
+    q_segment_ids=q_segment_ids,
+    k_segment_ids=k_segment_ids,
+    scale=scale,
+    logits_soft_cap=logits_soft_cap,
+    sink_logits=sink_logits,
+    alibi_slopes=alibi_slopes,
+    normalizer=normalizer,
+    dropout=dropout,
+    block_sizes=block_sizes,
+    implementation=implementation,
+  )
+  out, lse = IMPLEMENTATIONS[implementation or 'xla'](q, k, v, **call)
+  return (out, lse) if return_lse else out
+
+
+def resolve(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K V'],
+  *,
+  mask: Mask,
+  q_positions: Integers | None,
+  k_positions: Integers | None,
+  q_segment_ids: Integers | None,
+  k_segment_ids: Integers | None,
+  scale: float | None,
+  logits_soft_cap: float | None,
+  sink_logits: Float[Array, ' N'] | None,
+  alibi_slopes: Float[Array, ' N'] | Float[np.ndarray, ' N'] | None,
+  normalizer: str,
+  dropout: tuple[float, Key[Array, '']] | Dropout | None,
+  block_sizes: BlockSizes | None,
+  implementation: str | None,
+) -> dict[str, Any]:
+  """The checked arguments of an implementation, defaults filled in.
+
+  For `dot_product_attention`, here and on meshes; see there for the arguments.
+  """
   _check_arrays(q, k, v)
   _check_names(normalizer, implementation)
   B, T, N, H = q.shape
@@ -120,11 +168,7 @@ def dot_product_attention(
   if NORMALIZERS[normalizer]:
     one = jnp.zeros(N, jnp.promote_types(q.dtype, jnp.float32))
     sink_logits = one if sink_logits is None else jnp.logaddexp(sink_logits, 0)
-
-  out, lse = IMPLEMENTATIONS[implementation or 'xla'](
-    q,
-    k,
-    v,
+  return dict(
     mask=mask,
     q_positions=_indices('q_positions', q_positions, (1, B), T),
     k_positions=_indices('k_positions', k_positions, (1, B), S),
@@ -137,7 +181,6 @@ def dot_product_attention(
     dropout=make_dropout(dropout),
     block_sizes=block_sizes,
   )
-  return (out, lse) if return_lse else out
 
 
 def _check_arrays(q: Array, k: Array, v: Array) -> None:

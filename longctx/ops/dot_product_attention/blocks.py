@@ -34,6 +34,8 @@ class BlockSizes:
     block_q_backward: queries per block, backward.
     block_k_backward: keys per block, backward.
     heads: (batch row, key head) pairs computed together.
+    piece: sizes left to the heuristic divide it: positions jump at multiples of
+      this many tokens, and a block across a jump could not be left out.
   """
 
   block_q: int | None = None
@@ -41,6 +43,7 @@ class BlockSizes:
   block_q_backward: int | None = None
   block_k_backward: int | None = None
   heads: int | None = None
+  piece: int | None = None
 
   def __post_init__(self):
     for name, size in dataclasses.asdict(self).items():
@@ -191,7 +194,6 @@ def make_tiling(
   sizes: BlockSizes,
   *,
   backward: bool,
-  piece: int | None = None,
 ) -> Tiling:
   """The cheapest tiling by a model of a CPU, among those that `sizes` allows.
 
@@ -205,14 +207,13 @@ def make_tiling(
     shape: B, T, S, K, G.
     sizes: where a size is given, it is taken.
     backward: which of the sizes to read.
-    piece: blocks chosen here divide it, or are cut to it.
   """
   B, T, S, K, G = shape
   fixed_q = sizes.block_q_backward if backward else sizes.block_q
   fixed_k = sizes.block_k_backward if backward else sizes.block_k
   best, least = None, None
-  for block_q in _candidates(fixed_q, T, piece):
-    for block_k in _candidates(fixed_k, S, piece):
+  for block_q in _candidates(fixed_q, T, sizes.piece):
+    for block_k in _candidates(fixed_k, S, sizes.piece):
       together = SCORES_TOGETHER // (G * block_q * block_k)
       together = sizes.heads or max(1, min(together, 64))
       heads = _divisor(K, together)

@@ -109,7 +109,6 @@ def make_spec(
   scale: float,
   logits_soft_cap: float | None,
   block_sizes: BlockSizes | None,
-  piece: int | None = None,
 ) -> Spec:
   """The tilings for arrays of these shapes, and what else is static.
 
@@ -120,16 +119,12 @@ def make_spec(
     scale: of the logits.
     logits_soft_cap: cap on the logits.
     block_sizes: None for heuristics.
-    piece: blocks should not cross multiples of this many tokens, where
-      positions jump; None: there are no jumps.
   """
   B, T, N, _ = q.shape
   S, K = k.shape[1:3]
   sizes = block_sizes or BlockSizes()
   forward, backward = (
-    make_tiling(
-      mask, (B, T, S, K, N // K), sizes, backward=backward, piece=piece
-    )
+    make_tiling(mask, (B, T, S, K, N // K), sizes, backward=backward)
     for backward in (False, True)
   )
   return Spec(mask, scale, logits_soft_cap, forward, backward)

@@ -71,9 +71,10 @@ def keep_factor(
   batch = dropout.first_batch_row + batch
   head = dropout.first_head + head
   row = dropout.words[0]
+  # No segments are one segment, so that a mesh may add one for its padding.
+  segment = jnp.zeros((), jnp.int32) if segment is None else segment
   for index in (batch, head, segment, q_positions):
-    if index is not None:
-      row = _mix(row ^ index.astype(jnp.uint32) * jnp.uint32(0x9E3779B1))
+    row = _mix(row ^ index.astype(jnp.uint32) * jnp.uint32(0x9E3779B1))
   column = k_positions.astype(jnp.uint32) * jnp.uint32(0x85EBCA77)
   # Rows and columns are mixed on their own, so that a pair costs one mix.
   bits = _mix(row + _mix(dropout.words[1] ^ column))

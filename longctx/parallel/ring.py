@@ -1,0 +1,360 @@
+"""Ring attention: keys and values visit the devices that read them.
+
+Every device holds the queries, keys and values of its tokens. Keys and values
+travel along the chains of a `Schedule`; at every stop the device adds their
+share, merged by (out, lse) in float32. Ring Attention (arXiv:2310.01889), with
+the hops, their direction and what travels derived from the mask.
+
+The backward pass sends keys and values again, with the gradients that they have
+collected so far, and those home at the end. Between the passes a device keeps
+its own q, k, v, out and lse, O(T / R) memory.
+
+All functions here run inside of `shard_map`, on one device's arrays.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from longctx.masks import Mask
+from longctx.ops.dot_product_attention import BlockSizes, Dropout, blockwise
+from longctx.ops.dot_product_attention.work_list import Indices
+from longctx.ops.merge import merge, merge_devices
+from longctx.parallel.schedule import (
+  Chain,
+  Ring,
+  Schedule,
+  full_schedule,
+  make_schedule,
+)
+from longctx.typing import Array, Float, Int
+
+Axis = str | tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """What does not depend on the arrays' contents."""
+
+  axis: Axis
+  ring: Ring
+  schedule: Schedule
+  scale: float
+  logits_soft_cap: float | None
+  block_sizes: BlockSizes | None
+
+
+class Queries(NamedTuple):
+  """Queries and where they are."""
+
+  q: Float[Array, 'B T N H']
+  positions: Int[Array, 'b T']
+  segment_ids: Int[Array, 'B T'] | None
+
+
+class Keys(NamedTuple):
+  """Keys, values and where they are; what travels.
+
+  Attributes:
+    positions: None where they follow from the shard.
+  """
+
+  k: Float[Array, 'B S K H']
+  v: Float[Array, 'B S K V']
+  positions: Int[Array, 'b S'] | None
+  segment_ids: Int[Array, 'B S'] | None
+
+
+class Extras(NamedTuple):
+  """Arrays without a gradient; None where not used."""
+
+  indices: Indices
+  alibi_slopes: Float[Array, ' N'] | None
+  dropout: Dropout | None
+
+
+def attend(
+  q: Float[Array, 'B L N H'],
+  k: Float[Array, 'B L K H'],
+  v: Float[Array, 'B L K V'],
+  *,
+  axis: Axis,
+  ring: Ring,
+  mask: Mask,
+  q_positions: Int[Array, 'b L'] | None,
+  k_positions: Int[Array, 'b L'] | None,
+  q_segment_ids: Int[Array, 'B L'] | None,
+  k_segment_ids: Int[Array, 'B L'] | None,
+  scale: float,
+  logits_soft_cap: float | None,
+  alibi_slopes: Float[Array, ' N'] | None,
+  dropout: Dropout | None,
+  block_sizes: BlockSizes | None,
+) -> tuple[Float[Array, 'B L N V'], Float[Array, 'B L N']]:
+  """Attention of this device's queries to the keys of all of `axis`.
+
+  Args:
+    q: this device's queries, of L = ring.shard_len tokens.
+    k: its keys.
+    v: its values.
+    axis: the mesh axis that the ring runs along.
+    ring: the layout of the tokens.
+    mask: as in ops.
+    q_positions: of this device's queries; None takes the natural ones, and only
+      then the schedule knows which hops nobody reads.
+    k_positions: of its keys, likewise.
+    q_segment_ids: of its queries.
+    k_segment_ids: of its keys.
+    scale: as in ops, like the next ones.
+    logits_soft_cap: cap on the logits.
+    alibi_slopes: of this device's heads.
+    dropout: with this device's first batch row and head.
+    block_sizes: of the parts.
+
+  Returns:
+    out in the dtype of q, lse in float32.
+  """
+  natural = q_positions is None and k_positions is None
+  make = make_schedule if natural else full_schedule
+  schedule = make(mask, ring)
+  spec = Spec(axis, ring, schedule, scale, logits_soft_cap, block_sizes)
+  if not natural:
+    own = ring.positions(lax.axis_index(axis))[None]
+    q_positions = own if q_positions is None else q_positions
+    k_positions = own if k_positions is None else k_positions
+  indices = Indices(q_positions, k_positions, q_segment_ids, k_segment_ids)
+  return _attend(spec, q, k, v, Extras(indices, alibi_slopes, dropout))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(spec: Spec, q, k, v, extras: Extras):
+  return _attend_fwd(spec, q, k, v, extras)[0]
+
+
+def _attend_fwd(spec: Spec, q, k, v, extras: Extras):
+  out, lse = _forward(_Device(spec, extras), q, k, v)
+  out = out.astype(q.dtype)
+  return (out, lse), (q, k, v, extras, out, lse)
+
+
+def _attend_bwd(spec: Spec, residuals, cotangents):
+  q, k, v, extras, out, lse = residuals
+  dout, dlse = cotangents
+  delta = blockwise.make_delta(out, dout, dlse)
+  grads = _backward(_Device(spec, extras), q, k, v, lse, dout, delta)
+  grads = (g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
+  return *grads, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _forward(device: '_Device', q, k, v):
+  schedule = device.spec.schedule
+  queries, keys = device.queries(q), device.keys(k, v)
+  arriving = [device.send(chain, keys) for chain in schedule.chains]
+  out, lse = device.forward(schedule.travelling, queries, keys)
+  if schedule.columns:
+    columns = device.broadcast_keys(keys, schedule.columns)
+    part = device.forward(schedule.mask, queries, columns)
+    out, lse = merge(out, lse, *part)
+  if schedule.rows:
+    rows = device.broadcast(queries, schedule.rows)
+    part = device.forward(schedule.of_rows, rows, keys)
+    part = merge_devices(*part, axis=device.spec.axis)
+    own = device.take((out, lse), schedule.rows)
+    out, lse = device.put((out, lse), merge(*own, *part))
+
+  for chain, arrived in zip(schedule.chains, arriving, strict=True):
+
+    def stop(hop, out, lse, arrived, chain=chain):
+      keys = device.arrived(chain, arrived, hop)
+      part = device.forward(schedule.travelling, queries, keys)
+      return merge(out, lse, *part)
+
+    def body(carry, hop, chain=chain, stop=stop):
+      arrived, out, lse = carry
+      # On its way before the work that it will overlap with.
+      following = device.shift(arrived, chain.pairs)
+      return (following, *stop(hop, out, lse, arrived)), None
+
+    if chain.hops > 1:
+      hops = jnp.arange(1, chain.hops)
+      (arrived, out, lse), _ = lax.scan(body, (arrived, out, lse), hops)
+    out, lse = stop(chain.hops, out, lse, arrived)
+  return out, lse
+
+
+def _backward(device: '_Device', q, k, v, lse, dout, delta):
+  schedule = device.spec.schedule
+  queries, keys = device.queries(q), device.keys(k, v)
+  # The cotangents of the queries' rows, which go where the queries go.
+  bars = (lse, dout, delta)
+  arriving = [device.send(chain, keys) for chain in schedule.chains]
+  dq, dk, dv = device.backward(schedule.travelling, queries, keys, bars)
+  if schedule.columns:
+    columns = device.broadcast_keys(keys, schedule.columns)
+    part = device.backward(schedule.mask, queries, columns, bars)
+    dq += part[0]
+    dk, dv = device.collect((dk, dv), part[1:])
+  if schedule.rows:
+    rows, row_bars = device.broadcast((queries, bars), schedule.rows)
+    part = device.backward(schedule.of_rows, rows, keys, row_bars)
+    (dq,) = device.collect((dq,), part[:1])
+    dk, dv = dk + part[1], dv + part[2]
+
+  for chain, arrived in zip(schedule.chains, arriving, strict=True):
+    everyone = device.neighbours(chain.direction)
+
+    def stop(hop, dq, arrived, chain=chain):
+      keys = device.arrived(chain, arrived, hop)
+      part = device.backward(schedule.travelling, queries, keys, bars)
+      return dq + part[0], part[1:]
+
+    def body(carry, hop, chain=chain, stop=stop, everyone=everyone):
+      arrived, collected, dq = carry
+      following = device.shift(arrived, chain.pairs)
+      collected = device.shift(collected, everyone)
+      dq, part = stop(hop, dq, arrived)
+      return (following, jax.tree.map(jnp.add, collected, part), dq), None
+
+    collected = None
+    if chain.hops > 1:
+      zeros = (
+        jnp.zeros_like(dk[:, : chain.length]),
+        jnp.zeros_like(dv[:, : chain.length]),
+      )
+      carry, _ = lax.scan(body, (arrived, zeros, dq), jnp.arange(1, chain.hops))
+      arrived, collected, dq = carry
+      collected = device.shift(collected, everyone)
+    dq, part = stop(chain.hops, dq, arrived)
+    if collected is not None:
+      part = jax.tree.map(jnp.add, collected, part)
+    home = device.shift(part, device.neighbours(-chain.direction * chain.hops))
+    dk = dk.at[:, chain.start : chain.stop].add(home[0])
+    dv = dv.at[:, chain.start : chain.stop].add(home[1])
+  return dq, dk, dv
+
+
+class _Device:
+  """One device's view: who it is, and what it does with parts."""
+
+  def __init__(self, spec: Spec, extras: Extras):
+    self.spec, self.extras = spec, extras
+    self.ring = spec.ring
+    self.me = lax.axis_index(spec.axis)
+
+  def queries(self, q) -> Queries:
+    indices = self.extras.indices
+    positions = indices.q_positions
+    if positions is None:
+      positions = self.ring.positions(self.me)[None]
+    return Queries(q, positions, indices.q_segment_ids)
+
+  def keys(self, k, v) -> Keys:
+    indices = self.extras.indices
+    return Keys(k, v, indices.k_positions, indices.k_segment_ids)
+
+  def neighbours(self, offset: int) -> tuple[tuple[int, int], ...]:
+    R = self.ring.size
+    return tuple((r, (r + offset) % R) for r in range(R))
+
+  def shift(self, tree: Any, pairs: tuple[tuple[int, int], ...]) -> Any:
+    return jax.tree.map(lambda x: lax.ppermute(x, self.spec.axis, pairs), tree)
+
+  def send(self, chain: Chain, keys: Keys) -> Keys:
+    """The first hop of a chain."""
+    sent = jax.tree.map(lambda x: x[:, chain.start : chain.stop], keys)
+    return self.shift(sent, chain.pairs)
+
+  def arrived(self, chain: Chain, keys: Keys, hop: int | Array) -> Keys:
+    """The keys of a hop with their positions."""
+    if keys.positions is not None:
+      return keys
+    shard = (self.me - chain.direction * hop) % self.ring.size
+    positions = self.ring.positions(shard)[chain.start : chain.stop]
+    return keys._replace(positions=positions[None])
+
+  def forward(self, mask: Mask, queries: Queries, keys: Keys):
+    """(out, lse) of some queries and keys, unrounded."""
+    spec, extras = self._part(mask, queries, keys)
+    return blockwise.forward(spec, queries.q, keys.k, keys.v, extras)
+
+  def backward(self, mask: Mask, queries: Queries, keys: Keys, bars):
+    """Their share of (dq, dk, dv), unrounded."""
+    spec, extras = self._part(mask, queries, keys)
+    return blockwise.backward(spec, queries.q, keys.k, keys.v, extras, *bars)
+
+  def _part(self, mask: Mask, queries: Queries, keys: Keys):
+    spec = blockwise.make_spec(
+      queries.q,
+      keys.k,
+      mask=mask,
+      scale=self.spec.scale,
+      logits_soft_cap=self.spec.logits_soft_cap,
+      block_sizes=dataclasses.replace(
+        self.spec.block_sizes or BlockSizes(), piece=self.ring.piece
+      ),
+    )
+    positions = keys.positions
+    if positions is None:
+      positions = self.ring.positions(self.me)[None]
+    indices = Indices(
+      queries.positions, positions, queries.segment_ids, keys.segment_ids
+    )
+    extras = blockwise.Extras(
+      indices, self.extras.alibi_slopes, self.extras.dropout
+    )
+    return spec, extras
+
+  def broadcast_keys(self, keys: Keys, n: int) -> Keys:
+    """The first n keys of the sequence, on every device."""
+    positions = jnp.arange(n, dtype=jnp.int32)[None]
+    return self.broadcast(keys, n)._replace(positions=positions)
+
+  def broadcast(self, tree: Any, n: int) -> Any:
+    """The first n tokens of the sequence, on every device."""
+    mine = self._owned(n)
+
+    def sum_of_owners(x, rows):
+      own = mine.reshape(1, n, *(1,) * (x.ndim - 2))
+      return lax.psum(jnp.where(own, rows, 0), self.spec.axis)
+
+    return jax.tree.map(sum_of_owners, tree, self.take(tree, n))
+
+  def take(self, tree: Any, n: int) -> Any:
+    """Rows of this device's arrays at the places of the first n tokens."""
+    tokens = self.ring.place_of(n)[1]
+    return jax.tree.map(lambda x: x[:, tokens], tree)
+
+  def put(self, tree: Any, rows: Any) -> Any:
+    """Replaces the first tokens of the sequence where this device has them."""
+
+    def replace(x, rows):
+      tokens = self._own_tokens(rows.shape[1])
+      return x.at[:, tokens].set(rows, mode='drop')
+
+    return jax.tree.map(replace, tree, rows)
+
+  def collect(self, tree: Any, rows: Any) -> Any:
+    """Adds all devices' shares of the first tokens at their owner."""
+
+    def add(x, rows):
+      tokens = self._own_tokens(rows.shape[1])
+      rows = lax.psum(rows, self.spec.axis)
+      return x.at[:, tokens].add(rows, mode='drop')
+
+    return tuple(add(x, r) for x, r in zip(tree, rows, strict=True))
+
+  def _own_tokens(self, n: int):
+    """Their places; out of range, and so dropped, on another device."""
+    tokens = self.ring.place_of(n)[1]
+    return jnp.where(self._owned(n), tokens, self.ring.shard_len)
+
+  def _owned(self, n: int):
+    """Which of the first n tokens of the sequence this device has."""
+    return self.ring.place_of(n)[0] == self.me
