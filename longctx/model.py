@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longctx.attention import AttentionConfig, make_attention
+from longctx.attention import AttentionConfig, make_attention, take_read
 from longctx.typing import Array, Float, Int
 
 DTYPES = ('float32', 'bfloat16', 'float64')
@@ -126,9 +126,13 @@ class Block(nnx.Module):
     *,
     positions: Int[Array, '*B T'] | None = None,
     segment_ids: Int[Array, 'B T'] | None = None,
-  ) -> Float[Array, 'B T D']:
-    x = x + self.attention(
-      self.attention_norm(x), positions=positions, segment_ids=segment_ids
+    read: Int[Array, 'B Q'] | None = None,
+  ) -> Float[Array, 'B Q D']:
+    x = take_read(x, read) + self.attention(
+      self.attention_norm(x),
+      positions=positions,
+      segment_ids=segment_ids,
+      read=read,
     )
     if self.has_mlp:
       x = x + self.mlp(self.mlp_norm(x))
@@ -189,6 +193,7 @@ class Transformer(nnx.Module):
     *,
     positions: Int[Array, '*B T'] | None = None,
     segment_ids: Int[Array, 'B T'] | None = None,
+    read: Int[Array, 'B Q'] | None = None,
   ) -> dict[str, Float[Array, '']]:
     """Weighted sums over the batch: `loss` (nats), `weight` and `correct`.
 
@@ -201,9 +206,15 @@ class Transformer(nnx.Module):
       weights: weight of each position in the sums; 0 where nothing is scored.
       positions: as in `__call__`.
       segment_ids: as in `__call__`.
+      read: the only places that are scored, each once, on the axis T; -1 stands
+        for none. The last block, the norm and the head are computed there
+        alone, which changes no sum if weights are 0 elsewhere.
     """
     x = self.embed(tokens, positions=positions)
-    x = self.hidden(x, positions=positions, segment_ids=segment_ids)
+    x = self.hidden(x, positions=positions, segment_ids=segment_ids, read=read)
+    if read is not None:
+      labels = take_read(labels, read)
+      weights = jnp.where(read < 0, 0, take_read(weights, read))
     T, C = x.shape[1], min(self.config.logits_chunk, x.shape[1])
     head = self._head()
 
@@ -260,15 +271,22 @@ class Transformer(nnx.Module):
     *,
     positions: Int[Array, '*B T'] | None = None,
     segment_ids: Int[Array, 'B T'] | None = None,
-  ) -> Float[Array, 'B T D']:
-    """The blocks and the final norm, from embeddings to the head's inputs."""
-    for block in self.blocks:
+    read: Int[Array, 'B Q'] | None = None,
+  ) -> Float[Array, 'B Q D']:
+    """The blocks and the final norm, from embeddings to the head's inputs.
+
+    With `read`, the last block gives its outputs at these places alone.
+    """
+    for index, block in enumerate(self.blocks):
       # A module is no pytree in every mode of NNX; its split state always is.
       graph, state = nnx.split(block)
+      wanted = read if index == len(self.blocks) - 1 else None
 
-      def apply(state, x, graph=graph):
+      def apply(state, x, graph=graph, wanted=wanted):
         block = nnx.merge(graph, state)
-        return block(x, positions=positions, segment_ids=segment_ids)
+        return block(
+          x, positions=positions, segment_ids=segment_ids, read=wanted
+        )
 
       if self.config.remat != 'none':
         apply = jax.checkpoint(apply, policy=REMAT_POLICIES[self.config.remat])

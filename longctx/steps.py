@@ -76,7 +76,7 @@ def make_steps(graph: Any, config: ExperimentConfig) -> Steps:
 
   def sums(params, batch):
     model = nnx.merge(graph, params)
-    optional = {k: batch.get(k) for k in ('positions', 'segment_ids')}
+    optional = {k: batch.get(k) for k in ('positions', 'segment_ids', 'read')}
     out = model.loss(
       batch['tokens'], batch['labels'], batch['weights'], **optional
     )

@@ -6,6 +6,7 @@ Every annotation and every einsum uses the same capitals:
   N query heads      K key/value heads   G = N / K, query heads per key head
   H head dim (q, k)  V value head dim    D model dim      F MLP dim
   C chunk length     P feature-map dim   W kernel width   R ring shards
+  Q places of T that are read
 
 Vocabulary size is also written V where no value dim is near. Attention
 arrays are BTNH (queries) and BSKH (keys and values).

@@ -9,6 +9,8 @@ import pytest
 from flax import nnx
 
 from longctx import model as model_lib
+from longctx.attention import VARIANTS
+from longctx.attention.attention import POSITIONS
 from longctx.model import Transformer, TransformerConfig, validate
 
 SMALL = TransformerConfig(
@@ -96,6 +98,70 @@ def test_remat_changes_no_gradient(remat):
     gradient(remat),
     gradient('none'),
   )
+
+
+# Rows read at other places and in any order, one of them at fewer.
+READ = np.array([[11, 0, 5], [4, 7, -1]], np.int32)
+PLACES = {
+  'default': {},
+  'packed-given': {
+    'positions': np.array([[*range(5), *range(8)], range(12, -1, -1)]),
+    'segment_ids': np.repeat([[1, 2], [3, 1]], [5, 8], axis=1),
+  },
+}
+
+
+@pytest.mark.parametrize('places', PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize(
+  ('variant', 'positions'),
+  [
+    (v, p) for v in VARIANTS for p in POSITIONS if (v, p) != ('linear', 'alibi')
+  ],
+)
+def test_reading_at_places_equals_reading_everywhere(
+  variant, positions, places
+):
+  model = build(
+    layers=(variant, variant), positions=positions, max_positions=13
+  )
+  tokens, labels, _ = batch()
+  weights = np.zeros((2, 13), np.float32)
+  weights[0, READ[0]], weights[1, READ[1, :2]] = (1, 2, 0.5), (3, 1)
+  places = jax.tree.map(jnp.asarray, places)
+  graph, params = nnx.split(model)
+
+  def loss(params, read):
+    sums = nnx.merge(graph, params).loss(
+      tokens, labels, jnp.asarray(weights), read=read, **places
+    )
+    return sums['loss'], sums
+
+  grad = jax.jit(jax.grad(loss, has_aux=True))
+  actual = grad(params, jnp.asarray(READ))
+  expected = grad(params, None)
+  assert actual[1]['weight'] == expected[1]['weight'] == 7.5
+  jax.tree.map(
+    lambda a, e: np.testing.assert_allclose(a, e, atol=2e-5, rtol=1e-5),
+    actual,
+    expected,
+  )
+
+
+def test_last_block_and_head_are_computed_where_they_are_read_alone():
+  T = 512
+  model = build(vocab_size=1024, layers=('full',), mlp_dim=256)
+  graph, params = nnx.split(model)
+
+  def loss(params, tokens, read):
+    weights = jnp.ones(tokens.shape)
+    return nnx.merge(graph, params).loss(tokens, tokens, weights, read=read)
+
+  def flops(read):
+    tokens = jax.ShapeDtypeStruct((1, T), jnp.int32)
+    compiled = jax.jit(loss).lower(params, tokens, read).compile()
+    return compiled.cost_analysis()['flops']
+
+  assert flops(jax.ShapeDtypeStruct((1, 4), jnp.int32)) < flops(None) / 10
 
 
 @pytest.mark.parametrize('positions', ['rope', 'alibi', 'learned', 'none'])

@@ -13,7 +13,11 @@ import inspect
 
 from flax import nnx
 
-from longctx.attention.attention import Attention, AttentionConfig
+from longctx.attention.attention import (
+  Attention,
+  AttentionConfig,
+  take_read,
+)
 from longctx.attention.full import FullAttention
 from longctx.attention.linear import LinearAttention
 from longctx.attention.sliding_window import SlidingWindowAttention
@@ -24,6 +28,7 @@ __all__ = [
   'AttentionConfig',
   'make_attention',
   'parse_layer',
+  'take_read',
 ]
 
 VARIANTS: dict[str, type[Attention]] = {

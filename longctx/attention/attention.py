@@ -12,7 +12,7 @@ from longctx.ops.alibi import alibi_slopes
 from longctx.ops.dot_product_attention import dot_product_attention
 from longctx.ops.rope import apply_rope
 from longctx.ops.short_conv import short_conv
-from longctx.typing import Array, Float, Int
+from longctx.typing import Array, Float, Int, Shaped
 
 POSITIONS = ('rope', 'alibi', 'learned', 'none')
 
@@ -115,7 +115,8 @@ class Attention(nnx.Module, abc.ABC):
     *,
     positions: Int[Array, '*B T'] | None = None,
     segment_ids: Int[Array, 'B T'] | None = None,
-  ) -> Float[Array, 'B T D']:
+    read: Int[Array, 'B Q'] | None = None,
+  ) -> Float[Array, 'B Q D']:
     """Applies the layer.
 
     Args:
@@ -123,6 +124,8 @@ class Attention(nnx.Module, abc.ABC):
       positions: of the tokens; None means 0, 1, …, T - 1, which lets an
         implementation know the mask's blocks when it compiles.
       segment_ids: documents packed into a row; none reads another.
+      read: places on the axis T whose outputs are wanted, see `take_read`; None
+        means all, Q = T.
     """
     config = self.config
     B, T, _ = x.shape
@@ -138,8 +141,10 @@ class Attention(nnx.Module, abc.ABC):
       angles_at = jnp.arange(T) if positions is None else positions
       q = apply_rope(q, angles_at, base=config.rope_base)
       k = apply_rope(k, angles_at, base=config.rope_base)
-    out = self.mix(q, k, v, positions=positions, segment_ids=segment_ids)
-    return self.out(out.reshape(B, T, -1))
+    out = self.mix(
+      q, k, v, positions=positions, segment_ids=segment_ids, read=read
+    )
+    return self.out(out.reshape(*out.shape[:2], -1))
 
   def mix(
     self,
@@ -149,18 +154,22 @@ class Attention(nnx.Module, abc.ABC):
     *,
     positions: Int[Array, '*B T'] | None,
     segment_ids: Int[Array, 'B T'] | None,
-  ) -> Float[Array, 'B T N V']:
+    read: Int[Array, 'B Q'] | None,
+  ) -> Float[Array, 'B Q N V']:
     """Mixes values over positions: softmax attention under `mask`."""
     config = self.config
     alibi = config.positions == 'alibi'
+    q_positions = positions
+    if read is not None and positions is None:
+      q_positions = jnp.arange(q.shape[1])
     return dot_product_attention(
-      q,
+      take_read(q, read),
       k,
       v,
       mask=self.mask,
-      q_positions=positions,
+      q_positions=take_read(q_positions, read),
       k_positions=positions,
-      q_segment_ids=segment_ids,
+      q_segment_ids=take_read(segment_ids, read),
       k_segment_ids=segment_ids,
       alibi_slopes=alibi_slopes(config.num_heads) if alibi else None,
       implementation=config.implementation,
@@ -201,6 +210,22 @@ class Attention(nnx.Module, abc.ABC):
     heads = config.num_heads * config.head_dim
     heads += config.num_kv_heads * (config.head_dim + config.value_dim)
     return max(config.short_conv - 1, 0) * heads * np.dtype(dtype).itemsize
+
+
+def take_read(
+  x: Shaped[Array, 'B T ...'] | Shaped[Array, ' T'] | None,
+  read: Int[Array, 'B Q'] | None,
+) -> Shaped[Array, '...'] | None:
+  """x at the places `read` of its axis T; all of x where `read` is None.
+
+  A place of -1 stands for none: what is taken there, the last place, is for the
+  caller to ignore.
+  """
+  if x is None or read is None:
+    return x
+  if x.ndim == 1:
+    return x[read]
+  return x[jnp.arange(x.shape[0])[:, None], read]
 
 
 def _conv_kernel(

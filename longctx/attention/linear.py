@@ -5,7 +5,11 @@ from collections.abc import Mapping
 import numpy as np
 from flax import nnx
 
-from longctx.attention.attention import Attention, AttentionConfig
+from longctx.attention.attention import (
+  Attention,
+  AttentionConfig,
+  take_read,
+)
 from longctx.ops.linear_attention import linear_attention
 from longctx.ops.linear_attention.feature_maps import make_feature_map
 from longctx.typing import Array, Float, Int
@@ -58,7 +62,8 @@ class LinearAttention(Attention):
     *,
     positions: Int[Array, '*B T'] | None,
     segment_ids: Int[Array, 'B T'] | None,
-  ) -> Float[Array, 'B T N V']:
+    read: Int[Array, 'B Q'] | None,
+  ) -> Float[Array, 'B Q N V']:
     """Mixes values over positions by the recurrence; order is that of T."""
     feature_dim = self.feature_map.dim(self.config.head_dim)
     out, _ = linear_attention(
@@ -71,7 +76,8 @@ class LinearAttention(Attention):
       chunk_size=self.chunk_size,
       implementation=self.config.implementation,
     )
-    return out
+    # The state passes every place, whichever are read.
+    return take_read(out, read)
 
   def state_bytes(self, seq_len: int, dtype: str) -> int:
     """Bytes of S, of z when normalized, and of the convolutions' tails."""

@@ -22,7 +22,7 @@ from longctx.typing import Array, Float, Int
 
 # exp(-100) is zero in float32; a stronger decay would only cost precision in
 # the sums of its neighbours.
-_SMALLEST_LOG_DECAY = -100.0
+SMALLEST_LOG_DECAY = -100.0
 # Below this many steps the [C, C, P] exponentials of a decay per channel cost
 # less than another halving.
 _SMALLEST_HALF = 8
@@ -205,7 +205,7 @@ def _cumulative(log_decay, affected):
   affected: [B, 1, C, C], whether the state of a step depends on the decay of an
   earlier one, or None where it always does.
   """
-  log_decay = jnp.maximum(log_decay, _SMALLEST_LOG_DECAY)
+  log_decay = jnp.maximum(log_decay, SMALLEST_LOG_DECAY)
   coarse = jnp.round(log_decay * 1024) / 1024
   parts = jnp.stack([coarse, log_decay - coarse])
   total = jnp.cumsum(parts, axis=-2)

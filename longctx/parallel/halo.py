@@ -1,0 +1,172 @@
+"""What neighbouring shards of a sequence read of each other."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from longctx.layouts import SequenceLayout
+from longctx.ops.short_conv import short_conv as local_short_conv
+from longctx.parallel import specs
+from longctx.typing import Array, Float, Int, Shaped
+
+
+def short_conv(
+  x: Float[Array, 'B T D'],
+  kernel: Float[Array, 'W D'],
+  *,
+  mesh: Mesh,
+  axis: str | tuple[str, ...] = 'seq',
+  layout: str | SequenceLayout = 'contiguous',
+  in_layout: bool = False,
+  segment_ids: Int[Array, 'B T'] | None = None,
+) -> Float[Array, 'B T D']:
+  """`longctx.ops.short_conv` of a sequence that lies on several devices.
+
+    out_t = Σ_w kernel[w] x_{t - (W - 1) + w}
+
+  Contiguous and zigzag: every run of neighbouring tokens gets the W - 1 tokens
+  before it, so the bytes sent do not depend on T. Striped: neighbouring tokens
+  are on neighbouring devices, so every shard is sent min(W, R) - 1 times.
+
+  Args:
+    x: inputs, in natural order, or in the layout's with `in_layout`.
+    kernel: one weight per step of the window and channel.
+    mesh: batch on 'data', channels on 'model', if the mesh has these axes and
+      `axis` does not name them.
+    axis: mesh axis of the sequence, or several, the first outermost.
+    layout: 'contiguous', 'zigzag', 'striped', or a SequenceLayout, which is
+      needed with `in_layout` if there is padding.
+    in_layout: whether x, segment_ids and the output are in the layout's order,
+      with length `layout.padded_len`.
+    segment_ids: inputs from before the last change of the id read as zero.
+
+  Returns:
+    out, in the order and dtype of x, summed in float32.
+
+  Raises:
+    ValueError: shapes do not fit, or runs are shorter than W - 1.
+  """
+  B, T, D = x.shape
+  W = kernel.shape[0]
+  if W < 1 or kernel.shape[1] != D:
+    raise ValueError(f'{kernel.shape=} must be (W, {D}) with W >= 1')
+  if segment_ids is not None and segment_ids.shape != (B, T):
+    raise ValueError(f'{segment_ids.shape=} must be {(B, T)}')
+  shards = specs.num_shards(mesh, axis)
+  layout = specs.make_layout(layout, T, shards, in_layout=in_layout)
+  if layout.runs and layout.run_len < W - 1:
+    raise ValueError(
+      f'{layout} has runs of {layout.run_len} tokens, and a kernel of width '
+      f'{W} reads {W - 1} tokens back: take fewer shards, or striped'
+    )
+  data = specs.batch_axis(mesh, axis, B)
+  model = specs.model_axis(mesh, axis, channels=D)
+  tokens = PartitionSpec(data, axis)
+  channels = PartitionSpec(data, axis, model)
+  if not in_layout:
+    x = layout.apply(x)
+    if segment_ids is not None:
+      segment_ids = layout.apply(segment_ids)
+  out = jax.shard_map(
+    functools.partial(
+      _run_conv if layout.runs else _striped_conv, layout=layout, axis=axis
+    ),
+    mesh=mesh,
+    in_specs=(channels, PartitionSpec(None, model), tokens),
+    out_specs=channels,
+    check_vma=False,
+  )(x, kernel, segment_ids)
+  return out if in_layout else layout.restore(out)
+
+
+def of_preceding_run(
+  x: Shaped[Array, 'B runs ...'],
+  layout: SequenceLayout,
+  axis: str | tuple[str, ...],
+) -> Shaped[Array, 'B runs ...']:
+  """What the run before each run of this shard holds; zero for the first run.
+
+  To be called inside shard_map.
+
+  Args:
+    x: one value per run of the shard.
+    layout: contiguous, with run r on shard r, or zigzag, with the runs r and
+      2R - 1 - r on shard r.
+    axis: the mesh axes of the sequence.
+  """
+  R = layout.num_shards
+  ascending = [(r, r + 1) for r in range(R - 1)]
+  first = jax.lax.ppermute(x[:, 0], axis, ascending)
+  if layout.runs == 1:
+    return first[:, None]
+  descending = [(r + 1, r) for r in range(R - 1)]
+  second = jax.lax.ppermute(x[:, 1], axis, descending)
+  # The last shard holds the two runs in the middle of the sequence.
+  is_last = jax.lax.axis_index(axis) == R - 1
+  return jnp.stack([first, jnp.where(is_last, x[:, 0], second)], axis=1)
+
+
+def _run_conv(x, kernel, segment_ids, *, layout, axis):
+  """The convolution of a shard that consists of runs."""
+  B, L, D = x.shape
+  halo = kernel.shape[0] - 1
+  if halo == 0:
+    return local_short_conv(x, kernel)[0]
+  runs = (B, layout.runs, layout.run_len)
+  x = x.reshape(*runs, D)
+  before = of_preceding_run(x[:, :, layout.run_len - halo :], layout, axis)
+  if segment_ids is not None:
+    segment_ids = segment_ids.reshape(runs)
+    ids = of_preceding_run(
+      segment_ids[:, :, layout.run_len - halo :], layout, axis
+    )
+    ids = jnp.concatenate([ids, segment_ids[:, :, :1]], axis=2)
+    # What the first token of the run sees: nothing from before a change.
+    same = ids[:, :, 1:] == ids[:, :, :-1]
+    seen = jax.lax.cumprod(same.astype(jnp.int32), axis=2, reverse=True)
+    before = jnp.where(seen[..., None] == 1, before, 0)
+    segment_ids = segment_ids.reshape(-1, layout.run_len)
+  out, _ = local_short_conv(
+    x.reshape(-1, layout.run_len, D),
+    kernel,
+    segment_ids=segment_ids,
+    initial_state=before.reshape(-1, halo, D),
+  )
+  return out.reshape(B, L, D)
+
+
+def _striped_conv(x, kernel, segment_ids, *, layout, axis):
+  """The convolution of a shard with every R-th token."""
+  W, R = kernel.shape[0], layout.num_shards
+  index = jax.lax.axis_index(axis)
+  # Hops by as many shards, of the tokens themselves.
+  hops = [(x, segment_ids)]
+  for hop in range(1, min(W, R)):
+    ring = [(r, (r + hop) % R) for r in range(R)]
+    hops.append(jax.lax.ppermute((x, segment_ids), axis, ring))
+
+  def back(steps):
+    """x and segment_ids of `steps` tokens before; zero before the first."""
+    laps, hop = divmod(steps, R)
+
+    def shift(x):
+      def delay(n):
+        widths = [(0, 0), (n, 0), *[(0, 0)] * (x.ndim - 2)]
+        return jnp.pad(x, widths)[:, : x.shape[1]]
+
+      return jnp.where(index < hop, delay(laps + 1), delay(laps))
+
+    return jax.tree.map(shift, hops[hop])
+
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  out = jnp.zeros(x.shape, dtype)
+  seen, later = True, segment_ids
+  for steps in range(W):
+    earlier_x, earlier = back(steps)
+    if segment_ids is not None:
+      seen, later = seen & (earlier == later), earlier
+      earlier_x = jnp.where(seen[..., None], earlier_x, 0)
+    out += kernel[W - 1 - steps].astype(dtype) * earlier_x.astype(dtype)
+  return out.astype(x.dtype)
