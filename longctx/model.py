@@ -1,13 +1,20 @@
 """A decoder-only transformer from a pattern of attention layers."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longctx.attention import AttentionConfig, make_attention, take_read
-from longctx.typing import Array, Float, Int
+from longctx.attention import (
+  AttentionConfig,
+  make_attention,
+  take_read,
+  true_positions,
+)
+from longctx.parallel import Placement
+from longctx.typing import Array, Float, Int, Key
 
 DTYPES = ('float32', 'bfloat16', 'float64')
 
@@ -40,6 +47,7 @@ class TransformerConfig:
     max_positions: rows of the table of learned positions; None takes the
       task's length.
     short_conv: width of the convolution over queries, keys and values; 0: none.
+    attention_dropout: share of the attention weights that training drops.
     tied_head: whether the output head is the embedding, transposed.
     logits_chunk: positions whose logits exist at one time in `loss`.
     remat: name in REMAT_POLICIES of what a block keeps for its backward pass.
@@ -60,6 +68,7 @@ class TransformerConfig:
   rope_base: float = 10000.0
   max_positions: int | None = None
   short_conv: int = 0
+  attention_dropout: float = 0.0
   tied_head: bool = True
   logits_chunk: int = 1024
   remat: str = 'none'
@@ -86,6 +95,7 @@ class TransformerConfig:
       positions=self.positions,
       rope_base=self.rope_base,
       short_conv=self.short_conv,
+      attention_dropout=self.attention_dropout,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
       implementation=self.implementation,
@@ -127,12 +137,16 @@ class Block(nnx.Module):
     positions: Int[Array, '*B T'] | None = None,
     segment_ids: Int[Array, 'B T'] | None = None,
     read: Int[Array, 'B Q'] | None = None,
+    dropout_key: Key[Array, ''] | None = None,
+    placement: Placement | None = None,
   ) -> Float[Array, 'B Q D']:
     x = take_read(x, read) + self.attention(
       self.attention_norm(x),
       positions=positions,
       segment_ids=segment_ids,
       read=read,
+      dropout_key=dropout_key,
+      placement=placement,
     )
     if self.has_mlp:
       x = x + self.mlp(self.mlp_norm(x))
@@ -194,6 +208,8 @@ class Transformer(nnx.Module):
     positions: Int[Array, '*B T'] | None = None,
     segment_ids: Int[Array, 'B T'] | None = None,
     read: Int[Array, 'B Q'] | None = None,
+    dropout_key: Key[Array, ''] | None = None,
+    placement: Placement | None = None,
   ) -> dict[str, Float[Array, '']]:
     """Weighted sums over the batch: `loss` (nats), `weight` and `correct`.
 
@@ -209,60 +225,47 @@ class Transformer(nnx.Module):
       read: the only places that are scored, each once, on the axis T; -1 stands
         for none. The last block, the norm and the head are computed there
         alone, which changes no sum if weights are 0 elsewhere.
+      dropout_key: of this step; None drops nothing.
+      placement: where the tokens lie on a mesh, all arrays in its layout's
+        order; None: on one device.
     """
-    x = self.embed(tokens, positions=positions)
-    x = self.hidden(x, positions=positions, segment_ids=segment_ids, read=read)
+    x = self.embed(tokens, positions=positions, placement=placement)
+    x = self.hidden(
+      x,
+      positions=positions,
+      segment_ids=segment_ids,
+      read=read,
+      dropout_key=dropout_key,
+      placement=placement,
+    )
     if read is not None:
       labels = take_read(labels, read)
       weights = jnp.where(read < 0, 0, take_read(weights, read))
-    T, C = x.shape[1], min(self.config.logits_chunk, x.shape[1])
-    head = self._head()
-
-    @jax.checkpoint
-    def chunk_sums(head, x, labels, weights):
-      logits = _project(x, head)
-      lse = jax.nn.logsumexp(logits, axis=-1)
-      picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-      hit = jnp.argmax(logits, axis=-1) == labels
-      return {
-        'loss': jnp.sum(jnp.where(weights > 0, lse - picked, 0.0) * weights),
-        'weight': jnp.sum(weights),
-        'correct': jnp.sum(hit * weights),
-      }
-
-    def body(sums, chunk):
-      return jax.tree.map(jnp.add, sums, chunk_sums(head, *chunk)), None
-
-    whole = T // C * C
-    chunked = [
-      jnp.moveaxis(a[:, :whole].reshape(a.shape[0], -1, C, *a.shape[2:]), 1, 0)
-      for a in (x, labels, weights)
-    ]
-    zeros = dict.fromkeys(('loss', 'weight', 'correct'), jnp.zeros(()))
-    sums, _ = jax.lax.scan(body, zeros, chunked)
-    if whole < T:
-      rest = (x[:, whole:], labels[:, whole:], weights[:, whole:])
-      sums, _ = body(sums, rest)
-    return sums
+    sums = functools.partial(_loss_sums, chunk=self.config.logits_chunk)
+    if placement is not None and read is None:
+      sums = placement.sum_over_tokens(sums)
+    return sums(self._head(), x, labels, weights)
 
   def embed(
     self,
     tokens: Int[Array, 'B T'],
     *,
     positions: Int[Array, '*B T'] | None = None,
+    placement: Placement | None = None,
   ) -> Float[Array, 'B T D']:
     """Token embeddings, plus learned positions where the model has them."""
     x = self.embedding[...][tokens]
     if self.config.positions == 'learned':
-      T = tokens.shape[1]
+      T = tokens.shape[1] if placement is None else placement.layout.seq_len
       if positions is None:
         if self.config.max_positions < T:
           raise ValueError(
             f'{T} tokens need max_positions >= {T}, the model has '
             f'{self.config.max_positions}; learned positions do not extrapolate'
           )
-        positions = jnp.arange(T)
-      x = x + self.position_table[...][positions]
+        positions = true_positions(T, positions, placement)
+      # Padding has positions beyond the table, and takes its last row.
+      x = x + jnp.take(self.position_table[...], positions, 0, mode='clip')
     return (x * self.config.d_model**0.5).astype(self.config.dtype)
 
   def hidden(
@@ -272,6 +275,8 @@ class Transformer(nnx.Module):
     positions: Int[Array, '*B T'] | None = None,
     segment_ids: Int[Array, 'B T'] | None = None,
     read: Int[Array, 'B Q'] | None = None,
+    dropout_key: Key[Array, ''] | None = None,
+    placement: Placement | None = None,
   ) -> Float[Array, 'B Q D']:
     """The blocks and the final norm, from embeddings to the head's inputs.
 
@@ -281,15 +286,25 @@ class Transformer(nnx.Module):
       # A module is no pytree in every mode of NNX; its split state always is.
       graph, state = nnx.split(block)
       wanted = read if index == len(self.blocks) - 1 else None
+      key = dropout_key
+      if key is not None:
+        key = jax.random.fold_in(key, index)
 
-      def apply(state, x, graph=graph, wanted=wanted):
+      def apply(state, x, graph=graph, wanted=wanted, key=key):
         block = nnx.merge(graph, state)
         return block(
-          x, positions=positions, segment_ids=segment_ids, read=wanted
+          x,
+          positions=positions,
+          segment_ids=segment_ids,
+          read=wanted,
+          dropout_key=key,
+          placement=placement,
         )
 
       if self.config.remat != 'none':
         apply = jax.checkpoint(apply, policy=REMAT_POLICIES[self.config.remat])
+      if placement is not None:
+        x = jax.lax.with_sharding_constraint(x, placement.sharding)
       x = apply(state, x)
     return self.norm(x)
 
@@ -316,18 +331,38 @@ class Transformer(nnx.Module):
     return self.head[...]
 
 
-def validate(config: TransformerConfig, seq_len: int) -> None:
+def validate(
+  config: TransformerConfig,
+  seq_len: int,
+  *,
+  batch_size: int = 1,
+  placement: Placement | None = None,
+) -> None:
   """Traces the loss on `seq_len` tokens without compiling or computing.
+
+  Args:
+    config: with the vocabulary resolved.
+    seq_len: tokens of a row.
+    batch_size: rows.
+    placement: where the tokens lie on a mesh.
 
   Raises:
     ValueError: for a wrong value.
     NotImplementedError: for a combination that is not supported.
   """
+  if placement is not None:
+    seq_len = placement.layout.padded_len
 
   def loss():
     model = Transformer(config, rngs=nnx.Rngs(0))
-    tokens = jnp.zeros((1, seq_len), jnp.int32)
-    return model.loss(tokens, tokens, jnp.ones(tokens.shape))
+    tokens = jnp.zeros((batch_size, seq_len), jnp.int32)
+    return model.loss(
+      tokens,
+      tokens,
+      jnp.ones(tokens.shape),
+      dropout_key=jax.random.key(0),
+      placement=placement,
+    )
 
   jax.eval_shape(loss)
 
@@ -377,3 +412,42 @@ def _project(
     head.astype(x.dtype),
     preferred_element_type=jnp.float32,
   )
+
+
+def _loss_sums(
+  head: Float[Array, 'D V'],
+  x: Float[Array, 'B T D'],
+  labels: Int[Array, 'B T'],
+  weights: Float[Array, 'B T'],
+  *,
+  chunk: int,
+) -> dict[str, Float[Array, '']]:
+  """What `Transformer.loss` returns, `chunk` positions at a time."""
+  T, C = x.shape[1], min(chunk, x.shape[1])
+
+  @jax.checkpoint
+  def chunk_sums(head, x, labels, weights):
+    logits = _project(x, head)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    hit = jnp.argmax(logits, axis=-1) == labels
+    return {
+      'loss': jnp.sum(jnp.where(weights > 0, lse - picked, 0.0) * weights),
+      'weight': jnp.sum(weights),
+      'correct': jnp.sum(hit * weights),
+    }
+
+  def body(sums, chunk):
+    return jax.tree.map(jnp.add, sums, chunk_sums(head, *chunk)), None
+
+  whole = T // C * C
+  chunked = [
+    jnp.moveaxis(a[:, :whole].reshape(a.shape[0], -1, C, *a.shape[2:]), 1, 0)
+    for a in (x, labels, weights)
+  ]
+  zeros = dict.fromkeys(('loss', 'weight', 'correct'), jnp.zeros(()))
+  sums, _ = jax.lax.scan(body, zeros, chunked)
+  if whole < T:
+    rest = (x[:, whole:], labels[:, whole:], weights[:, whole:])
+    sums, _ = body(sums, rest)
+  return sums

@@ -17,6 +17,7 @@ from longctx.attention.attention import (
   Attention,
   AttentionConfig,
   take_read,
+  true_positions,
 )
 from longctx.attention.full import FullAttention
 from longctx.attention.linear import LinearAttention
@@ -29,6 +30,7 @@ __all__ = [
   'make_attention',
   'parse_layer',
   'take_read',
+  'true_positions',
 ]
 
 VARIANTS: dict[str, type[Attention]] = {

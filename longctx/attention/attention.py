@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from longctx import masks
+from longctx import masks, parallel
 from longctx.ops.alibi import alibi_slopes
 from longctx.ops.dot_product_attention import dot_product_attention
 from longctx.ops.rope import apply_rope
 from longctx.ops.short_conv import short_conv
-from longctx.typing import Array, Float, Int, Shaped
+from longctx.parallel import Placement
+from longctx.typing import Array, Float, Int, Key, Shaped
 
 POSITIONS = ('rope', 'alibi', 'learned', 'none')
 
@@ -33,6 +34,7 @@ class AttentionConfig:
     rope_base: base of RoPE's geometric wavelengths.
     short_conv: width W of a causal depthwise convolution over queries, keys and
       values, each with its own; 0 for none.
+    attention_dropout: share of the attention weights that training drops.
     dtype: of the computation; statistics and states are float32.
     param_dtype: of the parameters.
     implementation: of the op, by name; None takes the best that fits.
@@ -46,6 +48,7 @@ class AttentionConfig:
   positions: str = 'rope'
   rope_base: float = 10000.0
   short_conv: int = 0
+  attention_dropout: float = 0.0
   dtype: str = 'float32'
   param_dtype: str = 'float32'
   implementation: str | None = None
@@ -73,6 +76,10 @@ class AttentionConfig:
       raise ValueError(f'RoPE needs an even head_dim, got {self.head_dim}')
     if self.short_conv < 0:
       raise ValueError(f'short_conv={self.short_conv} must be at least 0')
+    if not 0 <= self.attention_dropout < 1:
+      raise ValueError(
+        f'attention_dropout={self.attention_dropout} must be in [0, 1)'
+      )
 
 
 class Attention(nnx.Module, abc.ABC):
@@ -116,6 +123,8 @@ class Attention(nnx.Module, abc.ABC):
     positions: Int[Array, '*B T'] | None = None,
     segment_ids: Int[Array, 'B T'] | None = None,
     read: Int[Array, 'B Q'] | None = None,
+    dropout_key: Key[Array, ''] | None = None,
+    placement: Placement | None = None,
   ) -> Float[Array, 'B Q D']:
     """Applies the layer.
 
@@ -126,23 +135,33 @@ class Attention(nnx.Module, abc.ABC):
       segment_ids: documents packed into a row; none reads another.
       read: places on the axis T whose outputs are wanted, see `take_read`; None
         means all, Q = T.
+      dropout_key: of this layer and step; None drops nothing.
+      placement: where the tokens lie on a mesh; None: all on one device. The
+        axis T is then in the layout's order, and positions default to those.
     """
     config = self.config
     B, T, _ = x.shape
     q, k, v = self.query(x), self.key(x), self.value(x)
     if config.short_conv:
-      q = _convolve(q, self.query_conv, segment_ids)
-      k = _convolve(k, self.key_conv, segment_ids)
-      v = _convolve(v, self.value_conv, segment_ids)
+      q = _convolve(q, self.query_conv, segment_ids, placement)
+      k = _convolve(k, self.key_conv, segment_ids, placement)
+      v = _convolve(v, self.value_conv, segment_ids, placement)
     q = q.reshape(B, T, config.num_heads, config.head_dim)
     k = k.reshape(B, T, config.num_kv_heads, config.head_dim)
     v = v.reshape(B, T, config.num_kv_heads, config.value_dim)
     if config.positions == 'rope':
-      angles_at = jnp.arange(T) if positions is None else positions
+      angles_at = true_positions(T, positions, placement)
       q = apply_rope(q, angles_at, base=config.rope_base)
       k = apply_rope(k, angles_at, base=config.rope_base)
     out = self.mix(
-      q, k, v, positions=positions, segment_ids=segment_ids, read=read
+      q,
+      k,
+      v,
+      positions=positions,
+      segment_ids=segment_ids,
+      read=read,
+      dropout_key=dropout_key,
+      placement=placement,
     )
     return self.out(out.reshape(*out.shape[:2], -1))
 
@@ -155,14 +174,22 @@ class Attention(nnx.Module, abc.ABC):
     positions: Int[Array, '*B T'] | None,
     segment_ids: Int[Array, 'B T'] | None,
     read: Int[Array, 'B Q'] | None,
+    dropout_key: Key[Array, ''] | None,
+    placement: Placement | None,
   ) -> Float[Array, 'B Q N V']:
     """Mixes values over positions: softmax attention under `mask`."""
     config = self.config
     alibi = config.positions == 'alibi'
     q_positions = positions
-    if read is not None and positions is None:
-      q_positions = jnp.arange(q.shape[1])
-    return dot_product_attention(
+    if read is not None:
+      q_positions = true_positions(q.shape[1], positions, placement)
+    dropout = None
+    if dropout_key is not None and config.attention_dropout:
+      dropout = (config.attention_dropout, dropout_key)
+    attend = dot_product_attention
+    if placement is not None:
+      attend = placement.bind(parallel.dot_product_attention)
+    return attend(
       take_read(q, read),
       k,
       v,
@@ -172,6 +199,7 @@ class Attention(nnx.Module, abc.ABC):
       q_segment_ids=take_read(segment_ids, read),
       k_segment_ids=segment_ids,
       alibi_slopes=alibi_slopes(config.num_heads) if alibi else None,
+      dropout=dropout,
       implementation=config.implementation,
     )
 
@@ -212,6 +240,17 @@ class Attention(nnx.Module, abc.ABC):
     return max(config.short_conv - 1, 0) * heads * np.dtype(dtype).itemsize
 
 
+def true_positions(
+  T: int, positions: Int[Array, '*B T'] | None, placement: Placement | None
+) -> Int[Array, '*B T']:
+  """Positions as an array, the natural ones of the layout by default."""
+  if positions is not None:
+    return positions
+  if placement is not None:
+    return jnp.asarray(placement.layout.order)
+  return jnp.arange(T)
+
+
 def take_read(
   x: Shaped[Array, 'B T ...'] | Shaped[Array, ' T'] | None,
   read: Int[Array, 'B Q'] | None,
@@ -246,7 +285,11 @@ def _convolve(
   x: Float[Array, 'B T E'],
   kernel: nnx.Param,
   segment_ids: Int[Array, 'B T'] | None,
+  placement: Placement | None,
 ) -> Float[Array, 'B T E']:
   kernel = kernel[...].astype(x.dtype)
+  if placement is not None:
+    convolve = placement.bind(parallel.short_conv)
+    return convolve(x, kernel, segment_ids=segment_ids)
   out, _ = short_conv(x, kernel, segment_ids=segment_ids)
   return out

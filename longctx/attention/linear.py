@@ -10,9 +10,11 @@ from longctx.attention.attention import (
   AttentionConfig,
   take_read,
 )
+from longctx import parallel
 from longctx.ops.linear_attention import linear_attention
 from longctx.ops.linear_attention.feature_maps import make_feature_map
-from longctx.typing import Array, Float, Int
+from longctx.parallel import Placement
+from longctx.typing import Array, Float, Int, Key
 
 
 class LinearAttention(Attention):
@@ -47,6 +49,11 @@ class LinearAttention(Attention):
         "linear attention has no logits for ALiBi to lower: take 'rope', "
         "'learned' or 'none' as positions"
       )
+    if config.attention_dropout:
+      raise NotImplementedError(
+        'linear attention has no weights per key to drop: give the layer '
+        'attention_dropout=0.0, as in linear(attention_dropout=0.0)'
+      )
     if chunk_size < 1:
       raise ValueError(f'linear: {chunk_size=} must be at least 1')
     self.feature_map = make_feature_map(feature_map, **feature_arguments or {})
@@ -63,10 +70,15 @@ class LinearAttention(Attention):
     positions: Int[Array, '*B T'] | None,
     segment_ids: Int[Array, 'B T'] | None,
     read: Int[Array, 'B Q'] | None,
+    dropout_key: Key[Array, ''] | None,
+    placement: Placement | None,
   ) -> Float[Array, 'B Q N V']:
     """Mixes values over positions by the recurrence; order is that of T."""
     feature_dim = self.feature_map.dim(self.config.head_dim)
-    out, _ = linear_attention(
+    attend = linear_attention
+    if placement is not None:
+      attend = placement.bind(parallel.linear_attention)
+    out, _ = attend(
       self.feature_map(q, is_query=True),
       self.feature_map(k, is_query=False),
       v,
