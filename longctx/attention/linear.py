@@ -5,12 +5,12 @@ from collections.abc import Mapping
 import numpy as np
 from flax import nnx
 
+from longctx import parallel
 from longctx.attention.attention import (
   Attention,
   AttentionConfig,
   take_read,
 )
-from longctx import parallel
 from longctx.ops.linear_attention import linear_attention
 from longctx.ops.linear_attention.feature_maps import make_feature_map
 from longctx.parallel import Placement

@@ -4,13 +4,20 @@ The same names and arguments as in ops, and where to run: global arrays, under
 `jit`, differentiated from outside.
 """
 
+from longctx.parallel.halo import short_conv
 from longctx.parallel.mesh import ensure_devices, has_accelerator, make_mesh
+from longctx.parallel.placement import Placement, sequence_axes
 from longctx.parallel.schemes import SCHEMES, dot_product_attention
+from longctx.parallel.state_scan import linear_attention
 
 __all__ = [
   'SCHEMES',
+  'Placement',
   'dot_product_attention',
   'ensure_devices',
   'has_accelerator',
+  'linear_attention',
   'make_mesh',
+  'sequence_axes',
+  'short_conv',
 ]
