@@ -15,7 +15,8 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from longctx import tasks
+from longctx import parallel, tasks
+from longctx.layouts import LAYOUTS
 from longctx.model import TransformerConfig
 from longctx.optimizer import OptimizerConfig
 
@@ -102,6 +103,49 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+  """The mesh of devices and how sequences lie on it.
+
+  The same losses come out on any mesh, up to the order of sums.
+
+  Attributes:
+    data: devices that split the batch.
+    seq: devices that split the sequence.
+    model: devices that split the heads and the MLP; under 'ring+ulysses' they
+      split the sequence too.
+    scheme: of softmax attention: 'ring', 'ulysses', 'all_gather' or
+      'ring+ulysses'.
+    layout: 'contiguous', 'zigzag' or 'striped'; recurrences need one of the
+      first two.
+    fsdp: whether parameters and optimizer state are split over `data` too.
+  """
+
+  data: int = 1
+  seq: int = 1
+  model: int = 1
+  scheme: str = 'ring'
+  layout: str = 'zigzag'
+  fsdp: bool = False
+
+  def __post_init__(self):
+    for name in ('data', 'seq', 'model'):
+      _at_least(f'parallel.{name}', getattr(self, name), 1)
+    if self.scheme not in parallel.SCHEMES:
+      raise ValueError(
+        f'unknown parallel.scheme={self.scheme!r}; known: '
+        f'{", ".join(parallel.SCHEMES)}'
+      )
+    if self.layout not in LAYOUTS:
+      raise ValueError(
+        f'unknown parallel.layout={self.layout!r}; known: {", ".join(LAYOUTS)}'
+      )
+
+  @property
+  def devices(self) -> int:
+    return self.data * self.seq * self.model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
   """One experiment: a task, a model and how the one learns the other.
 
@@ -126,6 +170,7 @@ class ExperimentConfig:
   optimizer: OptimizerConfig = dataclasses.field(
     default_factory=OptimizerConfig
   )
+  parallel: ParallelConfig = ParallelConfig()
   data: DataConfig = DataConfig()
   eval: EvalConfig = EvalConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()

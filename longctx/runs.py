@@ -2,17 +2,18 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 
-import jax
-
 from longctx import config as config_lib
-from longctx import metrics, steps, tasks
+from longctx import metrics, parallel, steps, tasks
 from longctx.checkpoint import Checkpointer
-from longctx.config import ExperimentConfig
+from longctx.config import ExperimentConfig, ParallelConfig
 from longctx.data import BatchIterator, make_iterator
+from longctx.layouts import SequenceLayout
 from longctx.model import TransformerConfig, validate
+from longctx.parallel import Placement
 
 # What a run may change between two starts: nothing that moves a parameter.
 FREE_KEYS = (
@@ -24,18 +25,25 @@ FREE_KEYS = (
   'model.logits_chunk',
   'model.remat',
   'model.implementation',
+  # Not bit for bit, but up to the order of sums.
+  'parallel.',
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-  """One training: `name` is '' for the only run of an experiment."""
+  """One training: `name` is '' for the only run of an experiment.
+
+  Attributes:
+    placement: where the tokens lie on a mesh; None: on one device.
+  """
 
   name: str
   config: ExperimentConfig
   task: tasks.Task
   model: TransformerConfig
   workdir: pathlib.Path
+  placement: Placement | None = None
 
 
 def resolve_model(
@@ -66,9 +74,15 @@ def prepare(config: ExperimentConfig, workdir: pathlib.Path) -> list[Run]:
         f'model.vocab_size={model.vocab_size} is too small for the task, which '
         f'needs {task.vocab_size}'
       )
-    validate(model, task.seq_len)
+    placement = make_placement(one.parallel, task.seq_len)
+    validate(
+      model,
+      task.seq_len,
+      batch_size=one.batch_size // one.optimizer.accumulation,
+      placement=placement,
+    )
     for split in tasks.SPLITS:
-      open_batches(one, task, split).close()
+      open_batches(one, task, split, placement=placement).close()
     if one.log.tensorboard:
       metrics.make_summary_writer()
     runs.append(
@@ -78,6 +92,7 @@ def prepare(config: ExperimentConfig, workdir: pathlib.Path) -> list[Run]:
         task=task,
         model=model,
         workdir=workdir / name,
+        placement=placement,
       )
     )
   for run in runs:
@@ -123,10 +138,35 @@ def _check_same_config(run: Run):
     )
 
 
+def make_placement(config: ParallelConfig, seq_len: int) -> Placement | None:
+  """Where sequences of a length lie; None for a mesh of one device.
+
+  Raises:
+    ValueError: there are fewer devices than the mesh has.
+  """
+  if config.devices == 1:
+    return None
+  mesh = parallel.make_mesh(config.data, config.seq, config.model)
+  axes = parallel.sequence_axes(config.scheme)
+  shards = math.prod(mesh.shape[name] for name in axes)
+  layout = SequenceLayout(config.layout, seq_len, shards)
+  return Placement(mesh, layout, config.scheme)
+
+
 def open_batches(
-  config: ExperimentConfig, task: tasks.Task, split: str
+  config: ExperimentConfig,
+  task: tasks.Task,
+  split: str,
+  *,
+  placement: Placement | None = None,
 ) -> BatchIterator:
   """The batches of a split that a run reads, from the first one on.
+
+  Args:
+    config: of the run.
+    task: of the run.
+    split: 'train', 'validation' or 'test'.
+    placement: decides which rows this process reads; None: all of them.
 
   Raises:
     ValueError: the task has no such examples, or data.directory lacks them.
@@ -140,6 +180,7 @@ def open_batches(
   rows = config.batch_size
   if not training:
     rows = config.eval.batch_size or rows
+  index, count = (0, 1) if placement is None else placement.row_group()
   return make_iterator(
     task,
     split=split,
@@ -148,6 +189,6 @@ def open_batches(
     workers=config.data.workers if training else 0,
     num_examples=batches[split] * rows,
     directory=config.data.directory,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=index,
+    process_count=count,
   )

@@ -5,7 +5,6 @@ the model; `graph` is the model without them.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,8 +16,11 @@ from flax import nnx
 from longctx.config import ExperimentConfig
 from longctx.model import Transformer, TransformerConfig
 from longctx.optimizer import make_optimizer
+from longctx.parallel import Placement
 
-Sharding = jax.sharding.Sharding | None
+# Keeps the keys of dropout apart from those of initial parameters.
+DROPOUT = 1
+
 State = dict[str, Any]
 Batch = Mapping[str, Any]
 
@@ -28,12 +30,13 @@ class Steps:
   """Compiled functions.
 
   Attributes:
-    train: (state, batch) -> (state, metrics); the old state is donated.
-      Metrics are sums over the batch, and `grad_norm`.
+    train: (state, batch, step) -> (state, metrics); the old state is donated.
+      `step` counts updates from 1 and names the dropout. Metrics are sums over
+      the batch, and `grad_norm`.
     evaluate: (params, batch) -> sums over the batch.
   """
 
-  train: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
+  train: Callable[[State, Batch, Any], tuple[State, dict[str, jax.Array]]]
   evaluate: Callable[[Any, Batch], dict[str, jax.Array]]
 
 
@@ -45,14 +48,17 @@ def abstract_params(config: TransformerConfig) -> tuple[Any, Any]:
 
 
 def init_state(
-  model: TransformerConfig, config: ExperimentConfig, *, shardings: Any = None
+  model: TransformerConfig,
+  config: ExperimentConfig,
+  *,
+  placement: Placement | None = None,
 ) -> State:
   """The state before the first update, from `config.seed`.
 
   Args:
     model: with the vocabulary resolved.
-    config: names the seed and the optimizer.
-    shardings: of the state, a tree or a prefix of one; None: one device.
+    config: names the seed, the optimizer, and whether the state is split.
+    placement: where it lies; None: one device.
   """
   optimizer = make_optimizer(config.optimizer, config.steps)
 
@@ -62,47 +68,78 @@ def init_state(
     return {'params': params, 'opt': optimizer.init(params)}
 
   key = jax.random.key(config.seed)
+  shardings = _state_shardings(jax.eval_shape(init, key), config, placement)
   return jax.jit(init, out_shardings=shardings)(key)
 
 
-def make_steps(graph: Any, config: ExperimentConfig) -> Steps:
+def _state_shardings(
+  state: State, config: ExperimentConfig, placement: Placement | None
+) -> Any:
+  if placement is None:
+    return None
+  return placement.state_shardings(state, fsdp=config.parallel.fsdp)
+
+
+def make_steps(
+  graph: Any,
+  config: ExperimentConfig,
+  *,
+  placement: Placement | None = None,
+) -> Steps:
   """Makes the compiled functions of a run.
 
   The loss is sum(nll) / sum(weights) over the whole batch, whatever the number
   of devices and of accumulation steps, so neither changes what is minimised.
+
+  Args:
+    graph: of the model.
+    config: of the run.
+    placement: where batches lie, in its layout's order; None: one device.
   """
   optimizer = make_optimizer(config.optimizer, config.steps)
   accumulation = config.optimizer.accumulation
 
-  def sums(params, batch):
+  def sums(params, batch, dropout_key=None):
     model = nnx.merge(graph, params)
     optional = {k: batch.get(k) for k in ('positions', 'segment_ids', 'read')}
     out = model.loss(
-      batch['tokens'], batch['labels'], batch['weights'], **optional
+      batch['tokens'],
+      batch['labels'],
+      batch['weights'],
+      dropout_key=dropout_key,
+      placement=placement,
+      **optional,
     )
     return out['loss'], out
 
   grad = jax.grad(sums, has_aux=True)
 
-  @functools.partial(jax.jit, donate_argnums=0)
-  def train(state, batch):
+  def train(state, batch, step):
     params = state['params']
+    key = None
+    if config.model.attention_dropout:
+      key = jax.random.fold_in(jax.random.key(config.seed), DROPOUT)
+      key = jax.random.fold_in(key, step)
     if accumulation == 1:
-      grads, out = grad(params, batch)
+      grads, out = grad(params, batch, key)
     else:
-      grads, out = _accumulate(grad, params, batch, accumulation)
+      grads, out = _accumulate(grad, params, batch, key, accumulation)
     scale = 1 / jnp.maximum(out['weight'], 1e-9)
     grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
     updates, opt = optimizer.update(grads, state['opt'], params)
     params = optax.apply_updates(params, updates)
     metrics = {**out, 'grad_norm': optax.tree.norm(grads)}
-    return {'params': params, 'opt': opt}, metrics
+    state = {'params': params, 'opt': opt}
+    if placement is not None:
+      shardings = _state_shardings(state, config, placement)
+      state = jax.lax.with_sharding_constraint(state, shardings)
+    return state, metrics
 
   evaluate = jax.jit(lambda params, batch: sums(params, batch)[1])
-  return Steps(train, evaluate)
+  return Steps(jax.jit(train, donate_argnums=0), evaluate)
 
 
-def _accumulate(grad, params, batch, parts):
+def _accumulate(grad, params, batch, key, parts):
   """Sums of `grad` over `parts` slices of the batch, one after the other."""
 
   def split(x):
@@ -111,26 +148,27 @@ def _accumulate(grad, params, batch, parts):
     x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
     return jnp.swapaxes(x, 0, 1)
 
+  def part_grad(params, part, index):
+    part_key = None if key is None else jax.random.fold_in(key, index)
+    return grad(params, part, part_key)
+
   def body(total, part):
-    return jax.tree.map(jnp.add, total, grad(params, part)), None
+    return jax.tree.map(jnp.add, total, part_grad(params, *part)), None
 
   slices = jax.tree.map(split, dict(batch))
   first = jax.tree.map(lambda x: x[0], slices)
-  shapes = jax.eval_shape(grad, params, first)
+  shapes = jax.eval_shape(part_grad, params, first, 0)
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-  return jax.lax.scan(body, zeros, slices)[0]
+  return jax.lax.scan(body, zeros, (slices, jnp.arange(parts)))[0]
 
 
-def put(batch: Batch, sharding: Sharding) -> Batch:
+def put(batch: Batch, placement: Placement | None) -> Batch:
   """Moves this process's rows of a batch to the devices.
 
   Args:
-    batch: numpy arrays [rows of this process, T].
-    sharding: of the whole batch, [B, T]; None puts it on one device.
+    batch: numpy arrays [rows of this process, T], in natural order.
+    placement: where they go; None: to one device.
   """
-  if sharding is None:
+  if placement is None:
     return jax.device_put(dict(batch))
-  return {
-    key: jax.make_array_from_process_local_data(sharding, value)
-    for key, value in batch.items()
-  }
+  return placement.put(batch)

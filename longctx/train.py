@@ -20,9 +20,9 @@ import numpy as np
 from longctx import config as config_lib
 from longctx import figures, metrics, steps
 from longctx.checkpoint import Checkpointer, abstract
+from longctx.data import BatchIterator
 from longctx.optimizer import make_schedule
 from longctx.runs import Run, open_batches
-from longctx.steps import Sharding
 
 
 class StoppedError(Exception):
@@ -101,11 +101,9 @@ class StopRequest:
       signal.signal(signum, handler)
 
 
-def train_run(
-  run: Run, *, stop: StopRequest, sharding: Sharding = None
-) -> dict[str, Any]:
+def train_run(run: Run, *, stop: StopRequest) -> dict[str, Any]:
   """Trains one run to its last step and measures it on the test split."""
-  trainer = Trainer(run, sharding=sharding)
+  trainer = Trainer(run)
   try:
     return trainer.run(stop)
   finally:
@@ -115,28 +113,28 @@ def train_run(
 class Trainer:
   """The state of one run, and the loop that advances it."""
 
-  def __init__(self, run: Run, *, sharding: Sharding = None):
-    """Restores the run where it was, or makes its initial state.
-
-    Args:
-      run: what to train.
-      sharding: of the batches, [B, T]; None keeps them on one device.
-    """
+  def __init__(self, run: Run):
+    """Restores the run where it was, or makes its initial state."""
     config = run.config
     self.name, self.config, self.task = run.name, config, run.task
     self.workdir = run.workdir
-    self.sharding = sharding
+    self.placement = run.placement
     self.graph, params = steps.abstract_params(run.model)
     self.parameters = sum(x.size for x in jax.tree.leaves(params))
-    self.functions = steps.make_steps(self.graph, config)
+    self.functions = steps.make_steps(
+      self.graph, config, placement=run.placement
+    )
     self.schedule = make_schedule(config.optimizer, config.steps)
     self.meter = metrics.Meter()
     self.seconds = 0.0
-    self.state = steps.init_state(run.model, config)
-    self.batches = open_batches(config, run.task, 'train')
+    self.state = steps.init_state(run.model, config, placement=run.placement)
+    self.batches = self._open('train')
     self.checkpointer = Checkpointer(
       run.workdir / 'checkpoints', keep=config.checkpoint.keep, say=metrics.say
     )
+    # Processes that share a CPU's collectives can lock each other up when steps
+    # are queued.
+    self.lockstep = jax.process_count() > 1 and jax.default_backend() == 'cpu'
     self.step = self._restore()
     self.saved = self.step
     metrics.write_json(run.workdir / 'config.json', config_lib.to_dict(config))
@@ -145,6 +143,9 @@ class Trainer:
       run.workdir, start_step=self.step, tensorboard=config.log.tensorboard
     )
     self.validation: list | None = None
+
+  def _open(self, split: str) -> BatchIterator:
+    return open_batches(self.config, self.task, split, placement=self.placement)
 
   def _restore(self) -> int:
     self.checkpointer.remove_unfinished()
@@ -172,8 +173,10 @@ class Trainer:
     pending = None
     try:
       for step in range(first + 1, config.steps + 1):
-        batch = steps.put(next(self.batches), self.sharding)
-        self.state, values = self.functions.train(self.state, batch)
+        batch = steps.put(next(self.batches), self.placement)
+        self.state, values = self.functions.train(self.state, batch, step)
+        if self.lockstep:
+          jax.block_until_ready(values)
         self.step = step
         # Reading a step's metrics waits for it; by now the next one runs.
         if pending is not None:
@@ -207,8 +210,15 @@ class Trainer:
     )
 
   def _devices(self) -> str:
-    count = 1 if self.sharding is None else len(self.sharding.device_set)
-    return f'{count} {jax.devices()[0].device_kind} device' + 's' * (count > 1)
+    kind = jax.devices()[0].device_kind
+    if self.placement is None:
+      return f'1 {kind} device'
+    mesh, layout = self.placement.mesh, self.placement.layout
+    shape = ' x '.join(f'{name} {n}' for name, n in mesh.shape.items())
+    return (
+      f'{mesh.size} {kind} devices ({shape}), {self.placement.scheme}, '
+      f'{layout.name} layout'
+    )
 
   def _note(self, step: int, values: Any, progress: metrics.Progress):
     """Takes in the metrics of a finished step, and stops at a bad one."""
@@ -244,7 +254,7 @@ class Trainer:
 
   def _validate(self):
     if self.validation is None:
-      batches = open_batches(self.config, self.task, 'validation')
+      batches = self._open('validation')
       self.validation = list(batches)
       batches.close()
     row = {'step': self.step, 'split': 'validation'}
@@ -255,7 +265,7 @@ class Trainer:
     totals = dict.fromkeys(metrics.Meter.KEYS, 0.0)
     for batch in batches:
       values = self.functions.evaluate(
-        self.state['params'], steps.put(batch, self.sharding)
+        self.state['params'], steps.put(batch, self.placement)
       )
       for key, value in jax.device_get(values).items():
         totals[key] += float(value)
@@ -297,7 +307,7 @@ class Trainer:
         metrics.say(f'{self.name or "train"}: already finished')
         return results
     rows = metrics.read_lines(self.log.path)
-    batches = open_batches(self.config, self.task, 'test')
+    batches = self._open('test')
     test = self.measure(batches)
     batches.close()
     rates = [r['tokens_per_second'] for r in rows if r['split'] == 'train']

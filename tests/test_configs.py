@@ -38,7 +38,7 @@ def test_config_is_checked_and_makes_a_finite_step(spec, tmp_path):
     graph, _ = steps.abstract_params(run.model)
     state = steps.init_state(run.model, config)
     before = jax.device_get(state['params'])
-    state, values = steps.make_steps(graph, config).train(state, batch)
+    state, values = steps.make_steps(graph, config).train(state, batch, 1)
     assert np.isfinite(float(values['loss']))
     assert float(values['weight']) > 0
     after = jax.device_get(state['params'])

@@ -257,7 +257,7 @@ def one_update(config, batch):
   )
   graph, _ = steps.abstract_params(task_free)
   state = steps.init_state(task_free, config)
-  state, values = steps.make_steps(graph, config).train(state, batch)
+  state, values = steps.make_steps(graph, config).train(state, batch, 1)
   return jax.device_get((state['params'], values))
 
 

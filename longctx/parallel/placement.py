@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longctx.layouts import SequenceLayout
+from longctx.parallel import parameters
 from longctx.parallel.axes import Axes
 from longctx.parallel.schemes import SCHEMES
 
@@ -41,6 +43,67 @@ class Placement:
   def sharding(self) -> NamedSharding:
     """Of arrays [B, T, ...]."""
     return NamedSharding(self.mesh, self.axes.spec())
+
+  def row_group(self) -> tuple[int, int]:
+    """(index, count): this process holds group `index` of `count` of the rows.
+
+    Processes that hold other parts of the same rows have the same index.
+
+    Raises:
+      NotImplementedError: its rows are no such group.
+    """
+    mesh = self.mesh
+    count = 1 if self.axes.data is None else mesh.shape['data']
+    if count == 1 or jax.process_count() == 1:
+      return 0, 1
+    own = mesh.local_mesh.device_ids
+    ids = mesh.device_ids
+    groups = [
+      i for i in range(count) if np.isin(ids.take(i, axis=0), own).any()
+    ]
+    size = len(groups)
+    whole = groups == list(range(groups[0], groups[0] + size))
+    if not whole or count % size or groups[0] % size:
+      raise NotImplementedError(
+        f'process {jax.process_index()} holds the rows of {groups=} of {count} '
+        'on data: take a mesh whose data axis divides by the processes, or the '
+        'other way round'
+      )
+    return groups[0] // size, count // size
+
+  def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Moves a batch in natural order to the mesh, in the layout's order.
+
+    Args:
+      batch: arrays [rows of this process, T], and `read` [rows, Q].
+    """
+    index, count = self.row_group()
+    placed = {}
+    for name, x in self.layout.place(batch).items():
+      first = index * x.shape[0]
+      shape = (x.shape[0] * count, *x.shape[1:])
+      sharding = self.rows if name == 'read' else self.sharding
+      placed[name] = jax.make_array_from_callback(
+        shape,
+        sharding,
+        lambda at, x=x, first=first: x[_within(at[0], first, len(x)), at[1]],
+      )
+    return placed
+
+  @property
+  def rows(self) -> NamedSharding:
+    """Of arrays [B, ...] that every device of the sequence has."""
+    return NamedSharding(self.mesh, P(self.axes.data))
+
+  def state_shardings(self, state: Any, *, fsdp: bool) -> Any:
+    """A sharding per array of a training state, see `parameters`."""
+    axes = self.axes
+    return parameters.state_shardings(
+      state,
+      self.mesh,
+      data=axes.size(axes.data) if fsdp else 1,
+      model=axes.size(axes.heads),
+    )
 
   def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of `longctx.parallel` with the place filled in."""
@@ -73,6 +136,12 @@ class Placement:
       )(shared, *per_token)
 
     return run
+
+
+def _within(rows: slice, first: int, count: int) -> slice:
+  """Rows of the whole batch, counted in a group of it."""
+  start = 0 if rows.start is None else rows.start - first
+  return slice(start, count if rows.stop is None else rows.stop - first)
 
 
 def sequence_axes(scheme: str) -> tuple[str, ...]:

@@ -242,12 +242,8 @@ def wire_bytes(
   """What `linear_attention` sends forward, all devices together.
 
   A scan sends R - 1, R - 2, R - 4, ... states P V per head and row, and the
-<<<<<<< HEAD
-  decays with all but the last of them, which nothing follows.
-=======
   decays with all but the last of them, which nothing follows. The backward
   pass sends the gradients of all of these back.
->>>>>>> scan
 
   Args:
     B, N, P, V: rows, query heads, size of keys and of values.
@@ -280,17 +276,6 @@ def wire_bytes(
   }
 
 
-<<<<<<< HEAD
-def _shard(
-  inputs,
-  initial_state,
-  *,
-  layout,
-  axis,
-  normalize,
-  **kwargs,
-):
-=======
 def _combine(earlier, later):
   """The element of two runs, one after the other."""
   return earlier[0] * later[0], later[0] * earlier[1] + later[1]
@@ -308,31 +293,15 @@ def _drop_padding(k, log_decay, layout, axis):
 
 
 def _shard(inputs, initial_state, *, layout, axis, normalize, **kwargs):
->>>>>>> scan
   """(out, last state) of one shard; see `linear_attention`."""
   q, k, v = (inputs[name] for name in 'qkv')
   log_decay, segment_ids = inputs['log_decay'], inputs['segment_ids']
   B, L, N, P = q.shape
-<<<<<<< HEAD
-  W = v.shape[-1] + normalize
-  dtype = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
-  if initial_state is None:
-    initial_state = jnp.zeros((B, N, P, W), dtype)
-  if layout.is_padded:
-    # A step with neither key nor decay changes no state.
-    positions = layout.positions(jax.lax.axis_index(axis))
-    is_token = (positions < layout.seq_len)[:, None, None]
-    k = jnp.where(is_token, k, 0)
-    if log_decay is not None:
-      is_token = is_token.reshape(L, *[1] * (log_decay.ndim - 2))
-      log_decay = jnp.where(is_token, log_decay, 0)
-=======
   dtype = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
   if initial_state is None:
     initial_state = jnp.zeros((B, N, P, v.shape[-1] + normalize), dtype)
   if layout.is_padded:
     k, log_decay = _drop_padding(k, log_decay, layout, axis)
->>>>>>> scan
 
   def by_run(x):
     return x.reshape(B * layout.runs, layout.run_len, *x.shape[2:])
@@ -359,14 +328,7 @@ def _shard(inputs, initial_state, *, layout, axis, normalize, **kwargs):
   state = run_states(
     initial_state.astype(dtype),
     (runs_apart(decay), runs_apart(change)),
-<<<<<<< HEAD
-    lambda earlier, later: (
-      earlier[0] * later[0],
-      later[0] * earlier[1] + later[1],
-    ),
-=======
     _combine,
->>>>>>> scan
     (jnp.ones_like(decay[:B]), jnp.zeros_like(change[:B])),
     layout,
     axis,
