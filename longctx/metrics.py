@@ -29,8 +29,15 @@ PACKAGES = (
 )
 
 
+def is_writer() -> bool:
+  """Whether this process writes files and speaks: the first of all."""
+  return jax.process_index() == 0
+
+
 def say(message: str):
   """One line for the user, above a progress bar if one is shown."""
+  if not is_writer():
+    return
   tqdm.tqdm.write(message, file=sys.stderr)
   sys.stderr.flush()
 
@@ -41,6 +48,8 @@ def write_json(path: pathlib.Path, value: Any):
 
 
 def _replace(path: pathlib.Path, text: str):
+  if not is_writer():
+    return
   partial = path.with_name(path.name + '.partial')
   partial.write_text(text)
   os.replace(partial, path)
@@ -130,8 +139,10 @@ class MetricsLog:
     self.path = workdir / 'metrics.jsonl'
     kept = [row for row in read_lines(self.path) if row['step'] <= start_step]
     write_lines(self.path, kept)
+    self._file = self._board = None
+    if not is_writer():
+      return
     self._file = self.path.open('a')
-    self._board = None
     if tensorboard:
       self._board = make_summary_writer()(
         str(workdir / 'tensorboard'), purge_step=start_step + 1
@@ -139,6 +150,8 @@ class MetricsLog:
 
   def write(self, row: dict[str, Any]):
     """Appends one object with `step`, `split` and numbers."""
+    if self._file is None:
+      return
     self._file.write(json.dumps(row) + '\n')
     self._file.flush()
     if self._board is not None:
@@ -147,7 +160,8 @@ class MetricsLog:
           self._board.add_scalar(f'{row["split"]}/{key}', value, row['step'])
 
   def close(self):
-    self._file.close()
+    if self._file is not None:
+      self._file.close()
     if self._board is not None:
       self._board.close()
 
@@ -180,7 +194,7 @@ class Progress:
       initial=start_step,
       unit='step',
       dynamic_ncols=True,
-      disable=not (show and sys.stderr.isatty()),
+      disable=not (show and sys.stderr.isatty() and is_writer()),
     )
 
   def advance(self):

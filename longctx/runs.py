@@ -57,6 +57,33 @@ def resolve_model(
   )
 
 
+def start_devices(
+  config: ExperimentConfig,
+  *,
+  coordinator: str = '',
+  num_processes: int | None = None,
+  process_id: int | None = None,
+) -> None:
+  """Joins other processes and makes the devices that the meshes ask for.
+
+  Before anything uses a device.
+
+  Args:
+    config: whose runs have meshes.
+    coordinator: see `parallel.join_processes`; '' for a process on its own.
+    num_processes: how many processes there are.
+    process_id: which one this is.
+  """
+  most = max(
+    one.parallel.devices for one in config_lib.expand_runs(config).values()
+  )
+  note = parallel.ensure_devices(-(-most // (num_processes or 1)))
+  if coordinator:
+    parallel.join_processes(coordinator, num_processes, process_id)
+  if note:
+    metrics.say(note)
+
+
 def prepare(config: ExperimentConfig, workdir: pathlib.Path) -> list[Run]:
   """Checks everything that can be checked before anything compiles.
 

@@ -11,17 +11,20 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
 
 from longctx import config as config_lib
 from longctx import figures, metrics, steps
 from longctx.checkpoint import Checkpointer, abstract
 from longctx.data import BatchIterator
 from longctx.optimizer import make_schedule
+from longctx.parallel.hlo import program_cost
 from longctx.runs import Run, open_batches
 
 
@@ -49,6 +52,8 @@ def train(runs: list[Run], workdir: pathlib.Path) -> dict[str, Any]:
   curves = {
     run.name: metrics.read_lines(run.workdir / 'metrics.jsonl') for run in runs
   }
+  if not metrics.is_writer():
+    return results
   if len(runs) > 1:
     metrics.write_json(workdir / 'results.json', results)
     figures.training(
@@ -86,6 +91,9 @@ class StopRequest:
     self._previous = {}
 
   def __enter__(self) -> 'StopRequest':
+    # With several processes JAX listens, so that all stop at the same step.
+    if jax.process_count() > 1:
+      return self
     # Python delivers signals to the main thread, and lets no other listen.
     if threading.current_thread() is threading.main_thread():
       for signum in (signal.SIGTERM, signal.SIGINT):
@@ -95,6 +103,13 @@ class StopRequest:
   def _note(self, signum, frame):
     self.signum = signum
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+  def at(self, step: int) -> bool:
+    """Whether to stop at this step, which all processes agree on."""
+    several = jax.process_count() > 1
+    if several and multihost_utils.reached_preemption_sync_point(step):
+      self.signum = signal.SIGTERM
+    return self.signum is not None
 
   def __exit__(self, *unused):
     for signum, handler in self._previous.items():
@@ -120,6 +135,8 @@ class Trainer:
     self.workdir = run.workdir
     self.placement = run.placement
     self.graph, params = steps.abstract_params(run.model)
+    self.model = nnx.merge(self.graph, params)
+    self.compiled: Callable[..., Any] | None = None
     self.parameters = sum(x.size for x in jax.tree.leaves(params))
     self.functions = steps.make_steps(
       self.graph, config, placement=run.placement
@@ -174,7 +191,9 @@ class Trainer:
     try:
       for step in range(first + 1, config.steps + 1):
         batch = steps.put(next(self.batches), self.placement)
-        self.state, values = self.functions.train(self.state, batch, step)
+        if self.compiled is None:
+          self._compile(batch)
+        self.state, values = self.compiled(self.state, batch, np.int32(step))
         if self.lockstep:
           jax.block_until_ready(values)
         self.step = step
@@ -186,20 +205,40 @@ class Trainer:
         validate_now = last or _due(step, config.eval.every)
         save_now = last or _due(step, config.checkpoint.every)
         self.seconds = before + time.perf_counter() - begun
-        if validate_now or save_now or stop.signum is not None:
+        stop_now = stop.at(step)
+        if validate_now or save_now or stop_now:
           self._note(*pending, progress)
           pending = None
           if validate_now:
             self._validate()
           # After the validation, so that no resumed run lacks its line.
-          if save_now or stop.signum is not None:
+          if save_now or stop_now:
             self._save()
           self.meter.pause()
-        if stop.signum is not None and not last:
+        if stop_now and not last:
           self._stop(stop.signum)
     finally:
       progress.close()
     return self._finish(first)
+
+  def _compile(self, batch: steps.Batch):
+    """Compiles a step; on a mesh, says beforehand what it will cost."""
+    if self.placement is None:
+      self.compiled = self.functions.train
+      return
+    train = self.functions.train.lower(self.state, batch, np.int32(0))
+    self.compiled = train.compile()
+    cost = program_cost(self.compiled)
+    flops = 3 * self.model.flops(self.task.seq_len) * self.config.batch_size
+    wire = sum(cost.wire_bytes.values())
+    kinds = ', '.join(
+      f'{kind} {n / 1e6:,.1f}' for kind, n in cost.wire_bytes.items() if n
+    )
+    metrics.say(
+      f'{self.name or "train"}: a step computes {flops:.3g} FLOPs (three '
+      f'forward passes on allowed pairs), holds {cost.device_bytes / 1e6:,.0f} '
+      f'MB per device and sends {wire / 1e6:,.1f} MB over all wires ({kinds})'
+    )
 
   def _announce(self):
     where = f'step {self.step} of {self.config.steps}' if self.step else 'new'
@@ -312,6 +351,8 @@ class Trainer:
     batches.close()
     rates = [r['tokens_per_second'] for r in rows if r['split'] == 'train']
     validations = [r for r in rows if r['split'] == 'validation']
+    if not metrics.is_writer():
+      return test
     results = {
       'split': 'test',
       **test,

@@ -5,7 +5,12 @@ The same names and arguments as in ops, and where to run: global arrays, under
 """
 
 from longctx.parallel.halo import short_conv
-from longctx.parallel.mesh import ensure_devices, has_accelerator, make_mesh
+from longctx.parallel.mesh import (
+  ensure_devices,
+  has_accelerator,
+  join_processes,
+  make_mesh,
+)
 from longctx.parallel.placement import Placement, sequence_axes
 from longctx.parallel.schemes import SCHEMES, dot_product_attention
 from longctx.parallel.state_scan import linear_attention
@@ -16,6 +21,7 @@ __all__ = [
   'dot_product_attention',
   'ensure_devices',
   'has_accelerator',
+  'join_processes',
   'linear_attention',
   'make_mesh',
   'sequence_axes',

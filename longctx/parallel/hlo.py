@@ -5,6 +5,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 # Bytes that all devices together send in one execution of a collective, from
 # the bytes of the operand on one device, the size and the number of groups.
@@ -30,6 +31,31 @@ class _Instruction:
   opcode: str
   operands: str
   attributes: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramCost:
+  """What one run of a compiled program takes.
+
+  Attributes:
+    device_bytes: held by one device: arguments, results and what lies between.
+    wire_bytes: sent by all devices together, see `collective_bytes`.
+  """
+
+  device_bytes: int
+  wire_bytes: dict[str, int]
+
+
+def program_cost(compiled: Any) -> ProgramCost:
+  """The cost of `jax.jit(f).lower(*args).compile()`, as its compiler says."""
+  memory = compiled.memory_analysis()
+  held = (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes
+  )
+  return ProgramCost(held, collective_bytes(compiled.as_text()))
 
 
 def collective_bytes(hlo_text: str) -> dict[str, int]:
