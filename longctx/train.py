@@ -194,20 +194,22 @@ class Trainer:
         if self.compiled is None:
           self._compile(batch)
         self.state, values = self.compiled(self.state, batch, np.int32(step))
-        if self.lockstep:
-          jax.block_until_ready(values)
         self.step = step
         # Reading a step's metrics waits for it; by now the next one runs.
         if pending is not None:
           self._note(*pending, progress)
         pending = (step, values)
+        if self.lockstep:
+          self._note(*pending, progress)
+          pending = None
         last = step == config.steps
         validate_now = last or _due(step, config.eval.every)
         save_now = last or _due(step, config.checkpoint.every)
         self.seconds = before + time.perf_counter() - begun
         stop_now = stop.at(step)
         if validate_now or save_now or stop_now:
-          self._note(*pending, progress)
+          if pending is not None:
+            self._note(*pending, progress)
           pending = None
           if validate_now:
             self._validate()
