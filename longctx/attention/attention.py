@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from longctx import masks, parallel
+from longctx import masks
 from longctx.ops.alibi import alibi_slopes
 from longctx.ops.dot_product_attention import dot_product_attention
 from longctx.ops.rope import apply_rope
@@ -188,7 +188,7 @@ class Attention(nnx.Module, abc.ABC):
       dropout = (config.attention_dropout, dropout_key)
     attend = dot_product_attention
     if placement is not None:
-      attend = placement.bind(parallel.dot_product_attention)
+      attend = placement.dot_product_attention
     return attend(
       take_read(q, read),
       k,
@@ -289,7 +289,6 @@ def _convolve(
 ) -> Float[Array, 'B T E']:
   kernel = kernel[...].astype(x.dtype)
   if placement is not None:
-    convolve = placement.bind(parallel.short_conv)
-    return convolve(x, kernel, segment_ids=segment_ids)
+    return placement.short_conv(x, kernel, segment_ids=segment_ids)
   out, _ = short_conv(x, kernel, segment_ids=segment_ids)
   return out

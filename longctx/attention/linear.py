@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import numpy as np
 from flax import nnx
 
-from longctx import parallel
 from longctx.attention.attention import (
   Attention,
   AttentionConfig,
@@ -77,7 +76,7 @@ class LinearAttention(Attention):
     feature_dim = self.feature_map.dim(self.config.head_dim)
     attend = linear_attention
     if placement is not None:
-      attend = placement.bind(parallel.linear_attention)
+      attend = placement.linear_attention
     out, _ = attend(
       self.feature_map(q, is_query=True),
       self.feature_map(k, is_query=False),

@@ -1,7 +1,6 @@
 """Where the tokens of a model lie, as one value to hand down."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longctx.layouts import SequenceLayout
-from longctx.parallel import parameters
+from longctx.parallel import halo, parameters, schemes, state_scan
 from longctx.parallel.axes import Axes
 from longctx.parallel.schemes import SCHEMES
 
@@ -105,14 +104,24 @@ class Placement:
       model=axes.size(axes.heads),
     )
 
-  def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of `longctx.parallel` with the place filled in."""
-    arguments = dict(
+  def dot_product_attention(self, *arrays: Any, **options: Any) -> Any:
+    """`parallel.dot_product_attention` of arrays that lie here."""
+    return schemes.dot_product_attention(
+      *arrays, **self._place(), scheme=self.scheme, **options
+    )
+
+  def linear_attention(self, *arrays: Any, **options: Any) -> Any:
+    """`parallel.linear_attention` of arrays that lie here."""
+    return state_scan.linear_attention(*arrays, **self._place(), **options)
+
+  def short_conv(self, *arrays: Any, **options: Any) -> Any:
+    """`parallel.short_conv` of arrays that lie here."""
+    return halo.short_conv(*arrays, **self._place(), **options)
+
+  def _place(self) -> dict[str, Any]:
+    return dict(
       mesh=self.mesh, axis=self.axis, layout=self.layout, in_layout=True
     )
-    if 'scheme' in function.__kwdefaults__:
-      arguments['scheme'] = self.scheme
-    return functools.partial(function, **arguments)
 
   def sum_over_tokens(self, function: Callable[..., Any]) -> Callable[..., Any]:
     """Runs function(shared, *per_token) on each device's own tokens.

@@ -1,0 +1,85 @@
+"""The same losses on any mesh, layout and scheme, and in several processes."""
+
+import contextlib
+import functools
+
+import numpy as np
+import pytest
+
+from longctx import config as config_lib
+from longctx import runs, steps, tasks
+from longctx.config import ExperimentConfig, ParallelConfig
+from longctx.model import TransformerConfig
+
+STEPS = 50
+
+
+def experiment(layers, **parallel):
+  """50 steps of two rows of 61 tokens, an odd length, with dropout."""
+  linear = 'linear' in ' '.join(layers)
+  return ExperimentConfig(
+    steps=STEPS,
+    batch_size=2,
+    task=tasks.task_defaults('copying', seq_len=61),
+    model=TransformerConfig(
+      layers=layers,
+      d_model=16,
+      num_heads=8,
+      num_kv_heads=4,
+      mlp_dim=32,
+      short_conv=3 if linear else 0,
+      attention_dropout=0.0 if linear else 0.2,
+      logits_chunk=16,
+    ),
+    optimizer=config_lib.OptimizerConfig(learning_rate=1e-3),
+    parallel=ParallelConfig(**parallel),
+  )
+
+
+@functools.lru_cache
+def losses(layers, **parallel):
+  """The loss of every step."""
+  config = experiment(layers, **parallel)
+  task = tasks.make_task(**config.task)
+  model = runs.resolve_model(config.model, task)
+  placement = runs.make_placement(config.parallel, task.seq_len)
+  graph, _ = steps.abstract_params(model)
+  state = steps.init_state(model, config, placement=placement)
+  train = steps.make_steps(graph, config, placement=placement).train
+  found = []
+  with contextlib.closing(
+    runs.open_batches(config, task, 'train', placement=placement)
+  ) as batches:
+    for step, batch in zip(range(1, STEPS + 1), batches, strict=False):
+      state, values = train(state, steps.put(batch, placement), np.int32(step))
+      found.append(float(values['loss'] / values['weight']))
+  return np.array(found)
+
+
+SOFTMAX = ('full', 'sliding_window(window=9)')
+MESHES = [
+  dict(seq=2),
+  dict(seq=4),
+  dict(seq=8),
+  dict(seq=8, layout='contiguous'),
+  dict(seq=8, layout='striped'),
+  dict(seq=4, scheme='ulysses', data=2),
+  dict(seq=8, scheme='all_gather'),
+  dict(seq=4, model=2, scheme='ring+ulysses'),
+  dict(data=2, seq=2, model=2, fsdp=True),
+]
+
+
+@pytest.mark.parametrize('mesh', MESHES, ids=str)
+def test_every_mesh_trains_to_the_same_loss_with_dropout(mesh):
+  np.testing.assert_allclose(
+    losses(SOFTMAX, **mesh), losses(SOFTMAX), rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize(
+  'mesh', [dict(seq=8), dict(data=2, seq=2, model=2)], ids=str
+)
+def test_recurrent_layers_train_to_the_same_loss_on_a_mesh(mesh):
+  layers = ('linear', 'full')
+  np.testing.assert_allclose(losses(layers, **mesh), losses(layers), rtol=1e-5)
