@@ -2,6 +2,11 @@
 
 import contextlib
 import functools
+import json
+import os
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +15,7 @@ from longctx import config as config_lib
 from longctx import runs, steps, tasks
 from longctx.config import ExperimentConfig, ParallelConfig
 from longctx.model import TransformerConfig
+from tests.test_train import ROOT
 
 STEPS = 50
 
@@ -83,3 +89,73 @@ def test_every_mesh_trains_to_the_same_loss_with_dropout(mesh):
 def test_recurrent_layers_train_to_the_same_loss_on_a_mesh(mesh):
   layers = ('linear', 'full')
   np.testing.assert_allclose(losses(layers, **mesh), losses(layers), rtol=1e-5)
+
+
+def train_sibling(workdir, *options):
+  """The command that trains ring_1m's small sibling for a few steps."""
+  return [
+    sys.executable,
+    str(ROOT / 'train.py'),
+    '--config=configs/ring_1m.py:sibling',
+    f'--workdir={workdir}',
+    '--config.steps=6',
+    '--config.task.seq_len=250',
+    '--config.parallel.data=2',
+    '--config.parallel.seq=2',
+    *options,
+  ]
+
+
+def start(command):
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+  return subprocess.Popen(
+    command,
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def logged_losses(workdir):
+  rows = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+  return [row['loss'] for row in rows]
+
+
+@pytest.fixture(scope='module')
+def sibling_losses(tmp_path_factory):
+  """What one process logs."""
+  workdir = tmp_path_factory.mktemp('one')
+  process = start(train_sibling(workdir))
+  output = process.communicate(timeout=300)[0]
+  assert process.returncode == 0, output
+  assert '4 virtual devices' in output
+  return logged_losses(workdir)
+
+
+@pytest.mark.parametrize('processes', [2, 4])
+def test_several_processes_train_to_the_same_loss(
+  processes, sibling_losses, tmp_path
+):
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  running = [
+    start(
+      train_sibling(
+        tmp_path,
+        f'--coordinator=localhost:{port}',
+        f'--num_processes={processes}',
+        f'--process_id={index}',
+      )
+    )
+    for index in range(processes)
+  ]
+  try:
+    outputs = [process.communicate(timeout=300)[0] for process in running]
+  finally:
+    for process in running:
+      process.kill()
+  assert [p.returncode for p in running] == [0] * processes, outputs
+  np.testing.assert_allclose(logged_losses(tmp_path), sibling_losses, rtol=1e-5)
