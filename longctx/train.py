@@ -172,7 +172,7 @@ class Trainer:
     pending = None
     try:
       for step in range(first + 1, config.steps + 1):
-        batch = steps.put(next(self.batches), self.sharding)
+        batch = self._put(next(self.batches))
         self.state, values = self.functions.train(self.state, batch)
         self.step = step
         # Reading a step's metrics waits for it; by now the next one runs.
@@ -242,6 +242,13 @@ class Trainer:
       'optimizer.warmup_steps or a smaller optimizer.clip_norm may help'
     )
 
+  def _put(self, batch: steps.Batch) -> steps.Batch:
+    # Another process may score another number of places of its rows, and a
+    # shard of the sequence holds some of them only.
+    if self.sharding is None:
+      batch = steps.with_read(batch)
+    return steps.put(batch, self.sharding)
+
   def _validate(self):
     if self.validation is None:
       batches = open_batches(self.config, self.task, 'validation')
@@ -254,9 +261,7 @@ class Trainer:
     """Mean loss and accuracy over batches, each token counted once."""
     totals = dict.fromkeys(metrics.Meter.KEYS, 0.0)
     for batch in batches:
-      values = self.functions.evaluate(
-        self.state['params'], steps.put(batch, self.sharding)
-      )
+      values = self.functions.evaluate(self.state['params'], self._put(batch))
       for key, value in jax.device_get(values).items():
         totals[key] += float(value)
     weight = max(totals['weight'], 1e-9)
