@@ -55,7 +55,11 @@ def get_config() -> ConfigDict:
     {
       'full_scaled': {'model': {'layers': ('scalable_softmax',)}},
       'full': {'model': {'layers': ('full',)}},
-      'hybrid': {'model': {'layers': ('linear', 'scalable_softmax')}},
+      # It finds the key after 450 steps, the runs of one layer after 200.
+      'hybrid': {
+        'steps': 1000,
+        'model': {'layers': ('linear', 'scalable_softmax')},
+      },
       'linear': {'model': {'layers': ('linear',)}},
       'sliding_window': {'model': {'layers': ('sliding_window(window=256)',)}},
     }
