@@ -20,7 +20,8 @@ alone, and a million tokens cost O(T); a full layer below would cost O(T²).
 
   python train.py --config=configs/passkey_1m.py
   python eval.py --workdir=runs/passkey_1m \
-    --sweep=seq_len=4096,16384,65536,262144,1048576 --batches=32 --batch_size=1
+    --sweep=seq_len=1024,4096,16384,65536,262144,1048576 \
+    --batches=32 --batch_size=1
 
 Expected: TO BE MEASURED
 """
