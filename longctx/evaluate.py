@@ -214,7 +214,9 @@ class _Measure:
     )
     try:
       sums = [
-        jax.device_get(self._evaluate(self._params, steps.put(batch, None)))
+        jax.device_get(
+          self._evaluate(self._params, steps.put(steps.with_read(batch), None))
+        )
         for batch in iterator
       ]
     finally:

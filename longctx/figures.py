@@ -110,12 +110,15 @@ def sweep(
   for index, (name, rows) in enumerate(curves.items()):
     color = COLORS[index % len(COLORS)]
     xs = [row['value'] for row in rows]
+    # Thinner over thicker, so that curves which agree are all seen.
+    below = len(curves) - 1 - index
     axis.plot(
       xs,
       [row['accuracy'] for row in rows],
       color=color,
+      lw=1.5 + 1.5 * below,
       marker='o',
-      ms=4,
+      ms=4 + 2 * below,
       label=name or 'accuracy',
     )
     low = [row['low'] for row in rows]
@@ -129,7 +132,7 @@ def sweep(
   axis.plot(
     xs, [row['ceiling'] for row in rows], color='0.4', ls='--', label='ceiling'
   )
-  axis.axvline(trained_at, color='0.6', lw=1, label=f'trained: {trained_at}')
+  axis.axvline(trained_at, color='0.6', lw=1, label=f'trained: {trained_at:,}')
   if min(xs) > 0 and max(xs) >= 4 * min(xs):
     axis.set_xscale('log', base=2)
     axis.set_xticks(xs, [f'{x:,}' for x in xs])

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -160,6 +161,31 @@ def _accumulate(grad, params, batch, key, parts):
   shapes = jax.eval_shape(part_grad, params, first, 0)
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
   return jax.lax.scan(body, zeros, (slices, jnp.arange(parts)))[0]
+
+
+def with_read(batch: Batch) -> Batch:
+  """Adds the places that are scored, where they are few, for `loss` to read.
+
+  Their number is rounded up to a power of two, so that batches of one task
+  share a compilation, and taken where it is at most an eighth of the length.
+
+  Args:
+    batch: numpy arrays [B, T], the whole batch.
+
+  Returns:
+    The batch, with `read` int32 [B, Q], -1 in rows that score fewer places. As
+    it was where most places are scored.
+  """
+  scored = batch['weights'] > 0
+  counts = scored.sum(axis=1)
+  Q = 1 << max(int(counts.max()) - 1, 0).bit_length()
+  if scored.shape[1] < 8 * Q:
+    return batch
+  read = np.full((len(counts), Q), -1, np.int32)
+  rows, places = np.nonzero(scored)
+  within = np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)
+  read[rows, within] = places
+  return {**batch, 'read': read}
 
 
 def put(batch: Batch, placement: Placement | None) -> Batch:

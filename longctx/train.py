@@ -190,7 +190,7 @@ class Trainer:
     pending = None
     try:
       for step in range(first + 1, config.steps + 1):
-        batch = steps.put(next(self.batches), self.placement)
+        batch = self._put(next(self.batches))
         if self.compiled is None:
           self._compile(batch)
         self.state, values = self.compiled(self.state, batch, np.int32(step))
@@ -293,6 +293,13 @@ class Trainer:
       'optimizer.warmup_steps or a smaller optimizer.clip_norm may help'
     )
 
+  def _put(self, batch: steps.Batch) -> steps.Batch:
+    # Another process may score another number of places of its rows, and a
+    # shard of the sequence holds some of them only.
+    if self.placement is None:
+      batch = steps.with_read(batch)
+    return steps.put(batch, self.placement)
+
   def _validate(self):
     if self.validation is None:
       batches = self._open('validation')
@@ -305,9 +312,7 @@ class Trainer:
     """Mean loss and accuracy over batches, each token counted once."""
     totals = dict.fromkeys(metrics.Meter.KEYS, 0.0)
     for batch in batches:
-      values = self.functions.evaluate(
-        self.state['params'], steps.put(batch, self.placement)
-      )
+      values = self.functions.evaluate(self.state['params'], self._put(batch))
       for key, value in jax.device_get(values).items():
         totals[key] += float(value)
     weight = max(totals['weight'], 1e-9)

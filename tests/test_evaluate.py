@@ -1,11 +1,13 @@
 """eval: a trained folder measured again, and at other lengths."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from longctx import evaluate, metrics, runs, train
+from longctx import evaluate, metrics, runs, steps, tasks, train
+from longctx.data import make_iterator
 from tests.tiny import tiny_config
 
 
@@ -44,6 +46,55 @@ def test_sweep_reaches_beyond_the_trained_length_and_is_drawn(workdir):
   run_sweep(folder, 'seq_len=64', batches=2)
   lines = metrics.read_lines(folder / 'eval.jsonl')
   assert [line['value'] for line in lines if line['parameter']] == [16, 64]
+
+
+def weights_at(T, *rows):
+  weights = np.zeros((len(rows), T), np.float32)
+  for row, places in enumerate(rows):
+    weights[row, list(places)] = 0.5
+  return {'weights': weights}
+
+
+@pytest.mark.parametrize(
+  ('rows', 'read'),
+  [
+    ([[3], [7]], [[3], [7]]),
+    ([[3, 40, 41], [7]], [[3, 40, 41, -1], [7, -1, -1, -1]]),
+    ([[], [0, 63]], [[-1, -1], [0, 63]]),
+    ([[], []], [[-1], [-1]]),
+    ([range(8), [1]], [range(8), [1, *[-1] * 7]]),
+  ],
+)
+def test_scored_places_are_read_where_they_are_few(rows, read):
+  np.testing.assert_array_equal(
+    steps.with_read(weights_at(64, *rows))['read'], [list(r) for r in read]
+  )
+
+
+def test_many_scored_places_leave_the_batch_as_it_was():
+  batch = weights_at(64, range(9), [])
+  assert steps.with_read(batch) is batch
+
+
+def test_measuring_at_the_scored_places_gives_the_same_sums():
+  task = tasks.make_task('passkey', seq_len=64)
+  config = tiny_config(model={'layers': ('linear', 'scalable_softmax')})
+  config = dataclasses.replace(
+    config, task=tasks.task_defaults('passkey', seq_len=64)
+  )
+  model = runs.resolve_model(config.model, task)
+  graph, _ = steps.abstract_params(model)
+  params = steps.init_state(model, config)['params']
+  measure = steps.make_steps(graph, config).evaluate
+  batches = make_iterator(task, split='test', batch_size=4, seed=0)
+  batch = next(batches)
+  batches.close()
+  read = steps.with_read(batch)
+  assert read['read'].shape == (4, 8)
+  actual, expected = measure(params, read), measure(params, batch)
+  assert expected['weight'] == 20
+  for key, value in expected.items():
+    np.testing.assert_allclose(actual[key], value, rtol=1e-5)
 
 
 def test_learned_positions_refuse_a_longer_sequence(tmp_path):

@@ -21,6 +21,7 @@ from longctx.attention.attention import (
 )
 from longctx.attention.full import FullAttention
 from longctx.attention.linear import LinearAttention
+from longctx.attention.scalable_softmax import ScalableSoftmaxAttention
 from longctx.attention.sliding_window import SlidingWindowAttention
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
 VARIANTS: dict[str, type[Attention]] = {
   'full': FullAttention,
   'linear': LinearAttention,
+  'scalable_softmax': ScalableSoftmaxAttention,
   'sliding_window': SlidingWindowAttention,
 }
 

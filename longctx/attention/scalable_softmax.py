@@ -1,0 +1,105 @@
+"""Full attention whose logits grow with the number of keys."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from longctx import masks
+from longctx.attention.attention import (
+  Attention,
+  AttentionConfig,
+  true_positions,
+)
+from longctx.parallel import Placement
+from longctx.typing import Array, Float, Int, Key
+
+
+class ScalableSoftmaxAttention(Attention):
+  """out_t = Σ_{s ≤ t} softmax_s(σ log(n_t) q_t k_s / √H) v_s.
+
+  'Scalable-Softmax Is Superior for Attention' (arXiv:2501.19399): n_t is the
+  number of keys that t may read and σ a learned scalar per head. A gap of g
+  between two products q k becomes one of σ g log(n) between their logits, so
+  that a key that stands out by σ g > 1 keeps its weight among any number of
+  others, where softmax loses it from e^g on. Cost and state are those of full
+  attention.
+
+  A document's tokens are counted alone where documents are packed. Without
+  them n_t is the position plus one, whatever order the tokens stand in.
+
+  Attributes:
+    initial_scale: σ at first. Published is 0.168, one over the mean of log n at
+      a training length of 1024.
+  """
+
+  def __init__(
+    self,
+    config: AttentionConfig,
+    *,
+    initial_scale: float = 0.168,
+    rngs: nnx.Rngs,
+  ):
+    super().__init__(config, rngs=rngs)
+    self.mask = masks.Causal()
+    param_dtype = jnp.dtype(config.param_dtype)
+    self.logit_scale = nnx.Param(
+      jnp.full(config.num_heads, initial_scale, param_dtype)
+    )
+
+  def mix(
+    self,
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B T K H'],
+    v: Float[Array, 'B T K V'],
+    *,
+    positions: Int[Array, '*B T'] | None,
+    segment_ids: Int[Array, 'B T'] | None,
+    read: Int[Array, 'B Q'] | None,
+    dropout_key: Key[Array, ''] | None,
+    placement: Placement | None,
+  ) -> Float[Array, 'B Q N V']:
+    """Softmax attention of queries that are scaled by σ log(n)."""
+    n = count_keys(
+      true_positions(q.shape[1], positions, placement), segment_ids
+    )
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    scale = jnp.log(n.astype(dtype))[..., None] * self.logit_scale[...]
+    q = (q * scale[..., None]).astype(q.dtype)
+    return super().mix(
+      q,
+      k,
+      v,
+      positions=positions,
+      segment_ids=segment_ids,
+      read=read,
+      dropout_key=dropout_key,
+      placement=placement,
+    )
+
+
+def count_keys(
+  positions: Int[Array, '*B T'], segment_ids: Int[Array, 'B T'] | None
+) -> Int[Array, '...']:
+  """How many keys each token may read under a causal mask, itself included.
+
+  Args:
+    positions: of the tokens, 0, 1, …, T - 1 in any order.
+    segment_ids: documents, each of which is counted alone, so that positions
+      may go through the row or start anew in each.
+
+  Returns:
+    int [T] or [B, T].
+  """
+  if segment_ids is None:
+    return positions + 1
+  T = segment_ids.shape[1]
+
+  def ranks(positions, segment_ids):
+    order = jnp.lexsort((positions, segment_ids))
+    ids, places = segment_ids[order], jnp.arange(T)
+    begins = jnp.append(True, ids[1:] != ids[:-1])
+    first = jax.lax.cummax(jnp.where(begins, places, 0))
+    return jnp.zeros(T, jnp.int32).at[order].set(places - first + 1)
+
+  positions = jnp.broadcast_to(positions, segment_ids.shape)
+  return jax.vmap(ranks)(positions, segment_ids)
