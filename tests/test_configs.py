@@ -19,8 +19,12 @@ ARGUMENTS = ('default:copying', 'mqar:linear', 'copying:full', 'induction:1')
 FEWER_LAYERS = ('bytes_lm', 'copying')
 
 
+# What stands for a config whose default is too long for a test.
+SMALL = {'ring_1m': 'ring_1m:sibling'}
+
+
 def load(spec):
-  name, colon, argument = spec.partition(':')
+  name, colon, argument = SMALL.get(spec, spec).partition(':')
   path = ROOT / 'configs' / f'{name}.py'
   config = cli.load_config_file(f'{path}{colon}{argument}')
   if name in FEWER_LAYERS:
@@ -32,13 +36,15 @@ def load(spec):
 def test_config_is_checked_and_makes_a_finite_step(spec, tmp_path):
   for run in runs.prepare(load(spec), tmp_path):
     config = dataclasses.replace(run.config, batch_size=2)
-    batches = runs.open_batches(config, run.task, 'train')
-    batch = next(batches)
+    place = dict(placement=run.placement)
+    batches = runs.open_batches(config, run.task, 'train', **place)
+    batch = steps.put(next(batches), **place)
     batches.close()
     graph, _ = steps.abstract_params(run.model)
-    state = steps.init_state(run.model, config)
+    state = steps.init_state(run.model, config, **place)
     before = jax.device_get(state['params'])
-    state, values = steps.make_steps(graph, config).train(state, batch, 1)
+    train = steps.make_steps(graph, config, **place).train
+    state, values = train(state, batch, 1)
     assert np.isfinite(float(values['loss']))
     assert float(values['weight']) > 0
     after = jax.device_get(state['params'])
@@ -53,3 +59,15 @@ def test_docstring_says_what_to_run_and_what_comes_out(spec):
   assert f'--config=configs/{spec}.py' in docstring
   if spec != 'default':
     assert 'Expected' in docstring
+
+
+@pytest.mark.parametrize('size', ['laptop', 'hybrid'])
+def test_a_million_tokens_are_checked_without_compiling(size, tmp_path):
+  (run,) = runs.prepare(load(f'ring_1m:{size}'), tmp_path)
+  assert run.task.seq_len == 2**20
+  assert run.placement.layout.shard_len == 2**17
+
+
+def test_pod_asks_for_its_devices(tmp_path):
+  with pytest.raises(ValueError, match='needs 128 devices'):
+    runs.prepare(load('ring_1m:pod'), tmp_path)

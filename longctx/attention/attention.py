@@ -173,9 +173,9 @@ class Attention(nnx.Module, abc.ABC):
     *,
     positions: Int[Array, '*B T'] | None,
     segment_ids: Int[Array, 'B T'] | None,
-    read: Int[Array, 'B Q'] | None,
-    dropout_key: Key[Array, ''] | None,
-    placement: Placement | None,
+    read: Int[Array, 'B Q'] | None = None,
+    dropout_key: Key[Array, ''] | None = None,
+    placement: Placement | None = None,
   ) -> Float[Array, 'B Q N V']:
     """Mixes values over positions: softmax attention under `mask`."""
     config = self.config

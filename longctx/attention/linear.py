@@ -68,9 +68,9 @@ class LinearAttention(Attention):
     *,
     positions: Int[Array, '*B T'] | None,
     segment_ids: Int[Array, 'B T'] | None,
-    read: Int[Array, 'B Q'] | None,
-    dropout_key: Key[Array, ''] | None,
-    placement: Placement | None,
+    read: Int[Array, 'B Q'] | None = None,
+    dropout_key: Key[Array, ''] | None = None,
+    placement: Placement | None = None,
   ) -> Float[Array, 'B Q N V']:
     """Mixes values over positions by the recurrence; order is that of T."""
     feature_dim = self.feature_map.dim(self.config.head_dim)

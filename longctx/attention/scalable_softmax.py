@@ -54,9 +54,9 @@ class ScalableSoftmaxAttention(Attention):
     *,
     positions: Int[Array, '*B T'] | None,
     segment_ids: Int[Array, 'B T'] | None,
-    read: Int[Array, 'B Q'] | None,
-    dropout_key: Key[Array, ''] | None,
-    placement: Placement | None,
+    read: Int[Array, 'B Q'] | None = None,
+    dropout_key: Key[Array, ''] | None = None,
+    placement: Placement | None = None,
   ) -> Float[Array, 'B Q N V']:
     """Softmax attention of queries that are scaled by σ log(n)."""
     n = count_keys(
