@@ -10,6 +10,8 @@ import sys
 from absl import flags
 
 from longctx import cli, evaluate
+from longctx.config import ExperimentConfig
+from longctx.runs import start_devices
 
 _WORKDIR = flags.DEFINE_string('workdir', '', 'folder that train.py wrote')
 _SWEEP = flags.DEFINE_string(
@@ -26,6 +28,10 @@ _BATCH_SIZE = flags.DEFINE_integer(
 )
 
 
+def _devices(config: ExperimentConfig) -> int:
+  return config.parallel.devices
+
+
 def main(argv: list[str]):
   with cli.before_compiling():
     cli.parse_flags(argv)
@@ -34,8 +40,9 @@ def main(argv: list[str]):
     workdir = pathlib.Path(_WORKDIR.value)
     sweep = evaluate.parse_sweep(_SWEEP.value)
     runs = evaluate.open_workdir(workdir)
+    start_devices(max((r.config for r in runs), key=_devices))
     for run in runs:
-      evaluate.swept_tasks(run, sweep)
+      evaluate.swept_tasks(run, sweep, batch_size=_BATCH_SIZE.value)
   with cli.while_running():
     evaluate.evaluate(
       runs,

@@ -15,7 +15,7 @@ from longctx.checkpoint import Checkpointer, CheckpointError
 from longctx.config import ExperimentConfig
 from longctx.data import make_iterator
 from longctx.model import TransformerConfig, validate
-from longctx.runs import resolve_model
+from longctx.runs import make_placement, resolve_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,8 +88,15 @@ def open_workdir(workdir: pathlib.Path) -> list[Trained]:
   return found
 
 
-def swept_tasks(run: Trained, sweep: Sweep) -> list[tasks.Task]:
+def swept_tasks(
+  run: Trained, sweep: Sweep, *, batch_size: int = 0
+) -> list[tasks.Task]:
   """The task at each value, each checked against the trained model.
+
+  Args:
+    run: from `open_workdir`.
+    sweep: what changes.
+    batch_size: rows of a batch; 0 takes the one of the run's validation.
 
   Raises:
     ValueError, NotImplementedError: a value that the task does not take, or at
@@ -108,7 +115,13 @@ def swept_tasks(run: Trained, sweep: Sweep) -> list[tasks.Task]:
         f'{sweep.parameter}={value} needs {task.vocab_size} tokens, and the '
         f'model knows {run.model.vocab_size}'
       )
-    validate(run.model, task.seq_len)
+    placement = make_placement(run.config.parallel, task.seq_len)
+    validate(
+      run.model,
+      task.seq_len,
+      batch_size=_rows(run.config, batch_size),
+      placement=placement,
+    )
     found.append(task)
   return found
 
@@ -139,7 +152,9 @@ def evaluate(
   rows = []
   for run in runs:
     measure = _Measure(run)
-    swept = zip(sweep.values, swept_tasks(run, sweep), strict=True)
+    swept = zip(
+      sweep.values, swept_tasks(run, sweep, batch_size=batch_size), strict=True
+    )
     for value, task in swept:
       row = measure(task, split=split, batches=batches, batch_size=batch_size)
       head = {'run': run.name, 'parameter': sweep.parameter, 'value': value}
@@ -157,6 +172,10 @@ def evaluate(
     )
     metrics.say(f'figure: {path}')
   return rows
+
+
+def _rows(config: ExperimentConfig, batch_size: int) -> int:
+  return batch_size or config.eval.batch_size or config.batch_size
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -184,7 +203,7 @@ def _write(path: pathlib.Path, rows: list[dict[str, Any]]):
 
 
 class _Measure:
-  """The trained parameters of one run, and one compilation per length."""
+  """The trained parameters of one run."""
 
   def __init__(self, run: Trained):
     self._run = run
@@ -198,13 +217,18 @@ class _Measure:
       raise CheckpointError(f'there is no checkpoint in {run.workdir}')
     self._step = restored.step
     self._params = restored.params
-    self._evaluate = steps.make_steps(graph, run.config).evaluate
+    self._graph = graph
 
   def __call__(
     self, task: tasks.Task, *, split: str, batches: int, batch_size: int
   ) -> dict[str, Any]:
     config = self._run.config
-    batch_size = batch_size or config.eval.batch_size or config.batch_size
+    batch_size = _rows(config, batch_size)
+    # On the mesh that the run was trained on, in a layout of this length.
+    placement = make_placement(config.parallel, task.seq_len)
+    measure = steps.make_steps(
+      self._graph, config, placement=placement
+    ).evaluate
     iterator = make_iterator(
       task,
       split=split,
@@ -215,7 +239,7 @@ class _Measure:
     try:
       sums = [
         jax.device_get(
-          self._evaluate(self._params, steps.put(steps.with_read(batch), None))
+          measure(self._params, steps.put(steps.with_read(batch), placement))
         )
         for batch in iterator
       ]
