@@ -23,6 +23,7 @@ from longctx.parallel import ring, ulysses
 from longctx.parallel.all_gather import gather
 from longctx.parallel.axes import Axes, make_axes
 from longctx.parallel.schedule import Ring
+from longctx.parallel.specs import make_layout
 from longctx.typing import Array, Float, Int, Key
 
 SCHEMES = ('ring', 'ulysses', 'all_gather', 'ring+ulysses')
@@ -130,14 +131,11 @@ def dot_product_attention(
   axes = make_axes(mesh, axis)
   axes.check(q.shape[0], q.shape[2], k.shape[2])
   _check_scheme(scheme, axes, q.shape[2], implementation)
-  if isinstance(layout, str):
-    layout = SequenceLayout(layout, k.shape[1], axes.size(axes.seq))
+  layout = make_layout(
+    layout, k.shape[1], axes.size(axes.seq), in_layout=in_layout
+  )
   if not in_layout:
     q, k, v, call = _into_layout(layout, q, k, v, call, few=few)
-  if k.shape[1] != layout.padded_len:
-    raise ValueError(
-      f'{k.shape=} must have padded_len={layout.padded_len} of {layout}'
-    )
   sink_logits = call.pop('sink_logits')
   plan = _Plan(axes, layout, scheme, implementation or 'xla', few)
   out, lse = _on_mesh(plan, q, k, v, call)
