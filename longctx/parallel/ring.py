@@ -142,8 +142,6 @@ def _attend_fwd(spec: Spec, q, k, v, extras: Extras):
 
 
 def _attend_bwd(spec: Spec, residuals, cotangents):
-  # Else XLA keeps what the first hop and the broadcasts brought forward.
-  residuals, cotangents = lax.optimization_barrier((residuals, cotangents))
   q, k, v, extras, out, lse = residuals
   dout, dlse = cotangents
   delta = blockwise.make_delta(out, dout, dlse)
