@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 
@@ -17,7 +17,7 @@ class Axes:
     seq: axes of the sequence; the last one counts fastest.
   """
 
-  mesh: Mesh
+  mesh: Mesh | AbstractMesh
   seq: tuple[str, ...]
 
   @property
@@ -68,7 +68,7 @@ class Axes:
       )
 
 
-def make_axes(mesh: Mesh, axis: str | tuple[str, ...]) -> Axes:
+def make_axes(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...]) -> Axes:
   """The axes of a sequence that lies along `axis`.
 
   Raises:

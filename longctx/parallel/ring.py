@@ -52,7 +52,7 @@ class Queries(NamedTuple):
   """Queries and where they are."""
 
   q: Float[Array, 'B T N H']
-  positions: Int[Array, 'b T']
+  positions: Int[Array, 'b T'] | None
   segment_ids: Int[Array, 'B T'] | None
 
 
@@ -163,7 +163,7 @@ def _forward(device: '_Device', q, k, v):
     part = device.forward(schedule.mask, queries, columns)
     out, lse = merge(out, lse, *part)
   if schedule.rows:
-    rows = device.broadcast(queries, schedule.rows)
+    rows = device.broadcast_queries(queries, schedule.rows)
     part = device.forward(schedule.of_rows, rows, keys)
     part = merge_devices(*part, axis=device.spec.axis)
     own = device.take((out, lse), schedule.rows)
@@ -202,7 +202,8 @@ def _backward(device: '_Device', q, k, v, lse, dout, delta):
     dq += part[0]
     dk, dv = device.collect((dk, dv), part[1:])
   if schedule.rows:
-    rows, row_bars = device.broadcast((queries, bars), schedule.rows)
+    rows = device.broadcast_queries(queries, schedule.rows)
+    row_bars = device.broadcast(bars, schedule.rows)
     part = device.backward(schedule.of_rows, rows, keys, row_bars)
     (dq,) = device.collect((dq,), part[:1])
     dk, dv = dk + part[1], dv + part[2]
@@ -315,6 +316,12 @@ class _Device:
     """The first n keys of the sequence, on every device."""
     positions = jnp.arange(n, dtype=jnp.int32)[None]
     return self.broadcast(keys, n)._replace(positions=positions)
+
+  def broadcast_queries(self, queries: Queries, n: int) -> Queries:
+    """The first n queries of the sequence, on every device."""
+    positions = jnp.arange(n, dtype=jnp.int32)[None]
+    rows = self.broadcast(queries._replace(positions=None), n)
+    return rows._replace(positions=positions)
 
   def broadcast(self, tree: Any, n: int) -> Any:
     """The first n tokens of the sequence, on every device."""

@@ -122,6 +122,25 @@ class Ring:
     return places // self.shard_len, places % self.shard_len
 
 
+def without_padding(
+  mask: Mask, layout: SequenceLayout, *, natural: bool = True
+) -> Mask:
+  """A mask that leaves padding out, for keys at natural positions.
+
+  Args:
+    mask: which often does so by itself, as every causal one.
+    layout: of the keys.
+    natural: whether queries are at natural positions too; else they may be
+      anywhere.
+  """
+  T = layout.seq_len
+  beyond = np.array([T, layout.padded_len])
+  reads = layout.is_padded and (
+    not natural or mask.count(np.array([0, T]), beyond).any()
+  )
+  return mask & PrefixColumns(T) if reads else mask
+
+
 @functools.lru_cache(maxsize=128)
 def make_schedule(mask: Mask, ring: Ring) -> Schedule:
   """The cheapest schedule, in tokens sent, for tokens at natural positions."""

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from longctx.layouts import SequenceLayout
-from longctx.masks import Causal, Mask, PrefixColumns
+from longctx.masks import Causal, Mask
 from longctx.ops.dot_product_attention import (
   IMPLEMENTATIONS,
   BlockSizes,
@@ -22,7 +22,8 @@ from longctx.ops.merge import merge_devices
 from longctx.parallel import ring, ulysses
 from longctx.parallel.all_gather import gather
 from longctx.parallel.axes import Axes, make_axes
-from longctx.parallel.schedule import Ring
+from longctx.parallel.schedule import Ring, without_padding
+from longctx.parallel.specs import make_layout
 from longctx.typing import Array, Float, Int, Key
 
 SCHEMES = ('ring', 'ulysses', 'all_gather', 'ring+ulysses')
@@ -129,15 +130,12 @@ def dot_product_attention(
   few = q.shape[1] != k.shape[1]
   axes = make_axes(mesh, axis)
   axes.check(q.shape[0], q.shape[2], k.shape[2])
-  _check_scheme(scheme, axes, q.shape[2], implementation)
-  if isinstance(layout, str):
-    layout = SequenceLayout(layout, k.shape[1], axes.size(axes.seq))
+  check_scheme(scheme, axes, q.shape[2], implementation)
+  layout = make_layout(
+    layout, k.shape[1], axes.size(axes.seq), in_layout=in_layout
+  )
   if not in_layout:
     q, k, v, call = _into_layout(layout, q, k, v, call, few=few)
-  if k.shape[1] != layout.padded_len:
-    raise ValueError(
-      f'{k.shape=} must have padded_len={layout.padded_len} of {layout}'
-    )
   sink_logits = call.pop('sink_logits')
   plan = _Plan(axes, layout, scheme, implementation or 'xla', few)
   out, lse = _on_mesh(plan, q, k, v, call)
@@ -148,9 +146,15 @@ def dot_product_attention(
   return (out, lse) if return_lse else out
 
 
-def _check_scheme(
+def check_scheme(
   scheme: str, axes: Axes, N: int, implementation: str | None
 ) -> None:
+  """Raises where a scheme cannot run on a mesh.
+
+  Raises:
+    ValueError: an unknown name, axes or N heads that do not fit.
+    NotImplementedError: an implementation that gives no parts to merge.
+  """
   if scheme not in SCHEMES:
     raise ValueError(f'unknown {scheme=}; known: {", ".join(SCHEMES)}')
   wanted = 2 if scheme == 'ring+ulysses' else 1
@@ -274,14 +278,12 @@ def _local(plan: _Plan, q, k, v, call: dict[str, Any]):
 def _without_padding(
   layout: SequenceLayout, call: dict[str, Any]
 ) -> dict[str, Any]:
-  """Keeps padding out of natural positions, where the mask does not."""
-  T, mask = layout.seq_len, call['mask']
-  if not layout.is_padded or call['k_positions'] is not None:
+  """Keeps padding at natural positions out."""
+  if call['k_positions'] is not None:
     return call
-  beyond = np.array([T, layout.padded_len])
-  if call['q_positions'] is None and not mask.count(np.array([0, T]), beyond):
-    return call
-  return {**call, 'mask': mask & PrefixColumns(T)}
+  natural = call['q_positions'] is None
+  mask = without_padding(call['mask'], layout, natural=natural)
+  return {**call, 'mask': mask}
 
 
 def _few_queries(plan: _Plan, q, k, v, call: dict[str, Any]):

@@ -1,0 +1,255 @@
+"""What attention on a mesh computes and sends, told without running it."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+
+from longctx.layouts import SequenceLayout
+from longctx.masks import Causal, Mask
+from longctx.parallel.axes import make_axes
+from longctx.parallel.schedule import (
+  Ring,
+  Schedule,
+  full_schedule,
+  make_schedule,
+  without_padding,
+)
+from longctx.parallel.schemes import check_scheme
+from longctx.typing import Int
+
+# Bytes of an index, of lse and of sums, for inputs up to 32 bits.
+WORD = 4
+
+
+def executed_blocks(
+  mask: Mask,
+  layout: SequenceLayout,
+  block_q: int,
+  block_k: int,
+  *,
+  fold: int = 1,
+) -> Int[np.ndarray, ' R']:
+  """Blocks of scores that each device of a ring computes, in either pass.
+
+  At natural positions and without segments, by the rule of the work list: the
+  blocks whose ranges of positions may hold an allowed pair, of its own keys, of
+  those that are broadcast and of those that arrive at every hop. Times
+  `block_q block_k` it is the area of scores, and times 4 H that in FLOPs of a
+  head's forward pass.
+
+  Args:
+    mask: who reads whom.
+    layout: of the tokens.
+    block_q: queries per block; cut to what a part has, like the next one.
+    block_k: keys per block.
+    fold: devices along the second axis of 'ring+ulysses'; then each of them
+      computes that many blocks for its share of the heads.
+
+  Returns:
+    int64[R], R being the devices of the ring.
+  """
+  ring = Ring(layout, fold)
+  mask = without_padding(mask, layout)
+  schedule = make_schedule(mask, ring)
+  counts = np.zeros(ring.size, np.int64)
+  for shard, part, queries, keys in _parts(schedule, ring):
+    q_low, q_high = _ranges(queries, block_q)
+    k_low, k_high = _ranges(keys, block_k)
+    some, _ = part.bounds(q_low[:, None], q_high[:, None], k_low, k_high)
+    counts[shard] += np.count_nonzero(some)
+  return counts
+
+
+def _parts(
+  schedule: Schedule, ring: Ring
+) -> Iterator[tuple[int, Mask, np.ndarray, np.ndarray]]:
+  """(shard, mask, positions of queries, of keys) of all that is computed."""
+  R = ring.size
+  positions = [ring.positions(shard) for shard in range(R)]
+  for shard, own in enumerate(positions):
+    yield shard, schedule.travelling, own, own
+    if schedule.columns:
+      yield shard, schedule.mask, own, np.arange(schedule.columns)
+    if schedule.rows:
+      yield shard, schedule.of_rows, np.arange(schedule.rows), own
+    for chain in schedule.chains:
+      for hop in range(1, chain.hops + 1):
+        keys = positions[(shard - chain.direction * hop) % R]
+        keys = keys[chain.start : chain.stop]
+        yield shard, schedule.travelling, own, keys
+
+
+def _ranges(
+  positions: Int[np.ndarray, ' L'], block: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """The smallest and the largest position of each block."""
+  starts = np.arange(0, len(positions), min(block, len(positions)))
+  lowest = np.minimum.reduceat(positions, starts)
+  return lowest, np.maximum.reduceat(positions, starts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+  """Bytes per token of what a device sends.
+
+  Attributes:
+    q: a query of all the heads here.
+    out: an output, in the dtype of q.
+    heads: a number per query head, as lse is.
+    kv: a key and a value of all the key heads here.
+    indices: the integers that travel with keys.
+    segments: those of them that say the segment.
+    q_sum: a gradient of q, not yet rounded.
+    out_sum: an output, likewise.
+    kv_sum: gradients of k and v, likewise.
+  """
+
+  q: int
+  out: int
+  heads: int
+  kv: int
+  indices: int
+  segments: int
+  q_sum: int
+  out_sum: int
+  kv_sum: int
+
+
+def wire_bytes(
+  scheme: str,
+  B: int,
+  N: int,
+  K: int,
+  H: int,
+  *,
+  mesh: Mesh | AbstractMesh,
+  layout: SequenceLayout,
+  axis: str | tuple[str, ...] = 'seq',
+  mask: Mask = Causal(),
+  V: int | None = None,
+  itemsize: int = 4,
+  packed: bool = False,
+  q_positions: tuple[int, ...] | None = None,
+  k_positions: tuple[int, ...] | None = None,
+  uses_lse: bool = False,
+  backward: bool = False,
+) -> dict[str, int]:
+  """The bytes that attention sends, all devices together.
+
+  Of `parallel.dot_product_attention` with arrays in the layout's order, as many
+  queries as keys and no sink logits, whose gradient is a sum over all devices.
+
+  Args:
+    scheme: 'ring', 'ulysses', 'all_gather' or 'ring+ulysses'.
+    B: rows of the whole batch.
+    N: query heads.
+    K: key heads.
+    H: size of queries and keys.
+    mesh: devices, or an AbstractMesh where there are none.
+    layout: of the tokens.
+    axis: of the sequence; two of them for 'ring+ulysses'.
+    mask: who reads whom.
+    V: size of values; H when None.
+    itemsize: bytes of a number of q, k and v.
+    packed: whether there are segment ids, the same for queries and keys.
+    q_positions: shape of explicit positions, as given; None without.
+    k_positions: likewise.
+    uses_lse: whether lse is used beside out.
+    backward: whether to count the backward pass too.
+
+  Returns:
+    The bytes by kind of collective, as `hlo.collective_bytes` counts them;
+    kinds of which nothing is sent are left out.
+
+  Raises:
+    ValueError: the scheme lacks this combination.
+  """
+  axes = make_axes(mesh, axis)
+  axes.check(B, N, K)
+  check_scheme(scheme, axes, N, None)
+  data, model = axes.size(axes.data), axes.size(axes.heads)
+  b, n, k = B // data, N // model, K // model
+  V = H if V is None else V
+
+  def index(shape):
+    return 0 if shape is None else WORD * (b if shape[:-1] == (B,) else 1)
+
+  sizes = _sizes(b, n, k, H, V, itemsize)
+  segments = WORD * b if packed else 0
+  positions = index(q_positions), index(k_positions)
+  sent = Counter()
+  R = axes.size(axes.seq)
+  L = layout.shard_len
+  if scheme == 'all_gather':
+    gathered = sizes.kv + positions[1] + segments
+    sent['all-gather'] = (R - 1) * R * L * gathered
+    if backward:
+      sent['reduce-scatter'] = (R - 1) * R * L * sizes.kv
+  U = axes.size(axes.seq[-1])
+  if 'ulysses' in scheme:
+    repeated = math.lcm(k, U) // k * sizes.kv
+    traded = sizes.q + repeated + sizes.out + uses_lse * sizes.heads
+    groups = R // U
+    sent['all-to-all'] = groups * (U - 1) * L * traded * (1 + backward)
+    gathered = sum(positions) + segments
+    sent['all-gather'] = groups * (U - 1) * U * L * gathered
+  if 'ring' in scheme:
+    fold = U if scheme == 'ring+ulysses' else 1
+    natural = q_positions is None and k_positions is None
+    ring = Ring(layout, fold)
+    make = make_schedule if natural else full_schedule
+    schedule = make(without_padding(mask, layout), ring)
+    n, k = n // fold, math.lcm(k, fold) // fold
+    travelling = segments
+    if not natural:
+      travelling += positions[1] or WORD
+    sizes = dataclasses.replace(
+      _sizes(b, n, k, H, V, itemsize), indices=travelling, segments=segments
+    )
+    for kind, size in _ring_bytes(schedule, ring, sizes, backward).items():
+      sent[kind] += fold * size
+  return {kind: mesh.size // R * s for kind, s in sent.items() if s}
+
+
+def _sizes(b: int, n: int, k: int, H: int, V: int, itemsize: int) -> _Sizes:
+  word = max(WORD, itemsize)
+  return _Sizes(
+    q=b * n * H * itemsize,
+    out=b * n * V * itemsize,
+    heads=b * n * word,
+    kv=b * k * (H + V) * itemsize,
+    indices=0,
+    segments=0,
+    q_sum=b * n * H * word,
+    out_sum=b * n * V * word,
+    kv_sum=b * k * (H + V) * word,
+  )
+
+
+def _ring_bytes(
+  schedule: Schedule, ring: Ring, sizes: _Sizes, backward: bool
+) -> Counter:
+  """What one ring sends; see `longctx.parallel.ring`."""
+  R, passes = ring.size, 1 + backward
+  sent = Counter()
+  for chain in schedule.chains:
+    arriving = chain.hops * len(chain.pairs) * (sizes.kv + sizes.indices)
+    # Gradients leave with the first keys, and go home from the last hop.
+    home = R * (1 if chain.hops == 1 else chain.hops + 1) * sizes.kv_sum
+    sent['collective-permute'] += chain.length * (
+      passes * arriving + backward * home
+    )
+  columns = passes * (sizes.kv + sizes.segments) + backward * sizes.kv_sum
+  rows = passes * (sizes.q + sizes.segments)
+  # The largest lse, the weights and the weighted outputs.
+  rows += 2 * sizes.heads + sizes.out_sum
+  if backward:
+    # With lse, dout and delta; dq comes back.
+    rows += 2 * sizes.heads + sizes.out + sizes.q_sum
+  summed = schedule.columns * columns + schedule.rows * rows
+  sent['all-reduce'] = 2 * (R - 1) * summed
+  return sent
