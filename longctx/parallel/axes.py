@@ -7,6 +7,8 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from longctx.layouts import SequenceLayout
+
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
@@ -48,24 +50,29 @@ class Axes:
     """Of an array [B, T, ...], or [B, T, N, ...] with its heads split."""
     return P(self.data, self.seq, *((self.heads,) if heads else ()))
 
-  def check(self, B: int, N: int, K: int) -> None:
-    """Raises where batch or heads do not divide by the mesh.
+  def check(self, *, batch: int, **split: int) -> None:
+    """Raises where an array does not divide by the mesh.
+
+    Args:
+      batch: rows, which `data` splits.
+      **split: what `model` splits, by the names that an error shall give.
 
     Raises:
       ValueError: with the sizes and what to change.
     """
     data, heads = self.size(self.data), self.size(self.heads)
-    if B % data:
+    if batch % data:
       raise ValueError(
-        f'a batch of {B=} rows does not divide over {data} devices on data; '
-        'change batch_size or the mesh'
+        f'batch={batch} must be a multiple of the mesh axis {data=}; take '
+        'another batch_size or mesh'
       )
-    if N % heads or K % heads:
-      raise ValueError(
-        f'{N=} query and {K=} key heads do not divide over {heads} devices on '
-        "model; change the heads or the mesh, or take scheme 'ring+ulysses', "
-        'which puts the sequence on model too'
-      )
+    for name, size in split.items():
+      if size % heads:
+        raise ValueError(
+          f'{name}={size} must be a multiple of the mesh axis model={heads}; '
+          f"take other {name}, a smaller axis, or scheme 'ring+ulysses', which "
+          'puts the sequence on model too'
+        )
 
 
 def make_axes(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...]) -> Axes:
@@ -79,3 +86,34 @@ def make_axes(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...]) -> Axes:
   if missing or not seq:
     raise ValueError(f'{axis=} must be of the mesh {dict(mesh.shape)}')
   return Axes(mesh, seq)
+
+
+def make_layout(
+  layout: str | SequenceLayout,
+  length: int,
+  shards: int,
+  *,
+  in_layout: bool,
+) -> SequenceLayout:
+  """The layout of arrays of that length, which a name alone leaves open.
+
+  Args:
+    layout: its name, or the layout itself, which is checked.
+    length: of the sequence axis, T, or `padded_len` if `in_layout`.
+    shards: R of the mesh.
+    in_layout: whether the arrays are in the layout's order already.
+  """
+  if isinstance(layout, str):
+    layout = SequenceLayout(layout, length, shards)
+  if layout.num_shards != shards:
+    raise ValueError(
+      f'{layout.num_shards=} must be the {shards} shards of the mesh'
+    )
+  expected = layout.padded_len if in_layout else layout.seq_len
+  if length != expected:
+    raise ValueError(
+      f'arrays of {length=} do not fit {layout} with {in_layout=}: they must '
+      f'have length {expected}; give a SequenceLayout with the length before '
+      'padding'
+    )
+  return layout

@@ -169,7 +169,7 @@ def wire_bytes(
     ValueError: the scheme lacks this combination.
   """
   axes = make_axes(mesh, axis)
-  axes.check(B, N, K)
+  axes.check(batch=B, query_heads=N, key_heads=K)
   check_scheme(scheme, axes, N, None)
   data, model = axes.size(axes.data), axes.size(axes.heads)
   b, n, k = B // data, N // model, K // model

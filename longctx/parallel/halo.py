@@ -8,7 +8,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from longctx.layouts import SequenceLayout
 from longctx.ops.short_conv import short_conv as local_short_conv
-from longctx.parallel import specs
+from longctx.parallel.axes import make_axes, make_layout
 from longctx.typing import Array, Float, Int, Shaped
 
 
@@ -54,17 +54,16 @@ def short_conv(
     raise ValueError(f'{kernel.shape=} must be (W, {D}) with W >= 1')
   if segment_ids is not None and segment_ids.shape != (B, T):
     raise ValueError(f'{segment_ids.shape=} must be {(B, T)}')
-  shards = specs.num_shards(mesh, axis)
-  layout = specs.make_layout(layout, T, shards, in_layout=in_layout)
+  axes = make_axes(mesh, axis)
+  axes.check(batch=B, channels=D)
+  shards = axes.size(axes.seq)
+  layout = make_layout(layout, T, shards, in_layout=in_layout)
   if layout.runs and layout.run_len < W - 1:
     raise ValueError(
       f'{layout} has runs of {layout.run_len} tokens, and a kernel of width '
       f'{W} reads {W - 1} tokens back: take fewer shards, or striped'
     )
-  data = specs.batch_axis(mesh, axis, B)
-  model = specs.model_axis(mesh, axis, channels=D)
-  tokens = PartitionSpec(data, axis)
-  channels = PartitionSpec(data, axis, model)
+  channels = axes.spec(heads=True)
   if not in_layout:
     x = layout.apply(x)
     if segment_ids is not None:
@@ -74,7 +73,7 @@ def short_conv(
       _run_conv if layout.runs else _striped_conv, layout=layout, axis=axis
     ),
     mesh=mesh,
-    in_specs=(channels, PartitionSpec(None, model), tokens),
+    in_specs=(channels, PartitionSpec(None, axes.heads), axes.spec()),
     out_specs=channels,
     check_vma=False,
   )(x, kernel, segment_ids)

@@ -21,9 +21,8 @@ from longctx.ops.dot_product_attention import (
 from longctx.ops.merge import merge_devices
 from longctx.parallel import ring, ulysses
 from longctx.parallel.all_gather import gather
-from longctx.parallel.axes import Axes, make_axes
+from longctx.parallel.axes import Axes, make_axes, make_layout
 from longctx.parallel.schedule import Ring, without_padding
-from longctx.parallel.specs import make_layout
 from longctx.typing import Array, Float, Int, Key
 
 SCHEMES = ('ring', 'ulysses', 'all_gather', 'ring+ulysses')
@@ -129,7 +128,7 @@ def dot_product_attention(
   )
   few = q.shape[1] != k.shape[1]
   axes = make_axes(mesh, axis)
-  axes.check(q.shape[0], q.shape[2], k.shape[2])
+  axes.check(batch=q.shape[0], query_heads=q.shape[2], key_heads=k.shape[2])
   check_scheme(scheme, axes, q.shape[2], implementation)
   layout = make_layout(
     layout, k.shape[1], axes.size(axes.seq), in_layout=in_layout

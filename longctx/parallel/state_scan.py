@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from longctx.layouts import SequenceLayout
 from longctx.ops import linear_attention as local
 from longctx.ops.linear_attention.final_state import final_state
-from longctx.parallel import specs
+from longctx.parallel.axes import make_axes, make_layout
 from longctx.parallel.halo import of_preceding_run
 from longctx.typing import Array, Bool, Float, Int
 
@@ -72,21 +72,21 @@ def linear_attention(
     )
   if log_decay is not None and log_decay.shape not in (q.shape, q.shape[:3]):
     raise ValueError(f'{log_decay.shape=} must be {q.shape[:3]} or {q.shape}')
-  shards = specs.num_shards(mesh, axis)
-  layout = specs.make_layout(layout, T, shards, in_layout=in_layout)
+  axes = make_axes(mesh, axis)
+  axes.check(batch=B, query_heads=N, key_heads=k.shape[2])
+  shards = axes.size(axes.seq)
+  layout = make_layout(layout, T, shards, in_layout=in_layout)
   if not layout.runs:
     raise NotImplementedError(
       'a recurrence needs runs of neighbouring tokens, which a striped '
       "sequence has not: take layout 'contiguous' or 'zigzag'"
     )
-  data = specs.batch_axis(mesh, axis, B)
-  model = specs.model_axis(mesh, axis, query_heads=N, key_heads=k.shape[2])
   inputs = dict(q=q, k=k, v=v, log_decay=log_decay, segment_ids=segment_ids)
   if not in_layout:
     inputs = jax.tree.map(layout.apply, inputs)
-  in_specs = dict.fromkeys(inputs, PartitionSpec(data, axis, model))
-  in_specs['segment_ids'] = PartitionSpec(data, axis)
-  state_spec = PartitionSpec(data, model)
+  in_specs = dict.fromkeys(inputs, axes.spec(heads=True))
+  in_specs['segment_ids'] = axes.spec()
+  state_spec = PartitionSpec(axes.data, axes.heads)
   out, state = jax.shard_map(
     functools.partial(
       _shard,
@@ -257,9 +257,9 @@ def wire_bytes(
     The bytes by kind, as `hlo.collective_bytes` counts them, for float32
     states.
   """
-  R = specs.num_shards(mesh, axis)
-  data = mesh.shape.get(specs.batch_axis(mesh, axis, B), 1)
-  model = mesh.shape.get(specs.model_axis(mesh, axis, heads=N), 1)
+  axes = make_axes(mesh, axis)
+  axes.check(batch=B, heads=N)
+  R, data, model = map(axes.size, (axes.seq, axes.data, axes.heads))
   # Of one group of devices that share a sequence.
   state = 4 * (B // data) * (N // model) * P * (V + normalize)
   decays = {None: 1, 'head': N // model, 'channel': N // model * P}

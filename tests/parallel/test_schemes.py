@@ -418,9 +418,9 @@ WRONG = [
     ValueError,
     '3 do not divide',
   ),
-  (dict(N=3, K=1), ValueError, 'N=3 query and K=1 key heads do not divide'),
-  (dict(N=4, K=1), ValueError, 'K=1 key heads do not divide over 2 devices'),
-  (dict(B=3), ValueError, 'B=3 rows does not divide over 2 devices on data'),
+  (dict(N=3, K=1), ValueError, 'query_heads=3 must be a multiple'),
+  (dict(N=4, K=1), ValueError, 'key_heads=1 must be a multiple'),
+  (dict(B=3), ValueError, 'batch=3 must be a multiple'),
   (
     dict(implementation='reference'),
     NotImplementedError,

@@ -293,7 +293,7 @@ def test_bytes_on_the_wire_are_those_of_the_formula(axes, layout, kwargs):
   [
     (dict(layout='striped'), NotImplementedError, "'contiguous' or 'zigzag'"),
     (dict(layout='zigzig'), ValueError, 'unknown layout'),
-    (dict(axis='rows'), ValueError, "no axis='rows' in a mesh"),
+    (dict(axis='rows'), ValueError, "axis='rows' must be of the mesh"),
     (dict(K=1), ValueError, 'key_heads=1 must be a multiple of .* model=2'),
     (dict(B=3), ValueError, 'batch=3 must be a multiple of .* data=2'),
     (
