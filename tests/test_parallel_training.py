@@ -91,6 +91,76 @@ def test_recurrent_layers_train_to_the_same_loss_on_a_mesh(mesh):
   np.testing.assert_allclose(losses(layers, **mesh), losses(layers), rtol=1e-5)
 
 
+CANNOT_WORK = [
+  ('no-such-scheme', dict(parallel=dict(seq=2, scheme='star')), ValueError),
+  ('no-such-layout', dict(parallel=dict(seq=2, layout='spiral')), ValueError),
+  ('mesh-larger-than-the-machine', dict(parallel=dict(seq=16)), ValueError),
+  ('rows-over-data', dict(batch_size=3, parallel=dict(data=2)), ValueError),
+  (
+    'rows-of-a-slice-over-data',
+    dict(optimizer=dict(accumulation=2), parallel=dict(data=2)),
+    ValueError,
+  ),
+  (
+    'heads-over-model',
+    dict(model=dict(num_kv_heads=1), parallel=dict(model=2)),
+    ValueError,
+  ),
+  (
+    'ulysses-without-heads',
+    dict(model=dict(num_heads=4), parallel=dict(seq=8, scheme='ulysses')),
+    ValueError,
+  ),
+  (
+    'ring+ulysses-without-heads',
+    dict(
+      model=dict(num_heads=4),
+      parallel=dict(model=8, scheme='ring+ulysses'),
+    ),
+    ValueError,
+  ),
+  (
+    'ring-of-the-reference',
+    dict(model=dict(implementation='reference'), parallel=dict(seq=2)),
+    NotImplementedError,
+  ),
+  (
+    'striped-recurrence',
+    dict(
+      model=dict(layers=('linear',), attention_dropout=0.0),
+      parallel=dict(seq=2, layout='striped'),
+    ),
+    NotImplementedError,
+  ),
+  (
+    'dropout-of-a-recurrence',
+    dict(model=dict(layers=('linear',))),
+    NotImplementedError,
+  ),
+  (
+    'convolution-wider-than-a-run',
+    dict(model=dict(short_conv=6), parallel=dict(seq=8)),
+    ValueError,
+  ),
+]
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'error'),
+  [case[1:] for case in CANNOT_WORK],
+  ids=[case[0] for case in CANNOT_WORK],
+)
+def test_what_cannot_work_is_refused_when_the_config_is_read(
+  overrides, error, tmp_path
+):
+  base = config_lib.to_dict(experiment(SOFTMAX))
+  with pytest.raises(error):
+    config = config_lib.from_config_dict(
+      ExperimentConfig, {**base, 'runs': {'run': overrides}}
+    )
+    runs.prepare(config, tmp_path)
+
+
 def train_sibling(workdir, *options):
   """The command that trains ring_1m's small sibling for a few steps."""
   return [
