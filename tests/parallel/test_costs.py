@@ -234,30 +234,27 @@ def test_a_window_sends_a_seventh_of_the_full_ring(name, backward):
   assert 7 * window <= full
 
 
-@pytest.mark.parametrize('name', LAYOUTS)
-def test_peak_bytes_do_not_grow_with_the_devices(name):
+def test_peak_bytes_do_not_grow_with_the_devices():
   peaks = []
-  for R in (2, 4, 8):
+  # With 2 or 3 devices the loop over hops is unrolled, and ends up elsewhere.
+  for R in (4, 6, 8):
     (compiled,) = programs(
       'ring',
-      SequenceLayout(name, 256 * R, R),
+      SequenceLayout('zigzag', 256 * R, R),
       make_mesh(seq=R),
       'seq',
       dims=(1, 4, 2, 32, 32),
       backward=True,
       together=True,
     )
-    memory = compiled.memory_analysis()
     # Of one device, as all run the same program.
+    memory = compiled.memory_analysis()
     peaks.append(
       memory.temp_size_in_bytes
       + memory.argument_size_in_bytes
       + memory.output_size_in_bytes
     )
-  two, four, eight = peaks
-  assert abs(eight / four - 1) < 0.05
-  # Two devices make one hop, which needs no second buffer to receive.
-  assert two <= 1.05 * eight
+  np.testing.assert_allclose(peaks, peaks[0], rtol=0.05)
 
 
 def counted_blocks(monkeypatch, mask, layout, sizes, fold):

@@ -1,0 +1,40 @@
+"""Benchmarks run, and print lines that say what their docstrings promise."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def lines_of(name, *arguments):
+  """What a benchmark prints, from a process of its own."""
+  done = subprocess.run(
+    [sys.executable, ROOT / 'benchmarks' / name, *arguments],
+    capture_output=True,
+    text=True,
+    check=False,
+    env=os.environ | dict(PYTHONPATH=str(ROOT)),
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_ring_is_timed_beside_others():
+  lines = lines_of('ring.py', '--quick')
+  timed = [line for line in lines if 'seconds' in line]
+  others = ['one_device', 'dense']
+  others += ['torch'] * bool(importlib.util.find_spec('torch'))
+  for pass_ in ('forward', 'forward+backward'):
+    schemes = [line['scheme'] for line in timed if line['pass'] == pass_]
+    assert schemes == ['ring', 'ulysses', *others]
+  for line in timed:
+    assert 0 < line['seconds_min'] <= line['seconds']
+    assert line['useful_gflops_per_s'] > 0
+    assert line['scheme'] == 'dense' or line['dense_seconds_ratio'] > 0
+  peaks = [line for line in lines if 'peak_bytes' in line]
+  assert [line['devices'] for line in peaks] == [2, 4] * 2
+  assert all(line['T'] == 128 * line['devices'] for line in peaks)
