@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from longctx.layouts import SequenceLayout
-from longctx.masks import Causal, Mask
+from longctx.masks import Causal, Mask, Range
 from longctx.parallel.axes import make_axes
 from longctx.parallel.schedule import (
   Ring,
@@ -57,9 +57,8 @@ def executed_blocks(
   schedule = make_schedule(mask, ring)
   counts = np.zeros(ring.size, np.int64)
   for shard, part, queries, keys in _parts(schedule, ring):
-    q_low, q_high = _ranges(queries, block_q)
-    k_low, k_high = _ranges(keys, block_k)
-    some, _ = part.bounds(q_low[:, None], q_high[:, None], k_low, k_high)
+    q, k = _ranges(queries, block_q), _ranges(keys, block_k)
+    some, _ = part.bounds(Range(q.low[:, None], q.high[:, None]), k)
     counts[shard] += np.count_nonzero(some)
   return counts
 
@@ -83,13 +82,11 @@ def _parts(
         yield shard, schedule.travelling, own, keys
 
 
-def _ranges(
-  positions: Int[np.ndarray, ' L'], block: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _ranges(positions: Int[np.ndarray, ' L'], block: int) -> Range:
   """The smallest and the largest position of each block."""
   starts = np.arange(0, len(positions), min(block, len(positions)))
   lowest = np.minimum.reduceat(positions, starts)
-  return lowest, np.maximum.reduceat(positions, starts)
+  return Range(lowest, np.maximum.reduceat(positions, starts))
 
 
 @dataclasses.dataclass(frozen=True)

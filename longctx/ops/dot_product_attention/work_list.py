@@ -107,14 +107,11 @@ def _block_kinds(
       q_positions = jnp.arange(t.T)[None]
     if k_positions is None:
       k_positions = jnp.arange(t.S)[None]
-    bounds = _pair_ranges(t, q_positions, k_positions)
-    possible, certain = mask.bounds(*bounds)
+    possible, certain = mask.bounds(*_ranges(t, q_positions, k_positions))
   if indices.q_segment_ids is not None:
-    q_low, q_high, k_low, k_high = _pair_ranges(
-      t, indices.q_segment_ids, indices.k_segment_ids
-    )
-    possible &= (q_low <= k_high) & (k_low <= q_high)
-    certain &= (q_low == k_high) & (k_low == q_high)
+    q, k = _ranges(t, indices.q_segment_ids, indices.k_segment_ids)
+    possible &= (q.low <= k.high) & (k.low <= q.high)
+    certain &= (q.low == k.high) & (k.low == q.high)
   if t.S % t.block_k:
     certain = certain.at[..., -1].set(False)
   possible = _over_rows(possible, t).any(1)
@@ -129,22 +126,18 @@ def _over_rows(
   return x.reshape(x.shape[0] // rows, rows, tiling.nq, tiling.nk)
 
 
-def _pair_ranges(
+def _ranges(
   tiling: Tiling, q: Int[Array, 'bq T'], k: Int[Array, 'bk S']
-) -> tuple[Array, ...]:
-  """Smallest and largest of each block, as [b, nq, 1] and [b, 1, nk]."""
+) -> tuple[masks.Range, masks.Range]:
+  """Those of the blocks of queries [b, nq, 1] and of keys [b, 1, nk]."""
 
-  def ranges(x, block):
+  def blocks(x, block):
     missing = -x.shape[1] % block
     x = jnp.pad(x, ((0, 0), (0, missing)), mode='edge')
-    x = x.reshape(x.shape[0], -1, block)
-    return x.min(-1), x.max(-1)
+    return x.reshape(x.shape[0], -1, block)
 
-  q_low, q_high = ranges(q, tiling.block_q)
-  k_low, k_high = ranges(k, tiling.block_k)
+  q, k = blocks(q, tiling.block_q), blocks(k, tiling.block_k)
   return (
-    q_low[:, :, None],
-    q_high[:, :, None],
-    k_low[:, None],
-    k_high[:, None],
+    masks.Range(q.min(-1)[:, :, None], q.max(-1)[:, :, None]),
+    masks.Range(k.min(-1)[:, None], k.max(-1)[:, None]),
   )
