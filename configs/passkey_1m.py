@@ -5,7 +5,7 @@ Landmark Attention, arXiv:2305.16300). Each run learns to find it at 1,024
 tokens and is then asked at up to 1,048,576. Full attention reads every key at
 any distance, but its softmax spreads over 1,024 times as many; logits that grow
 with log(n) (Scalable-Softmax, arXiv:2501.19399) hold against them. A window
-does not reach the key and a fixed state does not keep it.
+does not reach the key.
 
   full_scaled     one layer of full attention, length-scaled logits
   full            one layer of full attention
@@ -23,7 +23,21 @@ alone, and a million tokens cost O(T); a full layer below would cost O(T²).
     --sweep=seq_len=1024,4096,16384,65536,262144,1048576 \
     --batches=32 --batch_size=1
 
-Expected: TO BE MEASURED
+Expected accuracy, chance 0.062, one seed, measured at commit 7f60af1 on two
+shared CPU cores (AMD EPYC), each point 32 examples with 8 answers each:
+
+  tokens          1,024  4,096  16,384  65,536  262,144  1,048,576
+  full_scaled     1.000  1.000   1.000   1.000    1.000      1.000
+  full            1.000  1.000   1.000   1.000    0.996      0.992
+  hybrid          1.000  1.000   1.000   1.000    1.000      1.000
+  linear          0.098  0.082   0.105   0.055    0.066      0.074
+  sliding_window  1.000  0.277   0.082   0.070    0.035      0.031
+
+32 of 32 examples leave a 95% interval from 0.893. Linear attention has not
+learned to find the key at 1,024 tokens after these 500 steps, so its row says
+nothing about length. Plain full attention's loss grows from 0.0001 to 0.028;
+with scaled logits it stays at 0.0003. Training took about 6 minutes of CPU
+time and 1 GB, the evaluation 9 minutes and 3.1 GB.
 """
 
 from ml_collections import ConfigDict
