@@ -28,8 +28,8 @@ class ScalableSoftmaxAttention(Attention):
   them n_t is the position plus one, whatever order the tokens stand in.
 
   Attributes:
-    initial_scale: σ at first. Published is 0.168, one over the mean of log n at
-      a training length of 1024.
+    initial_scale: σ at first. 0.168 is one over the mean of log n at a length
+      of 1,024, where logits then start at the size of softmax's.
   """
 
   def __init__(
