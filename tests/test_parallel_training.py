@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from longctx import config as config_lib
-from longctx import runs, steps, tasks
+from longctx import runs, steps, tasks, train
 from longctx.config import ExperimentConfig, ParallelConfig
 from longctx.model import TransformerConfig
 from tests.test_train import ROOT
+from tests.tiny import tiny_config
 
 STEPS = 50
 
@@ -51,13 +52,13 @@ def losses(layers, **parallel):
   placement = runs.make_placement(config.parallel, task.seq_len)
   graph, _ = steps.abstract_params(model)
   state = steps.init_state(model, config, placement=placement)
-  train = steps.make_steps(graph, config, placement=placement).train
+  update = steps.make_steps(graph, config, placement=placement).train
   found = []
   with contextlib.closing(
     runs.open_batches(config, task, 'train', placement=placement)
   ) as batches:
     for step, batch in zip(range(1, STEPS + 1), batches, strict=False):
-      state, values = train(state, steps.put(batch, placement), np.int32(step))
+      state, values = update(state, steps.put(batch, placement), np.int32(step))
       found.append(float(values['loss'] / values['weight']))
   return np.array(found)
 
@@ -89,6 +90,17 @@ def test_every_mesh_trains_to_the_same_loss_with_dropout(mesh):
 def test_recurrent_layers_train_to_the_same_loss_on_a_mesh(mesh):
   layers = ('linear', 'full')
   np.testing.assert_allclose(losses(layers, **mesh), losses(layers), rtol=1e-5)
+
+
+def test_run_continues_on_another_mesh(tmp_path):
+  for seq, steps_so_far in ((2, 5), (1, 10)):
+    config = tiny_config(
+      steps=steps_so_far, parallel=dict(seq=seq), log=dict(every=1)
+    )
+    train.train(runs.prepare(config, tmp_path), tmp_path)
+  rows = map(json.loads, (tmp_path / 'metrics.jsonl').read_text().splitlines())
+  trained = [row['step'] for row in rows if row['split'] == 'train']
+  assert trained == list(range(1, 11))
 
 
 CANNOT_WORK = [
