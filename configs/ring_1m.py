@@ -74,6 +74,7 @@ def _laptop(config: ConfigDict):
   config.model.layers = ('sliding_window(window=256)', 'full')
   config.model.d_model = 32
   config.model.num_heads = 1
+  config.model.head_dim = 16
   # Nothing but the step: a validation at this length is another minute.
   config.eval.batches = 1
   config.eval.test_batches = 1

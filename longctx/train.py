@@ -190,7 +190,7 @@ class Trainer:
     pending = None
     try:
       for step in range(first + 1, config.steps + 1):
-        batch = self._put(next(self.batches))
+        batch = self._put(next(self.batches), training=True)
         if self.compiled is None:
           self._compile(batch)
         self.state, values = self.compiled(self.state, batch, np.int32(step))
@@ -293,10 +293,11 @@ class Trainer:
       'optimizer.warmup_steps or a smaller optimizer.clip_norm may help'
     )
 
-  def _put(self, batch: steps.Batch) -> steps.Batch:
-    # Another process may score another number of places of its rows, and a
-    # shard of the sequence holds some of them only.
-    if self.placement is None:
+  def _put(self, batch: steps.Batch, *, training: bool) -> steps.Batch:
+    # On a mesh a training step computes every place, as its announced cost
+    # says; and another process may score another number of places.
+    mesh = self.placement is not None
+    if not mesh or (not training and jax.process_count() == 1):
       batch = steps.with_read(batch)
     return steps.put(batch, self.placement)
 
@@ -312,7 +313,8 @@ class Trainer:
     """Mean loss and accuracy over batches, each token counted once."""
     totals = dict.fromkeys(metrics.Meter.KEYS, 0.0)
     for batch in batches:
-      values = self.functions.evaluate(self.state['params'], self._put(batch))
+      batch = self._put(batch, training=False)
+      values = self.functions.evaluate(self.state['params'], batch)
       for key, value in jax.device_get(values).items():
         totals[key] += float(value)
     weight = max(totals['weight'], 1e-9)
