@@ -16,10 +16,14 @@ from tests.tolerances import case_id, tolerance
 CHUNKED = [name for name in IMPLEMENTATIONS if name != 'reference']
 
 
-def make_inputs(T, *, B=2, N=2, K=2, P=4, V=3, decay=None, beta=None):
+def make_inputs(
+  T, *, B=2, N=2, K=2, P=4, V=3, decay=None, beta=None, keys='random'
+):
   """Float64 arrays by name; keys of length one, beta in [0, 2]."""
   rng = np.random.default_rng(T)
   k = rng.normal(size=(B, T, K, P))
+  if keys == 'parallel':
+    k = k[:, :1] + 0.01 * k
   inputs = dict(
     q=rng.normal(size=(B, T, N, P)) / math.sqrt(P),
     k=k / np.linalg.norm(k, axis=-1, keepdims=True),
@@ -80,7 +84,7 @@ def assert_trees_close(result, expected, **tolerances):
 def case(T, dtype='float32', *, chunk_size=16, segments=False, **kwargs):
   dims = {letter: kwargs[letter] for letter in 'NK' if letter in kwargs}
   name = case_id(T=T, C=chunk_size, dtype=dtype, **dims)
-  extras = [kwargs.get('decay'), segments and 'packed']
+  extras = [kwargs.get('decay'), kwargs.get('keys'), segments and 'packed']
   if 'beta' in kwargs:
     extras.append(f'beta{kwargs["beta"]}')
   name = '-'.join([name, *filter(None, extras)])
@@ -102,6 +106,8 @@ def case(T, dtype='float32', *, chunk_size=16, segments=False, **kwargs):
     case(37, beta=0.0),
     case(37, beta=1.0),
     case(37, beta=2.0),
+    case(37, beta=1.0, keys='parallel'),
+    case(37, beta=2.0, keys='parallel'),
   ],
 )
 def test_implementation_equals_recurrence(

@@ -37,8 +37,8 @@ def gated_delta_rule(
   al., arXiv 2412.06464) one per head, Kimi Delta Attention (Kimi Linear, arXiv
   2510.26692) one per head and channel of the key.
 
-  Time T (2 C (P + V) + 3 P V) per head in chunks of C steps; state P V numbers
-  per head, whatever T.
+  Time T (2 C (P + V) + C² / 3 + 3 P V) per head in chunks of C steps; state P V
+  numbers per head, whatever T.
 
   Args:
     q: queries. k, v: keys and values; K divides N, and N/K neighbouring query
@@ -55,7 +55,9 @@ def gated_delta_rule(
       to the next, so packed documents do not see each other.
     initial_state: S_0, as returned by an earlier call; the first segment
       continues it. None: zero.
-    chunk_size: C of the chunked implementation.
+    chunk_size: C of the chunked implementation, best a power of two. Smaller
+      ones are more precise where beta |k|² is near 2 and keys are nearly
+      parallel.
     implementation: 'reference' (one step at a time), 'xla' (chunks), or None
       for the best that supports the call.
 
