@@ -47,8 +47,8 @@ def gated_delta_rule(
   Time T (2 C (P + V) + C² / 3 + 3 P V) per head. The backward pass keeps the
   inputs only and computes the T/C states between chunks again (memory T P V / C
   per head while it runs). Any T works: the last chunk is padded with steps that
-  change nothing. Products of float32 have JAX's default matmul precision,
-  except those that solve the system, which are exact to float32.
+  change nothing. Products of float32 have JAX's default matmul precision, those
+  that solve the system the full one.
   """
   out, state = scan_chunks(
     _chunk,
