@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops.delta_rule import IMPLEMENTATIONS, gated_delta_rule
+from longctx.ops.delta_rule import (
+  IMPLEMENTATIONS,
+  gated_delta_rule,
+  reference,
+)
+from longctx.ops.delta_rule.final_state import final_state
 from longctx.ops.linear_attention import linear_attention
 from tests.tolerances import case_id, tolerance
 
@@ -246,6 +251,36 @@ def test_two_halves_equal_the_whole(implementation):
   halves = jnp.concatenate([first, second], axis=1)
   np.testing.assert_allclose(halves, whole, **tolerance('float32'))
   np.testing.assert_allclose(state, last_state, **tolerance('float32'))
+
+
+@pytest.mark.parametrize('decay', [None, 'channel'])
+def test_final_state_equals_that_of_the_recurrence(decay):
+  inputs = make_inputs(21, B=3, N=4, K=2, decay=decay)
+  # One row is one document, one continues into others, one only begins.
+  changes = np.zeros((3, 21), np.int32)
+  changes[1, [4, 13]] = changes[2, 0] = 1
+  document = jnp.asarray(changes.cumsum(1))
+
+  def last(q, initial_state, **inputs):
+    del q
+    factor, state = final_state(**inputs, document=document, chunk_size=8)
+    return factor @ initial_state + state
+
+  def expected(log_decay=None, **inputs):
+    _, state = reference.gated_delta_rule(
+      **inputs, log_decay=log_decay, scale=1.0, document=document, chunk_size=1
+    )
+    return state
+
+  def value_and_gradients(f, dtype):
+    state, vjp = jax.vjp(jax.jit(lambda x: f(**x)), as_dtype(inputs, dtype))
+    seed = np.random.default_rng(1).normal(size=state.shape)
+    return state, vjp(jnp.asarray(seed, dtype))
+
+  result = value_and_gradients(last, 'float32')
+  with jax.enable_x64(True):
+    exact = value_and_gradients(expected, 'float64')
+  assert_trees_close(result, exact, **tolerance('float32'))
 
 
 def test_jit_changes_nothing():
