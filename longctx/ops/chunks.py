@@ -84,7 +84,8 @@ def scan_chunks(
     state: what enters the first chunk.
     inputs: a tree of arrays [B, T, ...].
     document: the number of document changes in the row so far.
-    chunk_size: C, a power of two for the sake of halving; less if T is.
+    chunk_size: C, best a power of two for the sake of halving. A sequence that
+      is shorter makes one chunk, as long as the next power of two.
   """
   B, T = jax.tree.leaves(inputs)[0].shape[:2]
   chunk_size = min(chunk_size, 1 << (T - 1).bit_length())
