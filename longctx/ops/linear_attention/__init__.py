@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from longctx.ops.chunks import count_documents
 from longctx.ops.linear_attention import chunked, reference
 from longctx.typing import Array, Float, Int
 
@@ -81,7 +82,7 @@ def linear_attention(
     v,
     log_decay=log_decay,
     scale=scale,
-    document=_count_documents(segment_ids),
+    document=count_documents(segment_ids),
     initial_state=initial_state.astype(dtype),
     chunk_size=chunk_size,
   )
@@ -101,14 +102,6 @@ def _implementation(name):
       f'unknown implementation {name!r}; known: {sorted(IMPLEMENTATIONS)}'
     )
   return IMPLEMENTATIONS[name]
-
-
-def _count_documents(segment_ids):
-  """How often the id has changed so far: an id may come back, a count not."""
-  if segment_ids is None:
-    return None
-  changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-  return jnp.pad(jnp.cumsum(changed, axis=1, dtype=jnp.int32), [(0, 0), (1, 0)])
 
 
 def _check(q, k, v, log_decay, segment_ids, chunk_size):

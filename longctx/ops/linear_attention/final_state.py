@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from longctx.ops.linear_attention.chunked import SMALLEST_LOG_DECAY
+from longctx.ops.chunks import SMALLEST_LOG_DECAY
 from longctx.typing import Array, Float, Int
 
 
