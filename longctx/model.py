@@ -13,6 +13,7 @@ from longctx.attention import (
   take_read,
   true_positions,
 )
+from longctx.ops.cross_entropy import cross_entropy_sums, project
 from longctx.parallel import Placement
 from longctx.typing import Array, Float, Int, Key
 
@@ -241,7 +242,7 @@ class Transformer(nnx.Module):
     if read is not None:
       labels = take_read(labels, read)
       weights = jnp.where(read < 0, 0, take_read(weights, read))
-    sums = functools.partial(_loss_sums, chunk=self.config.logits_chunk)
+    sums = functools.partial(cross_entropy_sums, chunk=self.config.logits_chunk)
     if placement is not None and read is None:
       sums = placement.sum_over_tokens(sums)
     return sums(self._head(), x, labels, weights)
@@ -310,7 +311,7 @@ class Transformer(nnx.Module):
 
   def logits(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
     """The head: float32 logits from the normed outputs of `hidden`."""
-    return _project(x, self._head())
+    return project(x, self._head())
 
   def state_bytes(self, seq_len: int, dtype: str = 'float32') -> int:
     """Bytes that decoding keeps for one sequence, all layers together."""
@@ -400,54 +401,3 @@ def _norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
     param_dtype=jnp.dtype(config.param_dtype),
     rngs=rngs,
   )
-
-
-def _project(
-  x: Float[Array, 'B T D'], head: Float[Array, 'D V']
-) -> Float[Array, 'B T V']:
-  """Logits in float32, whatever the dtype of x."""
-  return jnp.einsum(
-    'BTD,DV->BTV',
-    x,
-    head.astype(x.dtype),
-    preferred_element_type=jnp.float32,
-  )
-
-
-def _loss_sums(
-  head: Float[Array, 'D V'],
-  x: Float[Array, 'B T D'],
-  labels: Int[Array, 'B T'],
-  weights: Float[Array, 'B T'],
-  *,
-  chunk: int,
-) -> dict[str, Float[Array, '']]:
-  """What `Transformer.loss` returns, `chunk` positions at a time."""
-  T, C = x.shape[1], min(chunk, x.shape[1])
-
-  @jax.checkpoint
-  def chunk_sums(head, x, labels, weights):
-    logits = _project(x, head)
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    hit = jnp.argmax(logits, axis=-1) == labels
-    return {
-      'loss': jnp.sum(jnp.where(weights > 0, lse - picked, 0.0) * weights),
-      'weight': jnp.sum(weights),
-      'correct': jnp.sum(hit * weights),
-    }
-
-  def body(sums, chunk):
-    return jax.tree.map(jnp.add, sums, chunk_sums(head, *chunk)), None
-
-  whole = T // C * C
-  chunked = [
-    jnp.moveaxis(a[:, :whole].reshape(a.shape[0], -1, C, *a.shape[2:]), 1, 0)
-    for a in (x, labels, weights)
-  ]
-  zeros = dict.fromkeys(('loss', 'weight', 'correct'), jnp.zeros(()))
-  sums, _ = jax.lax.scan(body, zeros, chunked)
-  if whole < T:
-    rest = (x[:, whole:], labels[:, whole:], weights[:, whole:])
-    sums, _ = body(sums, rest)
-  return sums
