@@ -4,6 +4,7 @@ A mesh has three axes: `data` splits the batch, `seq` the sequence, `model` the
 heads and the MLP (or, under 'ring+ulysses', the sequence again).
 """
 
+import ctypes
 import glob
 import importlib.util
 import os
@@ -85,6 +86,7 @@ def ensure_devices(count: int) -> str | None:
   except RuntimeError:
     # Devices were used already: `make_mesh` says so if they are too few.
     return None
+  _keep_one_heap()
   known = os.environ.get('XLA_FLAGS', '')
   extra = [flag for flag in PATIENCE if flag.split('=')[0] not in known]
   os.environ['XLA_FLAGS'] = ' '.join([known, *extra]).strip()
@@ -92,6 +94,20 @@ def ensure_devices(count: int) -> str | None:
     f'no accelerator: {count} virtual devices share {os.cpu_count()} CPU '
     'cores. Results are those of real devices, speed is not'
   )
+
+
+def _keep_one_heap() -> None:
+  """Tells glibc to serve all threads from one heap.
+
+  Each thread of each virtual device would have its own, whose freed blocks no
+  other thread gets: 9 GB more after one step at a million tokens.
+  """
+  arena_max = -8  # M_ARENA_MAX of malloc.h
+  try:
+    ctypes.CDLL('libc.so.6').mallopt(arena_max, 1)
+  except (OSError, AttributeError):
+    # Another C library, with other habits.
+    return
 
 
 def join_processes(
