@@ -12,14 +12,15 @@ from longctx.parallel.mesh import (
   make_mesh,
 )
 from longctx.parallel.placement import Placement, sequence_axes
+from longctx.parallel.recurrences import gated_delta_rule, linear_attention
 from longctx.parallel.schemes import SCHEMES, dot_product_attention
-from longctx.parallel.state_scan import linear_attention
 
 __all__ = [
   'SCHEMES',
   'Placement',
   'dot_product_attention',
   'ensure_devices',
+  'gated_delta_rule',
   'has_accelerator',
   'join_processes',
   'linear_attention',

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longctx.layouts import SequenceLayout
-from longctx.parallel import halo, parameters, schemes, state_scan
+from longctx.parallel import halo, parameters, recurrences, schemes
 from longctx.parallel.axes import Axes
 from longctx.parallel.schemes import SCHEMES
 
@@ -112,7 +112,11 @@ class Placement:
 
   def linear_attention(self, *arrays: Any, **options: Any) -> Any:
     """`parallel.linear_attention` of arrays that lie here."""
-    return state_scan.linear_attention(*arrays, **self._place(), **options)
+    return recurrences.linear_attention(*arrays, **self._place(), **options)
+
+  def gated_delta_rule(self, *arrays: Any, **options: Any) -> Any:
+    """`parallel.gated_delta_rule` of arrays that lie here."""
+    return recurrences.gated_delta_rule(*arrays, **self._place(), **options)
 
   def short_conv(self, *arrays: Any, **options: Any) -> Any:
     """`parallel.short_conv` of arrays that lie here."""

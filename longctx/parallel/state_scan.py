@@ -6,8 +6,9 @@ the elements of its runs; a scan over the shards gives each run the state that
 enters it; then every shard computes its outputs as if it were alone.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,65 +16,71 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from longctx.layouts import SequenceLayout
-from longctx.ops import linear_attention as local
-from longctx.ops.linear_attention.final_state import final_state
 from longctx.parallel.axes import make_axes, make_layout
 from longctx.parallel.halo import of_preceding_run
 from longctx.typing import Array, Bool, Float, Int
 
 
-def linear_attention(
-  q: Float[Array, 'B T N P'],
-  k: Float[Array, 'B T K P'],
-  v: Float[Array, 'B T K V'],
+@dataclasses.dataclass(frozen=True)
+class Recurrence:
+  """S' = decay S + state, as three functions of a stretch of tokens.
+
+  The functions take arrays [B, L, ...] by name, and the number of document
+  changes so far, int32[B, L], or None without documents.
+
+  Attributes:
+    element: (arrays, document) -> (decay, state) of the whole stretch, with
+      axes [B, ...].
+    combine: of two elements, the earlier first.
+    no_decay: the decay that changes nothing, like another decay.
+    outputs: (arrays, document, entering state) -> (out, state at the end).
+    writes: names of arrays that are set to zero where there is padding, so that
+      it changes no state.
+    state_shape: of one row, without the axis B.
+  """
+
+  element: Callable[[Mapping[str, Any], Any], tuple[Array, Array]]
+  combine: Callable[[Any, Any], Any]
+  no_decay: Callable[[Array], Array]
+  outputs: Callable[[Mapping[str, Any], Any, Array], tuple[Array, Array]]
+  writes: tuple[str, ...]
+  state_shape: tuple[int, ...]
+
+
+def run_recurrence(
+  recurrence: Recurrence,
+  inputs: Mapping[str, Array | None],
   *,
   mesh: Mesh,
-  axis: str | tuple[str, ...] = 'seq',
-  layout: str | SequenceLayout = 'contiguous',
-  in_layout: bool = False,
-  log_decay: Float[Array, 'B T N'] | Float[Array, 'B T N P'] | None = None,
-  scale: float = 1.0,
-  segment_ids: Int[Array, 'B T'] | None = None,
-  initial_state: Float[Array, 'B N P W'] | None = None,
-  normalize: bool = False,
-  chunk_size: int = 64,
-  implementation: str | None = None,
-) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N P W']]:
-  """`longctx.ops.linear_attention` of a sequence that lies on several devices.
-
-  Time of a shard: that of the op on its tokens, and T P V / R per head for the
-  elements; log2(R) messages per run of P V numbers per head, whatever T (see
-  `wire_bytes`). Zigzag takes twice as many, one after another, as contiguous,
-  and has nothing to balance here: it is for stacks with softmax attention.
+  axis: str | tuple[str, ...],
+  layout: str | SequenceLayout,
+  in_layout: bool,
+  segment_ids: Int[Array, 'B T'] | None,
+  initial_state: Float[Array, 'B N *state'] | None,
+) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N *state']]:
+  """(out, last state) of a recurrence over a sequence on several devices.
 
   Args:
-    q, k, v, log_decay, scale, segment_ids, initial_state, normalize,
-    chunk_size, implementation: as in `longctx.ops.linear_attention`.
+    recurrence: what to compute.
+    inputs: arrays [B, T, heads, ...] by name; 'q' and 'k' are among them.
     mesh: batch on 'data', heads on 'model', if the mesh has these axes and
       `axis` does not name them.
     axis: mesh axis of the sequence, or several, the first outermost.
-    layout: 'contiguous', 'zigzag', or a SequenceLayout, which is needed with
-      `in_layout` if there is padding.
-    in_layout: whether the inputs and the output are in the layout's order,
-      with length `layout.padded_len`; padding does not change any state.
-
-  Returns:
-    out, in the order of q, and the last state, the same on all shards.
+    layout: 'contiguous', 'zigzag', or a SequenceLayout.
+    in_layout: whether arrays are in the layout's order.
+    segment_ids: the state is set to zero wherever the id changes.
+    initial_state: what enters the first token; None: zero.
 
   Raises:
     ValueError: shapes do not fit, each other or the mesh.
     NotImplementedError: the layout is striped.
   """
-  B, T, N, P = q.shape
-  state_shape = (B, N, P, v.shape[-1] + normalize)
+  B, T, N = inputs['q'].shape[:3]
+  state_shape = (B, *recurrence.state_shape)
   if initial_state is not None and initial_state.shape != state_shape:
-    raise ValueError(
-      f'{initial_state.shape=} must be {state_shape} with {normalize=}'
-    )
-  if log_decay is not None and log_decay.shape not in (q.shape, q.shape[:3]):
-    raise ValueError(f'{log_decay.shape=} must be {q.shape[:3]} or {q.shape}')
+    raise ValueError(f'{initial_state.shape=} must be {state_shape}')
   axes = make_axes(mesh, axis)
-  axes.check(batch=B, query_heads=N, key_heads=k.shape[2])
+  axes.check(batch=B, query_heads=N, key_heads=inputs['k'].shape[2])
   shards = axes.size(axes.seq)
   layout = make_layout(layout, T, shards, in_layout=in_layout)
   if not layout.runs:
@@ -81,27 +88,18 @@ def linear_attention(
       'a recurrence needs runs of neighbouring tokens, which a striped '
       "sequence has not: take layout 'contiguous' or 'zigzag'"
     )
-  inputs = dict(q=q, k=k, v=v, log_decay=log_decay, segment_ids=segment_ids)
   if not in_layout:
-    inputs = jax.tree.map(layout.apply, inputs)
+    inputs = jax.tree.map(layout.apply, dict(inputs))
+    segment_ids = jax.tree.map(layout.apply, segment_ids)
   in_specs = dict.fromkeys(inputs, axes.spec(heads=True))
-  in_specs['segment_ids'] = axes.spec()
   state_spec = PartitionSpec(axes.data, axes.heads)
   out, state = jax.shard_map(
-    functools.partial(
-      _shard,
-      layout=layout,
-      axis=axis,
-      scale=scale,
-      normalize=normalize,
-      chunk_size=chunk_size,
-      implementation=implementation,
-    ),
+    functools.partial(_shard, recurrence, layout=layout, axis=axis),
     mesh=mesh,
-    in_specs=(in_specs, state_spec),
+    in_specs=(in_specs, axes.spec(), state_spec),
     out_specs=(in_specs['q'], state_spec),
     check_vma=False,
-  )(inputs, initial_state)
+  )(dict(inputs), segment_ids, initial_state)
   return out if in_layout else layout.restore(out), state
 
 
@@ -225,83 +223,32 @@ def starts_document(
   return (ids != before).reshape(segment_ids.shape) & inside
 
 
-def wire_bytes(
-  B: int,
-  N: int,
-  P: int,
-  V: int,
-  *,
-  mesh: Mesh,
-  axis: str | tuple[str, ...] = 'seq',
-  layout: str = 'contiguous',
-  decay: str | None = None,
-  packed: bool = False,
-  normalize: bool = False,
-  with_state: bool = True,
-) -> dict[str, int]:
-  """What `linear_attention` sends forward, all devices together.
-
-  A scan sends R - 1, R - 2, R - 4, ... states P V per head and row, and the
-  decays with all but the last of them, which nothing follows. The backward
-  pass sends the gradients of all of these back.
-
-  Args:
-    B, N, P, V: rows, query heads, size of keys and of values.
-    mesh, axis, normalize: as in `linear_attention`.
-    layout: 'contiguous' or 'zigzag', with a scan per run.
-    decay: None, 'head' or 'channel'.
-    packed: whether there are segment_ids, int32.
-    with_state: whether the last state is used; else it is not sent.
-
-  Returns:
-    The bytes by kind, as `hlo.collective_bytes` counts them, for float32
-    states.
-  """
-  axes = make_axes(mesh, axis)
-  axes.check(batch=B, heads=N)
-  R, data, model = map(axes.size, (axes.seq, axes.data, axes.heads))
-  # Of one group of devices that share a sequence.
-  state = 4 * (B // data) * (N // model) * P * (V + normalize)
-  decays = {None: 1, 'head': N // model, 'channel': N // model * P}
-  decay_bytes = 4 * (B // data) * decays[decay]
-  pairs = [R - (1 << step) for step in range((R - 1).bit_length())]
-  sent = state * sum(pairs) + decay_bytes * sum(pairs[:-1])
-  if packed:
-    sent += 4 * (B // data) * (R - 1)
-  runs = {'contiguous': 1, 'zigzag': 2}[layout]
-  groups = mesh.size // R
-  return {
-    'collective-permute': groups * runs * sent,
-    'all-reduce': groups * 2 * (R - 1) * state * with_state,
-  }
-
-
-def _combine(earlier, later):
-  """The element of two runs, one after the other."""
-  return earlier[0] * later[0], later[0] * earlier[1] + later[1]
-
-
-def _drop_padding(k, log_decay, layout, axis):
-  """k and log_decay of steps that change no state where there is padding."""
+def _drop_padding(
+  inputs: dict[str, Array | None],
+  names: tuple[str, ...],
+  layout: SequenceLayout,
+  axis: str | tuple[str, ...],
+) -> dict[str, Array | None]:
+  """The inputs with steps that change no state where there is padding."""
   positions = layout.positions(jax.lax.axis_index(axis))
 
   def drop(x):
     is_token = (positions < layout.seq_len).reshape(-1, *[1] * (x.ndim - 2))
     return jnp.where(is_token, x, 0)
 
-  return jax.tree.map(drop, (k, log_decay))
+  return inputs | jax.tree.map(drop, {name: inputs[name] for name in names})
 
 
-def _shard(inputs, initial_state, *, layout, axis, normalize, **kwargs):
-  """(out, last state) of one shard; see `linear_attention`."""
-  q, k, v = (inputs[name] for name in 'qkv')
-  log_decay, segment_ids = inputs['log_decay'], inputs['segment_ids']
-  B, L, N, P = q.shape
-  dtype = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
+def _shard(recurrence, inputs, segment_ids, initial_state, *, layout, axis):
+  """(out, last state) of one shard; see `run_recurrence`."""
+  B, L, N = inputs['q'].shape[:3]
+  arrays = [x for x in inputs.values() if x is not None]
+  dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
   if initial_state is None:
-    initial_state = jnp.zeros((B, N, P, v.shape[-1] + normalize), dtype)
+    # The heads of this device alone.
+    initial_state = jnp.zeros((B, N, *recurrence.state_shape[1:]), dtype)
   if layout.is_padded:
-    k, log_decay = _drop_padding(k, log_decay, layout, axis)
+    inputs = _drop_padding(inputs, recurrence.writes, layout, axis)
 
   def by_run(x):
     return x.reshape(B * layout.runs, layout.run_len, *x.shape[2:])
@@ -309,7 +256,7 @@ def _shard(inputs, initial_state, *, layout, axis, normalize, **kwargs):
   def runs_apart(x):
     return x.reshape(B, layout.runs, *x.shape[1:])
 
-  q, k, v, log_decay = jax.tree.map(by_run, (q, k, v, log_decay))
+  inputs = jax.tree.map(by_run, inputs)
   document = enters = None
   if segment_ids is not None:
     starts = by_run(starts_document(segment_ids, layout, axis))
@@ -317,34 +264,20 @@ def _shard(inputs, initial_state, *, layout, axis, normalize, **kwargs):
     # Whether the first token of a run sees the state that enters it.
     enters = ~starts[:, 0, None, None, None]
 
-  values = v
-  if normalize:
-    values = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-  decay, change = final_state(
-    k, values, num_heads=N, log_decay=log_decay, document=document
-  )
+  decay, change = recurrence.element(inputs, document)
   if enters is not None:
     decay = jnp.where(enters, decay, 0)
   state = run_states(
     initial_state.astype(dtype),
     (runs_apart(decay), runs_apart(change)),
-    _combine,
-    (jnp.ones_like(decay[:B]), jnp.zeros_like(change[:B])),
+    recurrence.combine,
+    (recurrence.no_decay(decay[:B]), jnp.zeros_like(change[:B])),
     layout,
     axis,
   )
   state = state.reshape(-1, *state.shape[2:])
   if enters is not None:
     state = jnp.where(enters, state, 0)
-  out, state = local.linear_attention(
-    q,
-    k,
-    v,
-    log_decay=log_decay,
-    segment_ids=document,
-    initial_state=state,
-    normalize=normalize,
-    **kwargs,
-  )
+  out, state = recurrence.outputs(inputs, document, state)
   last_state = of_last_run(runs_apart(state), layout, axis)
-  return out.reshape(B, L, N, -1), last_state
+  return out.reshape(B, L, *out.shape[2:]), last_state
