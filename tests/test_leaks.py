@@ -21,21 +21,20 @@ from longctx.model import Transformer, TransformerConfig
 from longctx.ops import dot_product_attention as dpa
 from longctx.ops import linear_attention as la
 from longctx.ops.linear_attention.feature_maps import FEATURE_MAPS
+from tests.tiny import tiny_layer
 
 # Longer than two blocks, chunks or windows and a multiple of none.
 T = 21
 # Documents of one token and of several, and one that ends inside a chunk.
 SEGMENTS = np.repeat([0, 1, 2, 3], [6, 1, 9, 5])
 
-# Arguments that make a variant's structure small enough to show in T tokens.
-ARGUMENTS = {'linear': 'chunk_size=8', 'sliding_window': 'window=5'}
-
 # Variant and positions that are refused, by name, when the model is made.
-REFUSED = {('linear', 'alibi')}
-
-
-def layer_name(variant):
-  return f'{variant}({ARGUMENTS.get(variant, "")})'
+REFUSED = {
+  (name, positions)
+  for name, variant in VARIANTS.items()
+  for positions in POSITIONS
+  if positions in variant.unsupported
+}
 
 
 def make_model(layers, *, positions='rope', short_conv=0):
@@ -97,7 +96,7 @@ def test_outputs_read_exactly_what_the_mask_allows(
   variant, positions, short_conv, packed
 ):
   model = make_model(
-    (layer_name(variant),), positions=positions, short_conv=short_conv
+    (tiny_layer(variant),), positions=positions, short_conv=short_conv
   )
   segment_ids = SEGMENTS if packed else None
   ids = jnp.asarray(SEGMENTS)[None] if packed else None
@@ -113,7 +112,7 @@ def test_what_cannot_be_causal_is_refused_when_the_model_is_made(
   variant, positions
 ):
   with pytest.raises(NotImplementedError):
-    make_model((layer_name(variant),), positions=positions)
+    make_model((tiny_layer(variant),), positions=positions)
 
 
 def test_a_stack_reads_exactly_what_its_layers_reach():

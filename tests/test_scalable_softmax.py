@@ -7,6 +7,7 @@ from flax import nnx
 
 from longctx import masks
 from longctx.attention import AttentionConfig, make_attention
+from longctx.attention.context import Context
 from longctx.attention.scalable_softmax import count_keys
 from tests.tolerances import tolerance
 
@@ -52,7 +53,9 @@ def test_logits_are_those_of_full_attention_times_log_n():
   full = make_attention('full', config, rngs=nnx.Rngs(0))
   rng = np.random.default_rng(0)
   q, k, v = (jnp.asarray(rng.normal(size=(1, 6, n, 4))) for n in (2, 1, 1))
-  rest = dict(positions=None, segment_ids=None, read=None)
+  rest = dict(
+    x=jnp.zeros((1, 6, 8)), context=Context(implementation='reference')
+  )
   out = layer.mix(q, k, v, **rest)
   for n in range(1, 7):
     scaled = full.mix(q * 0.5 * np.log(n), k, v, **rest)
@@ -79,14 +82,8 @@ def test_one_key_keeps_its_weight_among_any_number_of_others():
     q = jnp.full((1, T, 1, 1), 2.0)
     k = v = jnp.zeros((1, T, 1, 1)).at[0, 7].set(1.0)
     for name, module in (('scaled', layer), ('full', full)):
-      out = module.mix(
-        q,
-        k,
-        v,
-        positions=None,
-        segment_ids=None,
-        read=jnp.full((1, 1), T - 1),
-      )
+      context = Context(read=jnp.full((1, 1), T - 1))
+      out = module.mix(q, k, v, x=jnp.zeros((1, T, 2)), context=context)
       found[name, T] = float(out[0, 0, 0, 0])
   assert found['scaled', 100] > 0.99
   assert found['scaled', 10_000] > 0.999

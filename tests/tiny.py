@@ -2,6 +2,7 @@
 
 from longctx import config as config_lib
 from longctx import tasks
+from longctx.attention import VARIANTS
 from longctx.config import ExperimentConfig
 from longctx.model import TransformerConfig
 
@@ -19,3 +20,10 @@ def tiny_config(**overrides) -> ExperimentConfig:
     runs={'tiny': overrides},
   )
   return config_lib.expand_runs(config)['tiny']
+
+
+def tiny_layer(variant: str) -> str:
+  """A layer of a variant whose structure shows within 20 tokens."""
+  small = VARIANTS[variant].small
+  arguments = ', '.join(f'{name}={value!r}' for name, value in small.items())
+  return f'{variant}({arguments})'

@@ -13,12 +13,8 @@ import inspect
 
 from flax import nnx
 
-from longctx.attention.attention import (
-  Attention,
-  AttentionConfig,
-  take_read,
-  true_positions,
-)
+from longctx.attention.attention import Attention, AttentionConfig
+from longctx.attention.context import take_read, true_positions
 from longctx.attention.full import FullAttention
 from longctx.attention.linear import LinearAttention
 from longctx.attention.scalable_softmax import ScalableSoftmaxAttention

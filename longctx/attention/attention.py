@@ -2,18 +2,22 @@
 
 import abc
 import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from longctx import masks
+from longctx.attention.capabilities import CAPABILITIES
+from longctx.attention.context import Context
+from longctx.attention.recurrence import Recurrence
 from longctx.ops.alibi import alibi_slopes
-from longctx.ops.dot_product_attention import dot_product_attention
 from longctx.ops.rope import apply_rope
-from longctx.ops.short_conv import short_conv
 from longctx.parallel import Placement
-from longctx.typing import Array, Float, Int, Key, Shaped
+from longctx.typing import Array, Float, Int, Key
 
 POSITIONS = ('rope', 'alibi', 'learned', 'none')
 
@@ -85,32 +89,33 @@ class AttentionConfig:
 class Attention(nnx.Module, abc.ABC):
   """Projects to heads, mixes over positions, projects back.
 
-  A variant is a final subclass that sets `mask`, and so is softmax attention
-  under that mask, or overrides `mix`, `state_bytes` and `mixing_flops` with a
-  recurrence.
+  A variant is a final subclass that describes itself by `mask`, by
+  `recurrence`, or by both where it adds two branches; costs follow. `mix` is
+  softmax attention under the mask, or the recurrence, unless overridden.
+
+  Attributes:
+    mask: who reads whom.
+    recurrence: what is kept of the past.
+    unsupported: capability -> why the variant lacks it.
+    small: arguments that show the variant's structure within 20 tokens, for
+      tests and pictures.
   """
 
   mask: masks.Mask | None = None
+  recurrence: Recurrence | None = None
+  unsupported: ClassVar[Mapping[str, str]] = {}
+  small: ClassVar[Mapping[str, Any]] = {}
 
   def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
     self.config = config
+    for capability in _asked_for(config):
+      self.require(capability)
     N, K = config.num_heads, config.num_kv_heads
     H, V = config.head_dim, config.value_dim
-
-    def linear(inputs, outputs):
-      return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=False,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        rngs=rngs,
-      )
-
-    self.query = linear(config.d_model, N * H)
-    self.key = linear(config.d_model, K * H)
-    self.value = linear(config.d_model, K * V)
-    self.out = linear(N * V, config.d_model)
+    self.query = linear(config, config.d_model, N * H, rngs=rngs)
+    self.key = linear(config, config.d_model, K * H, rngs=rngs)
+    self.value = linear(config, config.d_model, K * V, rngs=rngs)
+    self.out = linear(config, N * V, config.d_model, rngs=rngs)
     if config.short_conv:
       self.query_conv = _conv_kernel(config, N * H, rngs)
       self.key_conv = _conv_kernel(config, K * H, rngs)
@@ -138,32 +143,62 @@ class Attention(nnx.Module, abc.ABC):
       dropout_key: of this layer and step; None drops nothing.
       placement: where the tokens lie on a mesh; None: all on one device. The
         axis T is then in the layout's order, and positions default to those.
+
+    Raises:
+      NotImplementedError: what the variant lacks, with the reason.
     """
     config = self.config
-    B, T, _ = x.shape
-    q, k, v = self.query(x), self.key(x), self.value(x)
-    if config.short_conv:
-      q = _convolve(q, self.query_conv, segment_ids, placement)
-      k = _convolve(k, self.key_conv, segment_ids, placement)
-      v = _convolve(v, self.value_conv, segment_ids, placement)
-    q = q.reshape(B, T, config.num_heads, config.head_dim)
-    k = k.reshape(B, T, config.num_kv_heads, config.head_dim)
-    v = v.reshape(B, T, config.num_kv_heads, config.value_dim)
-    if config.positions == 'rope':
-      angles_at = true_positions(T, positions, placement)
-      q = apply_rope(q, angles_at, base=config.rope_base)
-      k = apply_rope(k, angles_at, base=config.rope_base)
-    out = self.mix(
-      q,
-      k,
-      v,
+    if segment_ids is not None:
+      self.require('packing')
+    if placement is not None:
+      for capability in placement.asks_for:
+        self.require(capability)
+    dropout = None
+    if dropout_key is not None and config.attention_dropout:
+      dropout = (config.attention_dropout, dropout_key)
+    context = Context(
       positions=positions,
       segment_ids=segment_ids,
       read=read,
-      dropout_key=dropout_key,
+      dropout=dropout,
       placement=placement,
+      implementation=config.implementation,
     )
+    q, k, v = self.project(x, context)
+    out = self.mix(q, k, v, x=x, context=context)
+    out = self.finish(out, context.at_read(x))
     return self.out(out.reshape(*out.shape[:2], -1))
+
+  def require(self, capability: str) -> None:
+    """Raises where the variant lacks a capability.
+
+    Raises:
+      NotImplementedError: with the variant's reason.
+    """
+    if reason := self.unsupported.get(capability):
+      raise NotImplementedError(
+        f'{type(self).__name__} lacks {capability!r}: {reason}'
+      )
+
+  def project(
+    self, x: Float[Array, 'B T D'], context: Context
+  ) -> tuple[
+    Float[Array, 'B T N H'], Float[Array, 'B T K H'], Float[Array, 'B T K V']
+  ]:
+    """Queries, keys and values, convolved and rotated."""
+    config = self.config
+    q, k, v = self.query(x), self.key(x), self.value(x)
+    if config.short_conv:
+      q = context.short_conv(q, self.query_conv[...])
+      k = context.short_conv(k, self.key_conv[...])
+      v = context.short_conv(v, self.value_conv[...])
+    q, k = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in (q, k))
+    v = v.reshape(*v.shape[:2], -1, config.value_dim)
+    if config.positions == 'rope':
+      angles_at = context.true_positions(x.shape[1])
+      q = apply_rope(q, angles_at, base=config.rope_base)
+      k = apply_rope(k, angles_at, base=config.rope_base)
+    return q, k, v
 
   def mix(
     self,
@@ -171,37 +206,35 @@ class Attention(nnx.Module, abc.ABC):
     k: Float[Array, 'B T K H'],
     v: Float[Array, 'B T K V'],
     *,
-    positions: Int[Array, '*B T'] | None,
-    segment_ids: Int[Array, 'B T'] | None,
-    read: Int[Array, 'B Q'] | None = None,
-    dropout_key: Key[Array, ''] | None = None,
-    placement: Placement | None = None,
+    x: Float[Array, 'B T D'],
+    context: Context,
   ) -> Float[Array, 'B Q N V']:
-    """Mixes values over positions: softmax attention under `mask`."""
-    config = self.config
-    alibi = config.positions == 'alibi'
-    q_positions = positions
-    if read is not None:
-      q_positions = true_positions(q.shape[1], positions, placement)
-    dropout = None
-    if dropout_key is not None and config.attention_dropout:
-      dropout = (config.attention_dropout, dropout_key)
-    attend = dot_product_attention
-    if placement is not None:
-      attend = placement.dot_product_attention
-    return attend(
-      take_read(q, read),
-      k,
-      v,
-      mask=self.mask,
-      q_positions=take_read(q_positions, read),
-      k_positions=positions,
-      q_segment_ids=take_read(segment_ids, read),
-      k_segment_ids=segment_ids,
-      alibi_slopes=alibi_slopes(config.num_heads) if alibi else None,
-      dropout=dropout,
-      implementation=config.implementation,
+    """Mixes values over positions.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      x: the layer's inputs, for gates and decays.
+      context: where the tokens are, with the ops that mix them.
+    """
+    if self.recurrence is not None:
+      return context.recur(self.recurrence, q, k, v)
+    return context.dot_product_attention(
+      q, k, v, mask=self.mask, **self.logit_options()
     )
+
+  def logit_options(self) -> dict[str, Any]:
+    """What the config asks of the logits: options of the softmax op."""
+    if self.config.positions != 'alibi':
+      return {}
+    return {'alibi_slopes': alibi_slopes(self.config.num_heads)}
+
+  def finish(
+    self, out: Float[Array, 'B Q N V'], x: Float[Array, 'B Q D']
+  ) -> Float[Array, 'B Q N V']:
+    """What comes between mixing and the last projection: gates and norms."""
+    return out
 
   def state_bytes(self, seq_len: int, dtype: str) -> int:
     """Bytes that decoding keeps for one sequence of `seq_len` tokens.
@@ -211,26 +244,33 @@ class Attention(nnx.Module, abc.ABC):
       dtype: of cached keys and values; recurrent states are float32.
     """
     config = self.config
-    per_slot = config.num_kv_heads * (config.head_dim + config.value_dim)
-    slots = self.mask.kv_slots(seq_len)
-    return slots * per_slot * np.dtype(dtype).itemsize + self._tail_bytes(dtype)
+    total = self._tail_bytes(dtype)
+    if self.mask is not None:
+      per_slot = config.num_kv_heads * (config.head_dim + config.value_dim)
+      slots = self.mask.kv_slots(seq_len)
+      total += slots * per_slot * np.dtype(dtype).itemsize
+    if self.recurrence is not None:
+      total += self.recurrence.state_bytes
+    return total
 
   def flops(self, seq_len: int) -> int:
     """FLOPs of the forward pass on one sequence: projections and mixing."""
-    config = self.config
-    N, K = config.num_heads, config.num_kv_heads
-    H, V = config.head_dim, config.value_dim
-    channels = N * H + K * (H + V)
-    projections = 2 * config.d_model * (channels + N * V)
-    convolutions = 2 * config.short_conv * channels
-    return seq_len * (projections + convolutions) + self.mixing_flops(seq_len)
+    # Every matrix of parameters is applied to every token once.
+    _, params = nnx.split(self, nnx.Param)
+    matrices = [p.size for p in jax.tree.leaves(params) if p.ndim == 2]
+    return seq_len * 2 * sum(matrices) + self.mixing_flops(seq_len)
 
   def mixing_flops(self, seq_len: int) -> int:
     """FLOPs of `mix` alone on one sequence, counting allowed pairs."""
     config = self.config
-    width = config.head_dim + config.value_dim
-    pairs = self.mask.num_allowed(seq_len, seq_len)
-    return 2 * config.num_heads * width * pairs
+    total = 0
+    if self.mask is not None:
+      width = config.head_dim + config.value_dim
+      pairs = self.mask.num_allowed(seq_len, seq_len)
+      total += 2 * config.num_heads * width * pairs
+    if self.recurrence is not None:
+      total += self.recurrence.flops(seq_len)
+    return total
 
   def _tail_bytes(self, dtype: str) -> int:
     """Bytes of the inputs that the short convolutions keep."""
@@ -240,31 +280,34 @@ class Attention(nnx.Module, abc.ABC):
     return max(config.short_conv - 1, 0) * heads * np.dtype(dtype).itemsize
 
 
-def true_positions(
-  T: int, positions: Int[Array, '*B T'] | None, placement: Placement | None
-) -> Int[Array, '*B T']:
-  """Positions as an array, the natural ones of the layout by default."""
-  if positions is not None:
-    return positions
-  if placement is not None:
-    return jnp.asarray(placement.layout.order)
-  return jnp.arange(T)
+def _asked_for(config: AttentionConfig) -> list[str]:
+  """The capabilities that a config needs."""
+  asked = {
+    'gqa': config.num_kv_heads < config.num_heads,
+    'dropout': config.attention_dropout > 0,
+    'short_conv': config.short_conv > 0,
+    config.positions: config.positions in CAPABILITIES,
+  }
+  return [capability for capability, is_asked in asked.items() if is_asked]
 
 
-def take_read(
-  x: Shaped[Array, 'B T ...'] | Shaped[Array, ' T'] | None,
-  read: Int[Array, 'B Q'] | None,
-) -> Shaped[Array, '...'] | None:
-  """x at the places `read` of its axis T; all of x where `read` is None.
-
-  A place of -1 stands for none: what is taken there, the last place, is for the
-  caller to ignore.
-  """
-  if x is None or read is None:
-    return x
-  if x.ndim == 1:
-    return x[read]
-  return x[jnp.arange(x.shape[0])[:, None], read]
+def linear(
+  config: AttentionConfig,
+  inputs: int,
+  outputs: int,
+  *,
+  use_bias: bool = False,
+  rngs: nnx.Rngs,
+) -> nnx.Linear:
+  """A projection in the dtypes of the config."""
+  return nnx.Linear(
+    inputs,
+    outputs,
+    use_bias=use_bias,
+    dtype=jnp.dtype(config.dtype),
+    param_dtype=jnp.dtype(config.param_dtype),
+    rngs=rngs,
+  )
 
 
 def _conv_kernel(
@@ -279,16 +322,3 @@ def _conv_kernel(
   shape = (config.short_conv, channels)
   param_dtype = jnp.dtype(config.param_dtype)
   return nnx.Param(uniform(rngs.params(), shape, param_dtype))
-
-
-def _convolve(
-  x: Float[Array, 'B T E'],
-  kernel: nnx.Param,
-  segment_ids: Int[Array, 'B T'] | None,
-  placement: Placement | None,
-) -> Float[Array, 'B T E']:
-  kernel = kernel[...].astype(x.dtype)
-  if placement is not None:
-    return placement.short_conv(x, kernel, segment_ids=segment_ids)
-  out, _ = short_conv(x, kernel, segment_ids=segment_ids)
-  return out

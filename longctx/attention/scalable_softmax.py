@@ -5,13 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longctx import masks
-from longctx.attention.attention import (
-  Attention,
-  AttentionConfig,
-  true_positions,
-)
-from longctx.parallel import Placement
-from longctx.typing import Array, Float, Int, Key
+from longctx.attention.attention import Attention, AttentionConfig
+from longctx.attention.context import Context
+from longctx.typing import Array, Float, Int
 
 
 class ScalableSoftmaxAttention(Attention):
@@ -52,29 +48,15 @@ class ScalableSoftmaxAttention(Attention):
     k: Float[Array, 'B T K H'],
     v: Float[Array, 'B T K V'],
     *,
-    positions: Int[Array, '*B T'] | None,
-    segment_ids: Int[Array, 'B T'] | None,
-    read: Int[Array, 'B Q'] | None = None,
-    dropout_key: Key[Array, ''] | None = None,
-    placement: Placement | None = None,
+    x: Float[Array, 'B T D'],
+    context: Context,
   ) -> Float[Array, 'B Q N V']:
     """Softmax attention of queries that are scaled by σ log(n)."""
-    n = count_keys(
-      true_positions(q.shape[1], positions, placement), segment_ids
-    )
+    n = count_keys(context.true_positions(q.shape[1]), context.segment_ids)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     scale = jnp.log(n.astype(dtype))[..., None] * self.logit_scale[...]
     q = (q * scale[..., None]).astype(q.dtype)
-    return super().mix(
-      q,
-      k,
-      v,
-      positions=positions,
-      segment_ids=segment_ids,
-      read=read,
-      dropout_key=dropout_key,
-      placement=placement,
-    )
+    return super().mix(q, k, v, x=x, context=context)
 
 
 def count_keys(

@@ -1,5 +1,7 @@
 """Causal softmax attention over the most recent tokens."""
 
+from typing import ClassVar
+
 from flax import nnx
 
 from longctx import masks
@@ -15,6 +17,8 @@ class SlidingWindowAttention(Attention):
   Attributes:
     window: keys that a query reads, its own position's included.
   """
+
+  small: ClassVar = {'window': 5}
 
   def __init__(
     self, config: AttentionConfig, *, window: int = 256, rngs: nnx.Rngs

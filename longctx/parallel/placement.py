@@ -39,6 +39,12 @@ class Placement:
     return Axes(self.mesh, self.axis)
 
   @property
+  def asks_for(self) -> tuple[str, ...]:
+    """What a layer must be able to do here, as capabilities are called."""
+    heads = () if self.axes.heads is None else ('model',)
+    return (self.scheme, self.layout.name, *heads)
+
+  @property
   def sharding(self) -> NamedSharding:
     """Of arrays [B, T, ...]."""
     return NamedSharding(self.mesh, self.axes.spec())

@@ -1,0 +1,37 @@
+"""What a config can ask of a layer, and the words for what it can't have.
+
+A variant lists in `Attention.unsupported` what it lacks, with the reason. The
+layer refuses by that list, the tests run every cell that is not on it, and
+docs/capabilities.md prints both, so that the three cannot disagree.
+"""
+
+CAPABILITIES = {
+  'gqa': 'query heads that share key heads',
+  'rope': 'rotary positions',
+  'alibi': 'logits that fall with distance',
+  'dropout': 'of attention weights, the same ones on any mesh',
+  'short_conv': 'a convolution over queries, keys and values',
+  'packing': 'documents in a row that do not read each other',
+  'ring': 'the sequence on several devices, by this scheme or its state scan',
+  'ulysses': 'likewise',
+  'all_gather': 'likewise',
+  'ring+ulysses': 'likewise, over two axes of the mesh',
+  'contiguous': 'this layout of the sequence on the devices',
+  'zigzag': 'likewise',
+  'striped': 'likewise',
+  'model': 'heads on several devices',
+}
+
+# What holds for anything that passes a state from token to token.
+OF_RECURRENCES = {
+  'alibi': (
+    'there are no logits for ALiBi to lower: take rope, learned or no positions'
+  ),
+  'dropout': (
+    'there are no weights per key to drop: give the layer attention_dropout=0.0'
+  ),
+  'striped': (
+    'a state passes from token to token, and neighbours lie on different '
+    'devices: take contiguous or zigzag'
+  ),
+}

@@ -1,0 +1,167 @@
+"""Where a layer's tokens are, and the ops that mix them there."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from longctx.attention.recurrence import Recurrence
+from longctx.masks import Mask
+from longctx.ops import delta_rule, linear_attention
+from longctx.ops import dot_product_attention as softmax
+from longctx.ops import short_conv as convolution
+from longctx.parallel import Placement
+from longctx.typing import Array, Float, Int, Key, Shaped
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+  """The tokens that a layer mixes: all of them, here or on a mesh.
+
+  A variant says what is mixed and calls the methods; whether the tokens lie on
+  one device or on many, packed or not, read everywhere or at a few places, is
+  nothing that it has to know.
+
+  Attributes:
+    positions: of the tokens; None means the natural ones.
+    segment_ids: documents packed into a row; none reads another.
+    read: places on the axis T whose outputs are wanted, see `take_read`; None
+      means all.
+    dropout: (rate, key) of the attention weights, or None.
+    placement: where the tokens lie on a mesh; None: all on one device.
+    implementation: of the ops, by name; None takes the best.
+  """
+
+  positions: Int[Array, '*B T'] | None = None
+  segment_ids: Int[Array, 'B T'] | None = None
+  read: Int[Array, 'B Q'] | None = None
+  dropout: tuple[float, Key[Array, '']] | None = None
+  placement: Placement | None = None
+  implementation: str | None = None
+
+  def true_positions(self, T: int) -> Int[Array, '*B T']:
+    """Positions of T tokens as an array, the natural ones by default."""
+    return true_positions(T, self.positions, self.placement)
+
+  def at_read(
+    self, x: Shaped[Array, 'B T ...'] | Shaped[Array, ' T'] | None
+  ) -> Shaped[Array, '...'] | None:
+    """x at the places whose outputs are wanted."""
+    return take_read(x, self.read)
+
+  def dot_product_attention(
+    self,
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B T K H'],
+    v: Float[Array, 'B T K V'],
+    *,
+    mask: Mask,
+    **options: Any,
+  ) -> Any:
+    """Softmax attention of the queries at `read` to the keys under a mask.
+
+    Args:
+      q: queries of all the tokens.
+      k: keys.
+      v: values.
+      mask: who reads whom.
+      **options: as in `ops.dot_product_attention`.
+
+    Returns:
+      As in ops, for the Q queries that are read.
+    """
+    positions, q_positions = self.positions, self.positions
+    if self.read is not None:
+      q_positions = self.true_positions(q.shape[1])
+    attend = softmax.dot_product_attention
+    if self.placement is not None:
+      attend = self.placement.dot_product_attention
+    return attend(
+      self.at_read(q),
+      k,
+      v,
+      mask=mask,
+      q_positions=self.at_read(q_positions),
+      k_positions=positions,
+      q_segment_ids=self.at_read(self.segment_ids),
+      k_segment_ids=self.segment_ids,
+      dropout=self.dropout,
+      implementation=self.implementation,
+      **options,
+    )
+
+  def recur(
+    self,
+    recurrence: Recurrence,
+    q: Float[Array, 'B T N P'],
+    k: Float[Array, 'B T K P'],
+    v: Float[Array, 'B T K V'],
+    *,
+    beta: Float[Array, 'B T N'] | None = None,
+    log_decay: Float[Array, 'B T N'] | Float[Array, 'B T N P'] | None = None,
+  ) -> Float[Array, 'B Q N V']:
+    """Runs a recurrence over all the tokens; outputs at `read`.
+
+    Args:
+      recurrence: what is kept, and how it changes.
+      q: queries, or their features.
+      k: keys, or their features.
+      v: values.
+      beta: the size of a step of the delta rule, which alone takes one.
+      log_decay: nats per step, one per head or one per head and channel.
+    """
+    where = self.placement
+    common = dict(
+      log_decay=log_decay,
+      scale=recurrence.scale,
+      segment_ids=self.segment_ids,
+      chunk_size=recurrence.chunk_size,
+      implementation=self.implementation,
+    )
+    if recurrence.delta:
+      run = delta_rule if where is None else where
+      out, _ = run.gated_delta_rule(q, k, v, beta, **common)
+    else:
+      run = linear_attention if where is None else where
+      out, _ = run.linear_attention(
+        q, k, v, normalize=recurrence.normalize, **common
+      )
+    # The state passes every place, whichever are read.
+    return self.at_read(out)
+
+  def short_conv(
+    self, x: Float[Array, 'B T E'], kernel: Float[Array, 'W E']
+  ) -> Float[Array, 'B T E']:
+    """A causal depthwise convolution over the tokens."""
+    kernel = kernel.astype(x.dtype)
+    if self.placement is not None:
+      return self.placement.short_conv(x, kernel, segment_ids=self.segment_ids)
+    out, _ = convolution.short_conv(x, kernel, segment_ids=self.segment_ids)
+    return out
+
+
+def true_positions(
+  T: int, positions: Int[Array, '*B T'] | None, placement: Placement | None
+) -> Int[Array, '*B T']:
+  """Positions as an array, the natural ones of the layout by default."""
+  if positions is not None:
+    return positions
+  if placement is not None:
+    return jnp.asarray(placement.layout.order)
+  return jnp.arange(T)
+
+
+def take_read(
+  x: Shaped[Array, 'B T ...'] | Shaped[Array, ' T'] | None,
+  read: Int[Array, 'B Q'] | None,
+) -> Shaped[Array, '...'] | None:
+  """x at the places `read` of its axis T; all of x where `read` is None.
+
+  A place of -1 stands for none: what is taken there, the last place, is for the
+  caller to ignore.
+  """
+  if x is None or read is None:
+    return x
+  if x.ndim == 1:
+    return x[read]
+  return x[jnp.arange(x.shape[0])[:, None], read]
