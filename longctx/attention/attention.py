@@ -96,6 +96,8 @@ class Attention(nnx.Module, abc.ABC):
   Attributes:
     mask: who reads whom.
     recurrence: what is kept of the past.
+    mask_is_bound: whether a query reads some of what the mask allows, chosen by
+      its contents, and not all.
     unsupported: capability -> why the variant lacks it.
     small: arguments that show the variant's structure within 20 tokens, for
       tests and pictures.
@@ -103,6 +105,7 @@ class Attention(nnx.Module, abc.ABC):
 
   mask: masks.Mask | None = None
   recurrence: Recurrence | None = None
+  mask_is_bound: ClassVar[bool] = False
   unsupported: ClassVar[Mapping[str, str]] = {}
   small: ClassVar[Mapping[str, Any]] = {}
 

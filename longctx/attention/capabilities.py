@@ -6,6 +6,14 @@ docs/capabilities.md prints both, so that the three cannot disagree.
 """
 
 CAPABILITIES = {
+  'float32': 'outputs and gradients are those of the equation in float64',
+  'bfloat16': 'likewise, up to the rounding of inputs and outputs',
+  'short': 'sequences shorter than a block or a chunk',
+  'causal': 'reads the past alone, by gradients and by perturbation',
+  'eager': 'the same without jit',
+  'extremes': 'finite where logits reach 10,000, gradients too',
+  'second_derivative': 'Hessian-vector products are those of the equation',
+  'read': 'outputs at a few places alone',
   'gqa': 'query heads that share key heads',
   'rope': 'rotary positions',
   'alibi': 'logits that fall with distance',

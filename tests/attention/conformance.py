@@ -1,0 +1,342 @@
+"""What every variant has to show: one check for each capability.
+
+A check raises where the capability is missing, NotImplementedError where the
+layer refuses. All build the same small layer, whose parameters are all moved
+away from zero so that no path hides, and compile as few programs as they can.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from longctx import parallel
+from longctx.analysis import leak_probe
+from longctx.attention import VARIANTS, AttentionConfig, make_attention
+from longctx.layouts import SequenceLayout
+from longctx.masks import Causal, SlidingWindow
+from longctx.parallel import Placement
+from tests.tiny import tiny_layer
+from tests.tolerances import tolerance
+
+# An odd length, a multiple of no block, and documents that end inside of one.
+B, T, D = 2, 13, 8
+SEGMENTS = np.array([[4] * 5 + [1] + [7] * 7, [0] * 13])
+
+# Compiling is nearly all of the time, and these programs are small.
+FAST = {'xla_backend_optimization_level': 0}
+
+MESHES = {
+  'ring': (dict(seq=4), 'ring', 'zigzag'),
+  'ulysses': (dict(seq=4), 'ulysses', 'contiguous'),
+  'all_gather': (dict(seq=4), 'all_gather', 'contiguous'),
+  'ring+ulysses': (dict(seq=2, model=2), 'ring+ulysses', 'zigzag'),
+  'contiguous': (dict(seq=4), 'ring', 'contiguous'),
+  'zigzag': (dict(seq=4), 'ring', 'zigzag'),
+  'striped': (dict(seq=4), 'ring', 'striped'),
+  'model': (dict(data=2, seq=2, model=2), 'ring', 'contiguous'),
+}
+
+
+def has(variant: str, capability: str) -> bool:
+  return capability not in VARIANTS[variant].unsupported
+
+
+@functools.cache
+def make_layer(
+  variant: str,
+  *,
+  gqa: bool | None = None,
+  positions: str | None = None,
+  short_conv: int = 0,
+  dropout: float = 0.0,
+  dtype: str = 'float32',
+  implementation: str | None = None,
+):
+  """(graph, params) of a small layer with what the variant can do.
+
+  The parameters of all dtypes are the same numbers, those of bfloat16.
+  """
+  gqa = has(variant, 'gqa') if gqa is None else gqa
+  if positions is None:
+    positions = 'rope' if has(variant, 'rope') else 'none'
+  param_dtype = 'float64' if dtype == 'float64' else 'float32'
+  config = AttentionConfig(
+    d_model=D,
+    num_heads=4,
+    num_kv_heads=2 if gqa else 4,
+    head_dim=4,
+    value_dim=4,
+    positions=positions,
+    short_conv=short_conv,
+    attention_dropout=dropout,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    implementation=implementation,
+  )
+  layer = make_attention(tiny_layer(variant), config, rngs=nnx.Rngs(0))
+  graph, params = nnx.split(layer, nnx.Param)
+  params = nnx.to_pure_dict(params)
+  leaves, tree = jax.tree.flatten(params)
+  rng = np.random.default_rng(0)
+  moved = [
+    _rounded(np.ones(x.shape) * 0.05 + 0.5 * rng.normal(size=x.shape), x.dtype)
+    for x in leaves
+  ]
+  return graph, jax.tree.unflatten(tree, moved)
+
+
+def _rounded(x, dtype):
+  return jnp.asarray(jnp.asarray(x, jnp.bfloat16), dtype)
+
+
+def make_input(T: int = T, dtype: str = 'float32'):
+  x = np.random.default_rng(1).normal(size=(B, T, D))
+  return _rounded(x, dtype)
+
+
+def apply(graph, params, x, **options):
+  if 'dropout_seed' in options:
+    options['dropout_key'] = jax.random.key(options.pop('dropout_seed'))
+  return nnx.merge(graph, params)(x, **options)
+
+
+def with_gradients(graph):
+  """(params, x, options) -> [out, gradients of x and of each parameter]."""
+
+  @functools.partial(jax.jit, compiler_options=FAST)
+  def run(params, x, options):
+    out, vjp = jax.vjp(lambda p, x: apply(graph, p, x, **options), params, x)
+    # Any cotangent that is not the same everywhere.
+    bar = jnp.cos(jnp.arange(out.size)).reshape(out.shape).astype(out.dtype)
+    dparams, dx = vjp(bar)
+    return [out, dx, *jax.tree.leaves(dparams)]
+
+  return run
+
+
+@functools.cache
+def program(variant: str, **settings):
+  graph, params = make_layer(variant, **settings)
+  return functools.partial(with_gradients(graph), params)
+
+
+@functools.cache
+def oracle(variant: str, T: int = T, packed: bool = False, **settings):
+  """The equation in float64, step by step or with every score held."""
+  with jax.enable_x64(True):
+    options = {'segment_ids': jnp.asarray(SEGMENTS)} if packed else {}
+    if settings.get('dropout'):
+      options['dropout_seed'] = 3
+    run = program(
+      variant, dtype='float64', implementation='reference', **settings
+    )
+    return [np.asarray(y) for y in run(make_input(T, 'float64'), options)]
+
+
+def assert_close(actual, expected, dtype: str = 'float32'):
+  """Compares arrays, errors in units of the largest entry if above 1."""
+  assert len(actual) == len(expected)
+  for x, y in zip(actual, expected, strict=True):
+    assert x.shape == y.shape
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    size = max(1.0, np.abs(y).max(initial=0))
+    np.testing.assert_allclose(x / size, y / size, **tolerance(dtype))
+
+
+def check_float32(variant: str):
+  actual = program(variant)(make_input(), {})
+  assert all(y.dtype == jnp.float32 for y in actual)
+  assert_close(actual, oracle(variant))
+
+
+def check_short(variant: str):
+  assert_close(program(variant)(make_input(3), {}), oracle(variant, 3))
+
+
+def check_bfloat16(variant: str):
+  out, dx, *_ = program(variant, dtype='bfloat16')(
+    make_input(dtype='bfloat16'), {}
+  )
+  assert out.dtype == dx.dtype == jnp.bfloat16
+  for actual, expected in zip((out, dx), oracle(variant)[:2], strict=True):
+    # Several layers of rounding, between projections, mixing and gates.
+    error = np.asarray(actual, np.float64) - expected
+    assert np.sqrt(np.mean(error**2)) < 0.04 * np.sqrt(np.mean(expected**2))
+
+
+def check_causal(variant: str):
+  settings = dict(short_conv=3) if has(variant, 'short_conv') else {}
+  graph, params = make_layer(variant, **settings)
+  layer = nnx.merge(graph, params)
+  packed = has(variant, 'packing')
+  segments = np.repeat([0, 1, 2], [6, 1, 6]) if packed else None
+  ids = jnp.asarray(segments)[None] if packed else None
+  allowed = leak_probe.allowed_pairs(layer.mask or Causal(), T, segments)
+  if settings:
+    taps = leak_probe.allowed_pairs(SlidingWindow(2), T, segments)
+    allowed = leak_probe.reach([taps, allowed])
+  assert leak_probe.leaks(allowed, np.tri(T, dtype=bool)) == []
+  fn = lambda x: layer(x, segment_ids=ids)
+  x = jax.random.normal(jax.random.key(2), (1, T, D))
+  read = leak_probe.reads(fn, x)
+  assert leak_probe.leaks(read, allowed) == []
+  assert leak_probe.unread(read, allowed) == [] or layer.mask_is_bound
+  changed = leak_probe.changes(fn, x)
+  assert leak_probe.leaks(changed, allowed) == []
+  assert changed.diagonal().all()
+
+
+def check_eager(variant: str):
+  graph, params = make_layer(variant)
+  out = apply(graph, params, make_input())
+  assert_close([out], oracle(variant)[:1])
+
+
+def check_extremes(variant: str):
+  # The inputs of the projections are what reaches the logits squared.
+  for y in program(variant)(100 * make_input(), {}):
+    assert np.isfinite(y).all()
+  for y in program(variant)(1e4 * make_input(), {}):
+    assert np.isfinite(y).all()
+
+
+def check_second_derivative(variant: str):
+  def product(dtype, implementation):
+    graph, params = make_layer(
+      variant, dtype=dtype, implementation=implementation
+    )
+    x = make_input(5, dtype)
+
+    def loss(x):
+      return jnp.sum(jnp.sin(apply(graph, params, x)))
+
+    run = lambda x, v: jax.jvp(jax.grad(loss), (x,), (v,))[1]
+    return jax.jit(run, compiler_options=FAST)(x, jnp.cos(x))
+
+  with jax.enable_x64(True):
+    expected = np.asarray(product('float64', 'reference'))
+  assert_close([product('float32', None)], [expected])
+
+
+def check_read(variant: str):
+  places = jnp.array([[12, 0, -1], [3, 4, 7]])
+  out = program(variant)(make_input(), {'read': places})[0]
+  expected = oracle(variant)[0]
+  assert_close(
+    [out[0, :2], out[1]], [expected[0, [12, 0]], expected[1, 3:8][[0, 1, 4]]]
+  )
+
+
+def check_gqa(variant: str):
+  make_layer(variant, gqa=True)
+  if has(variant, 'gqa'):
+    assert_close(
+      program(variant, gqa=False)(make_input(), {}), oracle(variant, gqa=False)
+    )
+
+
+def check_positions(variant: str, *, positions: str):
+  run = program(variant, positions=positions)
+  assert_close(run(make_input(), {}), oracle(variant, positions=positions))
+
+
+def check_dropout(variant: str):
+  run = program(variant, dropout=0.3)
+  actual = run(make_input(), {'dropout_seed': 3})
+  assert_close(actual, oracle(variant, dropout=0.3))
+  kept = run(make_input(), {})
+  assert not np.allclose(actual[0], kept[0])
+
+
+def check_short_conv(variant: str):
+  run = program(variant, short_conv=3)
+  assert_close(run(make_input(), {}), oracle(variant, short_conv=3))
+
+
+def check_packing(variant: str):
+  run = program(variant)
+  x, ids = make_input(), jnp.asarray(SEGMENTS)
+  within = jnp.asarray([[*range(5), 0, *range(7)], range(13)])
+  packed = run(x, {'segment_ids': ids, 'positions': within})
+  separate = [run(part, {})[0] for part in jnp.split(x, [5, 6], axis=1)]
+  whole = run(x, {})[0]
+  expected = np.concatenate([y[:1] for y in separate], axis=1)
+  assert_close([packed[0][:1], packed[0][1:]], [expected, whole[1:]])
+  # Positions that go through the row: no other gradients than the equation's.
+  assert_close(run(x, {'segment_ids': ids}), oracle(variant, packed=True))
+
+
+def check_mesh(variant: str, *, capability: str):
+  """All at once: packed documents, grouped heads, dropout, a convolution."""
+  axes, scheme, layout = MESHES[capability]
+  expected = on_mesh(variant, None)
+  # A recurrence is scanned alike, whatever the scheme of softmax is.
+  assert_close(
+    on_mesh(variant, (tuple(axes.items()), scheme, layout)), expected
+  )
+
+
+@functools.cache
+def on_mesh(variant: str, place: tuple | None):
+  settings = {}
+  if has(variant, 'short_conv'):
+    settings['short_conv'] = 3
+  if has(variant, 'dropout'):
+    settings['dropout'] = 0.3
+  graph, params = make_layer(variant, **settings)
+  x, ids, bar = make_input(), SEGMENTS, make_input() ** 2
+  placement = None
+  if place is not None:
+    axes, scheme, name = place
+    mesh = parallel.make_mesh(**dict(axes))
+    shards = int(
+      np.prod([mesh.shape[a] for a in parallel.sequence_axes(scheme)])
+    )
+    placement = Placement(mesh, SequenceLayout(name, T, shards), scheme)
+    # The length of all arrays is that of the layout, padding included.
+    layout = placement.layout
+    x, bar = layout.apply(x), layout.apply(bar)
+    ids = layout.apply(ids, fill=9)
+
+  options = {}
+  if has(variant, 'packing'):
+    options['segment_ids'] = jnp.asarray(ids)
+
+  @functools.partial(jax.jit, compiler_options=FAST)
+  def run(params, x, bar):
+    def call(params, x):
+      key = jax.random.key(3) if 'dropout' in settings else None
+      layer = nnx.merge(graph, params)
+      return layer(x, placement=placement, dropout_key=key, **options)
+
+    out, vjp = jax.vjp(call, params, x)
+    return out, *vjp(bar)
+
+  if placement is not None:
+    x, bar = (jax.device_put(y, placement.sharding) for y in (x, bar))
+  out, dparams, dx = run(params, x, bar)
+  if placement is not None:
+    out, dx = (placement.layout.restore(y) for y in (out, dx))
+  return [np.asarray(y) for y in (out, dx, *jax.tree.leaves(dparams))]
+
+
+CHECKS = {
+  'float32': check_float32,
+  'bfloat16': check_bfloat16,
+  'short': check_short,
+  'causal': check_causal,
+  'eager': check_eager,
+  'extremes': check_extremes,
+  'second_derivative': check_second_derivative,
+  'read': check_read,
+  'gqa': check_gqa,
+  'rope': functools.partial(check_positions, positions='rope'),
+  'alibi': functools.partial(check_positions, positions='alibi'),
+  'dropout': check_dropout,
+  'short_conv': check_short_conv,
+  'packing': check_packing,
+  **{name: functools.partial(check_mesh, capability=name) for name in MESHES},
+}

@@ -1,0 +1,29 @@
+"""Every variant can do what its table says, and refuses the rest."""
+
+import re
+
+import pytest
+
+from longctx.attention import VARIANTS
+from longctx.attention.capabilities import CAPABILITIES
+from tests.attention.conformance import CHECKS
+
+
+def test_every_capability_has_a_check():
+  assert list(CHECKS) == list(CAPABILITIES)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_reasons_are_for_known_capabilities(variant):
+  assert set(VARIANTS[variant].unsupported) <= set(CAPABILITIES)
+
+
+@pytest.mark.parametrize('capability', CAPABILITIES)
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_variant_does_what_the_table_says(variant, capability):
+  reason = VARIANTS[variant].unsupported.get(capability)
+  if reason is None:
+    CHECKS[capability](variant)
+  else:
+    with pytest.raises(NotImplementedError, match=re.escape(reason)):
+      CHECKS[capability](variant)
