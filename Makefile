@@ -1,4 +1,4 @@
-# make train | test | lint | format | clean. Each makes its environment first,
+# make train | test | capabilities | lint | format | clean. Each makes its environment first,
 # when it is missing or older than what it is made from.
 #
 #   make test PYTHON=python3.12       another interpreter, in its own .venv-*
@@ -13,7 +13,7 @@ ARGS ?=
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 
-.PHONY: help train test lint format clean
+.PHONY: help train test capabilities lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,7 +21,7 @@ help:
 
 # The stamp's name holds what an environment cannot survive: another build of
 # Python, or a checkout that moved. (`python3` may mean another one tomorrow.)
-NEEDS_VENV := $(filter train test lint format,$(MAKECMDGOALS))
+NEEDS_VENV := $(filter train test capabilities lint format,$(MAKECMDGOALS))
 ifneq ($(NEEDS_VENV),)
 IDENTITY := $(shell $(PYTHON) -c 'import hashlib, os, sys; \
   key = repr((sys.version, sys.base_prefix, os.getcwd())).encode(); \
@@ -52,6 +52,9 @@ train: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+capabilities: $(INSTALLED)
+	$(BIN)/python -m tests.attention.capabilities -n auto $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -6,7 +6,6 @@ bit on the same mesh, data order included.
 """
 
 import json
-import math
 import pathlib
 import signal
 import threading
@@ -21,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from longctx import config as config_lib
 from longctx import figures, metrics, steps
+from longctx import results as results_lib
 from longctx.checkpoint import Checkpointer, abstract
 from longctx.data import BatchIterator
 from longctx.optimizer import make_schedule
@@ -59,28 +59,9 @@ def train(runs: list[Run], workdir: pathlib.Path) -> dict[str, Any]:
     figures.training(
       workdir / 'figures' / 'training.png', curves, results=results
     )
-  print(table(results))
+  print(results_lib.table(results))
   print(f'figures: {workdir / "figures"}')
   return results
-
-
-def table(results: dict[str, dict[str, Any]]) -> str:
-  """The runs side by side, on the test split, chance and ceiling beside."""
-  columns = ('accuracy', 'chance', 'ceiling', 'loss')
-  width = max(6, *(len(name) for name in results))
-  lines = [
-    f'{"run":<{width}}'
-    + ''.join(f'{c:>10}' for c in columns)
-    + f'{"parameters":>12}{"tokens/s":>11}{"seconds":>9}'
-  ]
-  for name, row in results.items():
-    lines.append(
-      f'{name or "train":<{width}}'
-      + ''.join(f'{row[c]:>10.4f}' for c in columns)
-      + f'{row["parameters"]:>12,}{row["tokens_per_second"]:>11,.0f}'
-      + f'{row["seconds"]:>9.0f}'
-    )
-  return '\n'.join(lines)
 
 
 class StopRequest:
@@ -358,24 +339,18 @@ class Trainer:
     batches = self._open('test')
     test = self.measure(batches)
     batches.close()
-    rates = [r['tokens_per_second'] for r in rows if r['split'] == 'train']
-    validations = [r for r in rows if r['split'] == 'validation']
     if not metrics.is_writer():
       return test
-    results = {
-      'split': 'test',
-      **test,
-      'bits_per_token': test['loss'] / math.log(2),
-      'chance': self.task.chance,
-      'ceiling': self.task.ceiling,
-      'validation_accuracy': validations[-1]['accuracy'],
-      'validation_loss': validations[-1]['loss'],
-      'steps': self.step,
-      'parameters': self.parameters,
-      'tokens_per_second': float(np.median(rates)) if rates else 0.0,
-      'seconds': self.seconds,
-      'seed': self.config.seed,
-    }
+    results = results_lib.summary(
+      rows,
+      test,
+      task=self.task,
+      steps=self.step,
+      parameters=self.parameters,
+      state_bytes=self.model.state_bytes(self.task.seq_len),
+      seconds=self.seconds,
+      seed=self.config.seed,
+    )
     metrics.write_json(path, results)
     figures.training(
       self.workdir / 'figures' / 'training.png',

@@ -38,3 +38,15 @@ def test_ring_is_timed_beside_others():
   peaks = [line for line in lines if 'peak_bytes' in line]
   assert [line['devices'] for line in peaks] == [2, 4] * 2
   assert all(line['T'] == 128 * line['devices'] for line in peaks)
+
+
+def test_layers_are_timed_at_every_length():
+  lines = lines_of('variants.py', '--quick', '--variants=full,linear', '--hf=0')
+  timed = [line for line in lines if 'seconds' in line]
+  assert len(timed) == 2 * 2 * 2
+  for line in timed:
+    assert 0 < line['seconds_min'] <= line['seconds']
+    assert line['peak_bytes'] > 4 * line['T'] * line['D']
+  growth = [line for line in lines if 'doubling' in line]
+  assert [line['layer'] for line in growth] == ['full', 'linear'] * 2
+  assert all(line['memory_doubling']['128'] > 1 for line in growth)

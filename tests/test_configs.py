@@ -20,7 +20,7 @@ FEWER_LAYERS = ('bytes_lm', 'copying')
 
 
 # What stands for a config whose default is too long for a test.
-SMALL = {'ring_1m': 'ring_1m:sibling'}
+SMALL = {'ring_1m': 'ring_1m:sibling', 'zoo': 'zoo:full'}
 
 
 def load(spec):

@@ -6,11 +6,16 @@ import pytest
 
 from longctx.attention import VARIANTS
 from longctx.attention.capabilities import CAPABILITIES
+from tests.attention.capabilities import PAGE, render
 from tests.attention.conformance import CHECKS
 
 
 def test_every_capability_has_a_check():
   assert list(CHECKS) == list(CAPABILITIES)
+
+
+def test_page_of_capabilities_is_current():
+  assert PAGE.read_text() == render(), 'run `make capabilities`'
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
@@ -20,7 +25,8 @@ def test_reasons_are_for_known_capabilities(variant):
 
 @pytest.mark.parametrize('capability', CAPABILITIES)
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_variant_does_what_the_table_says(variant, capability):
+def test_variant_does_what_the_table_says(variant, capability, record_property):
+  record_property('cell', [variant, capability])
   reason = VARIANTS[variant].unsupported.get(capability)
   if reason is None:
     CHECKS[capability](variant)

@@ -1,0 +1,118 @@
+r"""Every variant on one task, side by side.
+
+Multi-query associative recall, 8 key-value pairs in 64 tokens: the same
+two-layer model with each variant, a short convolution before it, no MLP and no
+positions, as in Zoology (arXiv:2312.04927). One table compares accuracy, steps
+to 90%, parameters, what decoding keeps and speed.
+
+  python train.py --config=configs/zoo.py                   # equal widths
+  python train.py --config=configs/zoo.py:parameters        # equal parameters
+  python train.py --config=configs/zoo.py:state_bytes       # equal states
+  python train.py --config=configs/zoo.py:full,linear       # these alone
+
+`parameters` widens every model but the largest by an MLP until all have as many
+parameters. `state_bytes` gives the variants whose state does not grow with the
+sequence the value width at which they keep as much as full attention does of 64
+tokens; those that keep keys and values are left out.
+
+Windows, blocks and strides are a quarter of the sequence or less, so that what
+they leave out shows.
+
+Expected: see studies/zoo/README.md for three seeds.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs import default
+from longctx import tasks
+from longctx.attention import VARIANTS
+from longctx.config import from_config_dict
+from longctx.matching import costs, match
+from longctx.model import TransformerConfig
+
+TASK = tasks.task_defaults('mqar', seq_len=64, vocab_size=256, num_pairs=8)
+
+# For variants whose defaults are made for longer sequences.
+ARGUMENTS = {'sliding_window': 'window=16'}
+
+
+def get_config(argument: str = '') -> ConfigDict:
+  config = default.get_config()
+  config.task = ConfigDict(TASK)
+  config.steps = 400
+  config.batch_size = 64
+  config.optimizer.learning_rate = 3e-3
+  config.optimizer.warmup_steps = 50
+  config.eval.every = 50
+  config.eval.batches = 4
+  config.checkpoint.every = 200
+
+  config.model.d_model = 64
+  config.model.num_heads = 2
+  config.model.short_conv = 4
+  config.model.positions = 'none'
+  config.model.mlp_dim = 0
+
+  matched = argument if argument in ('parameters', 'state_bytes') else ''
+  names = argument.split(',') if argument and not matched else sorted(VARIANTS)
+  models = {name: _model(config, name) for name in names}
+  changes = MATCHED[matched](models) if matched else dict.fromkeys(models, {})
+  config.runs = ConfigDict(
+    {
+      name: {'model': {'layers': models[name].layers, **change}}
+      for name, change in changes.items()
+    }
+  )
+  return config
+
+
+def _model(config: ConfigDict, name: str) -> TransformerConfig:
+  layer = f'{name}({ARGUMENTS.get(name, "")})'
+  model = from_config_dict(TransformerConfig, config.model)
+  vocab_size = tasks.make_task(**TASK).vocab_size
+  return dataclasses.replace(model, layers=(layer,) * 2, vocab_size=vocab_size)
+
+
+def _equal_parameters(models: dict[str, TransformerConfig]) -> dict[str, dict]:
+  largest = max(models.values(), key=_parameters)
+  changes = {}
+  for name, model in models.items():
+    if _parameters(model) < 0.95 * _parameters(largest):
+      model = match(
+        model,
+        like=largest,
+        cost='parameters',
+        vary='mlp_dim',
+        seq_len=TASK['seq_len'],
+      )
+    changes[name] = {'mlp_dim': model.mlp_dim}
+  return changes
+
+
+def _parameters(model: TransformerConfig) -> int:
+  return costs(model, TASK['seq_len'])['parameters']
+
+
+def _equal_states(models: dict[str, TransformerConfig]) -> dict[str, dict]:
+  T = TASK['seq_len']
+  full = next(iter(models.values()))
+  full = dataclasses.replace(full, layers=('full', 'full'))
+  changes = {'full': {}}
+  for name, model in models.items():
+    once, twice = (costs(model, n)['state_bytes'] for n in (T, 2 * T))
+    if once == twice:
+      matched = match(
+        model,
+        like=full,
+        cost='state_bytes',
+        vary='value_dim',
+        seq_len=T,
+        tolerance=0.25,
+      )
+      changes[name] = {'value_dim': matched.value_dim}
+  return changes
+
+
+MATCHED = {'parameters': _equal_parameters, 'state_bytes': _equal_states}
