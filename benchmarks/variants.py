@@ -16,8 +16,8 @@ included, with its default arguments (or those of `--layers`, as in
                            torch and transformers are installed, over this one's
                            (above 1: faster)
 
-then, per variant and pass, `doubling`, time(2T) over time(T) of least times, and
-`memory_doubling`; both are 2 where the cost is linear in T.
+then, per variant and pass, `doubling`, time(2T) over time(T) of least times,
+and `memory_doubling`; both are 2 where the cost is linear in T.
 
 Variants whose cost is quadratic stop at `--most_quadratic` tokens: those whose
 mask allows more than a quarter of what full attention reads at the length.
@@ -174,13 +174,13 @@ def has_hugging_face(args):
 
 
 def run_pass(args, pass_):
-  """Prints the lines of a pass; returns {layer: {T: (least seconds, bytes)}}."""
+  """Prints the lines of a pass; returns {layer: {T: (seconds, bytes)}}."""
   found = {layer: {} for layer in args.layers}
   for T in args.lengths:
     calls, peaks = {}, {}
     for layer in args.layers:
       module = make_layer(args, layer)
-      if T <= args.most_quadratic or not is_quadratic(module, T):
+      if not is_quadratic(module, T) or args.most_quadratic >= T:
         calls[layer], peaks[layer] = prepare(args, module, pass_, T)
     if has_hugging_face(args):
       calls[HUGGING_FACE] = prepare_hugging_face(args, pass_, T)

@@ -58,7 +58,9 @@ def get_config(argument: str = '') -> ConfigDict:
   matched = argument if argument in ('parameters', 'state_bytes') else ''
   names = argument.split(',') if argument and not matched else sorted(VARIANTS)
   models = {name: _model(config, name) for name in names}
-  changes = MATCHED[matched](models) if matched else dict.fromkeys(models, {})
+  changes = {name: {} for name in models}
+  if matched:
+    changes = MATCHED[matched](models)
   config.runs = ConfigDict(
     {
       name: {'model': {'layers': models[name].layers, **change}}
