@@ -109,7 +109,7 @@ def collect(args):
 def table(entries):
   """Markdown, best first."""
   lines = [
-    '| variant | accuracy | steps to 90% | parameters | state bytes | tokens/s |',
+    '| variant | accuracy | to 90% | parameters | state bytes | tokens/s |',
     '|---|---|---|---|---|---|',
   ]
   for entry in entries:
