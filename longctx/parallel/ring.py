@@ -7,7 +7,8 @@ the hops, their direction and what travels derived from the mask.
 
 The backward pass sends keys and values again, with the gradients that they have
 collected so far, and those home at the end. Between the passes a device keeps
-its own q, k, v, out and lse, O(T / R) memory.
+its own q, k, v, out and lse, O(T / R) memory. Second derivatives are those of
+the two passes as JAX takes them, and keep what is at hand at every hop, O(T).
 
 All functions here run inside of `shard_map`, on one device's arrays.
 """

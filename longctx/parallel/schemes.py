@@ -72,7 +72,8 @@ def dot_product_attention(
   The sequence lies along `axis`, the batch along `data` and the heads along
   `model` where the mesh has those and `axis` does not name them. With T other
   than S the queries are few: every device holds them all, reads its own keys,
-  and the parts are merged (arXiv:2408.04093).
+  and the parts are merged (arXiv:2408.04093). Gradients can be differentiated
+  again; a ring then keeps the keys of every hop.
 
   Args:
     q: queries.

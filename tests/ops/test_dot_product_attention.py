@@ -21,9 +21,11 @@ OTHERS = sorted(set(IMPLEMENTATIONS) - {'reference'})
 SMALL = BlockSizes(16, 8, 8, 16)
 
 
-def make_inputs(B=2, T=37, S=None, N=4, K=2, H=8, V=12, dtype='float32'):
+def make_inputs(
+  B=2, T=37, S=None, N=4, K=2, H=8, V=12, dtype='float32', seed=0
+):
   """q, k, v, sink_logits and the cotangents of out and lse."""
-  rng = np.random.default_rng(0)
+  rng = np.random.default_rng(seed)
   S = S or T
   shapes = [(B, T, N, H), (B, S, K, H), (B, S, K, V), (N,), (B, T, N, V)]
   arrays = [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
@@ -343,20 +345,77 @@ def test_works_under_vmap_and_shard_map(implementation):
     np.testing.assert_allclose(x, y, **tolerance('float32'))
 
 
-def test_xla_saves_nothing_that_grows_with_the_square():
-  def saved(T):
-    q, k, v, *_ = make_inputs(B=1, T=T)
-    _, vjp = jax.eval_shape(
-      lambda *a: jax.vjp(
-        functools.partial(dot_product_attention, implementation='xla'), *a
-      ),
-      q,
-      k,
-      v,
+SECOND = {
+  'causal': dict(),
+  'packed': dict(q_segment_ids=documents(2, 19)),
+  # Rows without keys, and everything that acts on logits or weights.
+  'masked-rows': dict(
+    q_segment_ids=documents(2, 19),
+    k_segment_ids=documents(2, 19) + 1,
+    logits_soft_cap=2.0,
+    alibi_slopes=np.float32([1, 0.5, 0.25, 0.125]),
+    dropout=(0.3, jax.random.key(0)),
+  ),
+  'softmax1': dict(normalizer='softmax1', mask=masks.SlidingWindow(5)),
+  'softpick': dict(normalizer='softpick'),
+  'sigmoid': dict(normalizer='sigmoid'),
+}
+
+
+def loss(inputs, implementation, **options):
+  out, lse = dot_product_attention(
+    *inputs, implementation=implementation, return_lse=True, **options
+  )
+  return (out**2).sum() + (jnp.where(lse > -jnp.inf, lse, 0) ** 2).sum()
+
+
+@pytest.mark.parametrize('implementation', OTHERS)
+@pytest.mark.parametrize(
+  ('case', 'mode'),
+  [
+    ('causal', 'forward'),
+    ('causal', 'reverse'),
+    ('packed', 'reverse'),
+    ('masked-rows', 'forward'),
+    ('softmax1', 'reverse'),
+    ('softpick', 'forward'),
+    ('sigmoid', 'reverse'),
+  ],
+)
+def test_second_derivative_equals_that_of_the_reference(
+  case, mode, implementation, x64
+):
+  inputs = make_inputs(T=19, H=4, V=3, dtype='float64')[:3]
+  direction = make_inputs(T=19, H=4, V=3, dtype='float64', seed=4)[:3]
+
+  @functools.partial(jax.jit, static_argnums=(1, 2))
+  def second(inputs, implementation, sizes):
+    gradients = jax.grad(
+      lambda x: loss(x, implementation, block_sizes=sizes, **SECOND[case])
     )
+    if mode == 'forward':
+      return jax.jvp(gradients, (inputs,), (direction,))[1]
+    _, vjp = jax.vjp(gradients, inputs)
+    return vjp(direction)[0]
+
+  actual = second(inputs, implementation, BlockSizes(8, 4, 4, 8))
+  expected = second(inputs, 'reference', None)
+  for x, y in zip(actual, expected, strict=True):
+    np.testing.assert_allclose(x, y, **tolerance('float64'))
+
+
+@pytest.mark.parametrize('order', [1, 2])
+def test_xla_saves_nothing_that_grows_with_the_square(order):
+  def saved(T):
+    f = functools.partial(loss, implementation='xla', block_sizes=SMALL)
+    f = jax.grad(f) if order == 2 else f
+    inputs = make_inputs(B=1, T=T)[:3]
+    _, vjp = jax.eval_shape(functools.partial(jax.vjp, f), inputs)
     return sum(x.size for x in jax.tree.leaves(vjp))
 
-  assert saved(512) <= 2 * saved(256)
+  # The second time also the numbers of the blocks, three for each.
+  blocks = 3 * (512 // 8) * (512 // 16) * (order - 1)
+  assert saved(512) <= 2 * saved(256) + 2 * blocks
 
 
 def test_an_unknown_name_lists_the_known_ones():

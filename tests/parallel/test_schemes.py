@@ -307,6 +307,31 @@ def test_block_sizes_change_nothing(scheme, case):
   check_case(scheme, case, block_sizes=BlockSizes(4, 3, 3, 5, heads=1))
 
 
+@pytest.mark.parametrize('mode', ['forward', 'reverse'])
+def test_second_derivative_of_a_ring_is_exact(mode, x64):
+  inputs = [jnp.asarray(x) for x in make_inputs(T=13)[:3]]
+  direction = [jnp.cos(x) for x in inputs]
+  mask = SlidingWindow(4, 4) | GlobalTokens(1)
+
+  def second(attend):
+    def loss(inputs):
+      out, lse = attend(*inputs, mask=mask, return_lse=True)
+      return (out**2).sum() + (lse**2).sum()
+
+    def along(inputs):
+      if mode == 'forward':
+        return jax.jvp(jax.grad(loss), (inputs,), (direction,))[1]
+      _, vjp = jax.vjp(jax.grad(loss), inputs)
+      return vjp(direction)[0]
+
+    compiled = jax.jit(along).lower(inputs).compile(compiler_options=FAST)
+    return compiled(inputs)
+
+  actual = second(on_mesh('ring', dict(seq=2)))
+  for x, y in zip(actual, second(REFERENCE), strict=True):
+    np.testing.assert_allclose(x, y, **tolerance('float64'))
+
+
 @pytest.mark.parametrize('scheme', ['ring', 'ring+ulysses'])
 def test_bfloat16_is_rounded_once(scheme):
   inputs = make_inputs(dtype='bfloat16')

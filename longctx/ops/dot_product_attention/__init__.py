@@ -73,7 +73,8 @@ def dot_product_attention(
   once, and once more by 'sigmoid' and by sinks.
 
   Query head n reads key head n // (N / K) (grouped queries, arXiv:2305.13245).
-  Gradients reach q, k, v and sink_logits, from out and from lse alike.
+  Gradients reach q, k, v and sink_logits, from out and from lse alike, and can
+  be differentiated again, forwards and backwards.
 
   Args:
     q: queries.
@@ -98,7 +99,8 @@ def dot_product_attention(
       arrays given; a `Dropout` also says where those begin in larger ones.
     block_sizes: for blockwise implementations; None for heuristics.
     implementation: 'reference' (memory B N T S), 'xla' (memory linear in T and
-      S) or None for the best that supports the call.
+      S, that of second derivatives too) or None for the best that supports the
+      call.
     return_lse: whether to return lse too.
 
   Returns:

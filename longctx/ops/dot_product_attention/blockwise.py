@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from longctx.masks import Mask
+from longctx.ops.dot_product_attention import second_order
 from longctx.ops.dot_product_attention.blocks import BlockSizes, make_tiling
 from longctx.ops.dot_product_attention.dropout import Dropout
 from longctx.ops.dot_product_attention.normalizers import Normalizer
@@ -126,12 +127,12 @@ def add_sink(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(spec: Spec, q, k, v, extras: Extras):
-  out, lse = forward(spec, q, k, v, extras)
-  return out.astype(q.dtype), lse
+  return _attend_fwd(spec, q, k, v, extras)[0]
 
 
 def _attend_fwd(spec: Spec, q, k, v, extras: Extras):
-  out, lse = _attend(spec, q, k, v, extras)
+  out, lse = forward(spec, q, k, v, extras)
+  out = out.astype(q.dtype)
   return (out, lse), (q, k, v, extras, out, lse)
 
 
@@ -147,6 +148,7 @@ def _attend_bwd(spec: Spec, residuals, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def forward(
   spec: Spec,
   q: Float[Array, 'B T N H'],
@@ -198,6 +200,15 @@ def forward(
   return t.join_q(out), t.join_q(lse[..., None])[..., 0]
 
 
+@forward.defjvp
+def _forward_jvp(spec: Spec, primals, tangents):
+  q, k, v, extras = primals
+  out, lse = forward(spec, *primals)
+  again = functools.partial(second_order.forward, spec, extras, lse)
+  _, tangents = jax.jvp(again, (q, k, v), tangents[:3])
+  return (out, lse), tangents
+
+
 def _weight_and_term(terms):
   """Both as they are, but computed once.
 
@@ -221,6 +232,7 @@ def make_delta(
   return delta - dlse
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def backward(
   spec: Spec,
   q: Float[Array, 'B T N H'],
@@ -282,3 +294,12 @@ def backward(
   dq, (dk, dv) = lax.scan(column, dq, jnp.arange(t.groups * t.nk))
   dq = t.join_q(dq.swapaxes(2, 3) * spec.scale)
   return dq, t.join_k(dk), t.join_k(dv)
+
+
+@backward.defjvp
+def _backward_jvp(spec: Spec, primals, tangents):
+  q, k, v, extras, *bars = primals
+  again = functools.partial(second_order.backward, spec, extras)
+  tangents = (*tangents[:3], *tangents[4:])
+  _, tangents = jax.jvp(again, (q, k, v, *bars), tangents)
+  return backward(spec, *primals), tangents

@@ -17,7 +17,7 @@ from longctx.ops.dot_product_attention.work_list import (
   Indices,
   make_work_list,
 )
-from longctx.typing import Array, Float
+from longctx.typing import Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +83,20 @@ class Work:
 
       carry = lax.fori_loop(first[group, r], last[group, r], body, carry)
     return carry
+
+  def triples(self) -> Int[np.ndarray, 'w 3']:
+    """(g, i, j) of the blocks to visit; of all if the list is no constant."""
+    work, t = self.list, self.tiling
+    if isinstance(work.start, np.ndarray):
+      counts = (work.stop - work.start)[0]
+      rows = np.repeat(np.arange(counts.size), counts)
+      pairs = np.stack([rows, work.indices[0, : rows.size]])
+      pairs = pairs[::-1] if self.by_column else pairs
+    else:
+      pairs = np.indices((t.nq, t.nk)).reshape(2, -1)
+    g = np.repeat(np.arange(t.groups), pairs.shape[1])
+    triples = np.stack([g, *np.tile(pairs, t.groups)], axis=1)
+    return triples.astype(np.int32)
 
   def gradients(self, g, i, j, queries, keys, *, masked: bool):
     """The block's share of (dq / scale [X, H, R], dk, dv), as `by_column`.
