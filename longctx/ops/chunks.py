@@ -75,8 +75,9 @@ def scan_chunks(
   """(out, last state) of a recurrence that `chunk` computes C steps at a time.
 
   The backward pass keeps the inputs only and computes the T/C states between
-  chunks again (memory T P V / C per head while it runs). Any T works: the last
-  chunk is padded with zeros, steps that must change nothing.
+  chunks again (memory T P V / C per head while it runs); it can itself be
+  differentiated, forwards and backwards, with a few times that memory. Any T
+  works: the last chunk is padded with zeros, steps that must change nothing.
 
   Args:
     chunk: chunk(state, inputs, documents) -> (out [B, C, N, V], next state), a
@@ -111,17 +112,16 @@ def scan_chunks(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(chunk, state, inputs, documents):
   """(out [T/C, B, C, N, V], last state) of inputs stacked chunk by chunk."""
+  return _scan_fwd(chunk, state, inputs, documents)[0]
 
+
+def _scan_fwd(chunk, state, inputs, documents):
   def step(state, stacked):
     out, state = chunk(state, *stacked)
     return state, out
 
-  state, out = jax.lax.scan(step, state, (inputs, documents))
-  return out, state
-
-
-def _scan_fwd(chunk, state, inputs, documents):
-  return _scan(chunk, state, inputs, documents), (state, inputs, documents)
+  state_and_out = jax.lax.scan(_recomputed(step), state, (inputs, documents))
+  return state_and_out[::-1], (state, inputs, documents)
 
 
 def _scan_bwd(chunk, saved, cotangents):
@@ -137,11 +137,19 @@ def _scan_bwd(chunk, saved, cotangents):
     _, vjp = jax.vjp(lambda *x: chunk(*x, documents), state, inputs)
     return vjp((out_bar, state_bar))
 
-  _, states = jax.lax.scan(forward, state, (inputs, documents))
+  _, states = jax.lax.scan(_recomputed(forward), state, (inputs, documents))
   state_bar, inputs_bar = jax.lax.scan(
-    backward, state_bar, (states, inputs, documents, out_bar), reverse=True
+    _recomputed(backward),
+    state_bar,
+    (states, inputs, documents, out_bar),
+    reverse=True,
   )
   return state_bar, inputs_bar, None
+
+
+def _recomputed(step):
+  """A step of which a second derivative keeps what it is given, and no more."""
+  return jax.checkpoint(step, prevent_cse=False)
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)

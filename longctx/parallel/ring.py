@@ -7,7 +7,8 @@ the hops, their direction and what travels derived from the mask.
 
 The backward pass sends keys and values again, with the gradients that they have
 collected so far, and those home at the end. Between the passes a device keeps
-its own q, k, v, out and lse, O(T / R) memory.
+its own q, k, v, out and lse, O(T / R) memory. Second derivatives are those of
+the two passes as JAX takes them, and keep what is at hand at every hop, O(T).
 
 All functions here run inside of `shard_map`, on one device's arrays.
 """
@@ -22,6 +23,7 @@ from jax import lax
 
 from longctx.masks import Mask
 from longctx.ops.dot_product_attention import BlockSizes, Dropout, blockwise
+from longctx.ops.dot_product_attention.normalizers import Normalizer
 from longctx.ops.dot_product_attention.work_list import Indices
 from longctx.ops.merge import merge, merge_devices
 from longctx.parallel.schedule import (
@@ -45,6 +47,7 @@ class Spec:
   schedule: Schedule
   scale: float
   logits_soft_cap: float | None
+  normalizer: Normalizer
   block_sizes: BlockSizes | None
 
 
@@ -92,6 +95,7 @@ def attend(
   scale: float,
   logits_soft_cap: float | None,
   alibi_slopes: Float[Array, ' N'] | None,
+  normalizer: Normalizer,
   dropout: Dropout | None,
   block_sizes: BlockSizes | None,
 ) -> tuple[Float[Array, 'B L N V'], Float[Array, 'B L N']]:
@@ -112,6 +116,7 @@ def attend(
     scale: as in ops, like the next ones.
     logits_soft_cap: cap on the logits.
     alibi_slopes: of this device's heads.
+    normalizer: of the logits; what it finishes is left to the caller.
     dropout: with this device's first batch row and head.
     block_sizes: of the parts.
 
@@ -121,7 +126,9 @@ def attend(
   natural = q_positions is None and k_positions is None
   make = make_schedule if natural else full_schedule
   schedule = make(mask, ring)
-  spec = Spec(axis, ring, schedule, scale, logits_soft_cap, block_sizes)
+  spec = Spec(
+    axis, ring, schedule, scale, logits_soft_cap, normalizer, block_sizes
+  )
   if not natural:
     own = ring.positions(lax.axis_index(axis))[None]
     q_positions = own if q_positions is None else q_positions
@@ -297,6 +304,7 @@ class _Device:
       mask=mask,
       scale=self.spec.scale,
       logits_soft_cap=self.spec.logits_soft_cap,
+      normalizer=self.spec.normalizer,
       block_sizes=dataclasses.replace(
         self.spec.block_sizes or BlockSizes(), piece=self.ring.piece
       ),

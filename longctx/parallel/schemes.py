@@ -14,6 +14,7 @@ from longctx.layouts import SequenceLayout
 from longctx.masks import Causal, Mask
 from longctx.ops.dot_product_attention import (
   IMPLEMENTATIONS,
+  NORMALIZERS,
   BlockSizes,
   blockwise,
   resolve,
@@ -71,7 +72,8 @@ def dot_product_attention(
   The sequence lies along `axis`, the batch along `data` and the heads along
   `model` where the mesh has those and `axis` does not name them. With T other
   than S the queries are few: every device holds them all, reads its own keys,
-  and the parts are merged (arXiv:2408.04093).
+  and the parts are merged (arXiv:2408.04093). Gradients can be differentiated
+  again; a ring then keeps the keys of every hop.
 
   Args:
     q: queries.
@@ -95,7 +97,7 @@ def dot_product_attention(
     logits_soft_cap: cap on the logits.
     sink_logits: a logit per head, counted once.
     alibi_slopes: per head.
-    normalizer: 'softmax' or 'softmax1'.
+    normalizer: 'softmax', 'softmax1', 'softpick' or 'sigmoid'.
     dropout: (rate, key); drops the same weights on any mesh.
     block_sizes: of the parts.
     implementation: 'xla' or None for 'ring', any for the others.
@@ -138,6 +140,7 @@ def dot_product_attention(
   sink_logits = call.pop('sink_logits')
   plan = _Plan(axes, layout, scheme, implementation or 'xla', few)
   out, lse = _on_mesh(plan, q, k, v, call)
+  out = NORMALIZERS[normalizer].finish(out, lse)
   if sink_logits is not None:
     out, lse = blockwise.add_sink(out, lse, sink_logits)
   if not in_layout and not few:
@@ -216,7 +219,7 @@ def _on_mesh(plan: _Plan, q, k, v, call: dict[str, Any]):
   axes = plan.axes
   rows = P(axes.data, None, axes.heads) if plan.few else axes.spec(heads=True)
   static = {n: call[n] for n in ('mask', 'scale', 'logits_soft_cap')}
-  static['block_sizes'] = call['block_sizes']
+  static |= {n: call[n] for n in ('normalizer', 'block_sizes')}
   arrays = {n: call[n] for n in (*INDICES, 'alibi_slopes', 'dropout')}
 
   def spec(name, x):

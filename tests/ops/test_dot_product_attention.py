@@ -10,6 +10,7 @@ import pytest
 from longctx import masks
 from longctx.ops.dot_product_attention import (
   IMPLEMENTATIONS,
+  NORMALIZERS,
   BlockSizes,
   dot_product_attention,
 )
@@ -20,9 +21,11 @@ OTHERS = sorted(set(IMPLEMENTATIONS) - {'reference'})
 SMALL = BlockSizes(16, 8, 8, 16)
 
 
-def make_inputs(B=2, T=37, S=None, N=4, K=2, H=8, V=12, dtype='float32'):
+def make_inputs(
+  B=2, T=37, S=None, N=4, K=2, H=8, V=12, dtype='float32', seed=0
+):
   """q, k, v, sink_logits and the cotangents of out and lse."""
-  rng = np.random.default_rng(0)
+  rng = np.random.default_rng(seed)
   S = S or T
   shapes = [(B, T, N, H), (B, S, K, H), (B, S, K, V), (N,), (B, T, N, V)]
   arrays = [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
@@ -95,11 +98,19 @@ SHAPES = [
 
 
 @pytest.mark.parametrize('implementation', OTHERS)
-@pytest.mark.parametrize('shape', SHAPES, ids=lambda s: case_id(**s))
-def test_equals_reference_for_shape(implementation, shape):
+@pytest.mark.parametrize(
+  ('shape', 'normalizer'),
+  [
+    *((shape, 'softmax') for shape in SHAPES),
+    *((SHAPES[i], n) for i in (2, 3, 5) for n in ('softpick', 'sigmoid')),
+  ],
+  ids=lambda x: case_id(**x) if isinstance(x, dict) else x,
+)
+def test_equals_reference_for_shape(implementation, shape, normalizer):
   inputs = make_inputs(**shape)
-  actual = run(implementation, inputs, sink=True, block_sizes=SMALL)
-  expected = run('reference', inputs, sink=True)
+  options = dict(sink=normalizer == 'softmax', normalizer=normalizer)
+  actual = run(implementation, inputs, block_sizes=SMALL, **options)
+  expected = run('reference', inputs, **options)
   check(actual, expected, shape.get('dtype', 'float32'))
 
 
@@ -126,6 +137,21 @@ CASES = {
   ),
   'alibi': dict(alibi_slopes=np.float32([1, 0.5, 0.25, 0.125]), scale=0.5),
   'softmax1': dict(normalizer='softmax1', sink=True),
+  'softpick': dict(normalizer='softpick'),
+  'softpick-packed': dict(
+    normalizer='softpick',
+    q_segment_ids=documents(2, 37),
+    mask=masks.SlidingWindow(7),
+    logits_soft_cap=2.0,
+    rate=0.3,
+  ),
+  'sigmoid': dict(normalizer='sigmoid'),
+  'sigmoid-packed': dict(
+    normalizer='sigmoid',
+    q_segment_ids=documents(2, 37),
+    alibi_slopes=np.float32([1, 0.5, 0.25, 0.125]),
+    rate=0.3,
+  ),
   'dropout': dict(rate=0.3, q_segment_ids=documents(2, 37)),
   'everything': dict(
     mask=masks.SlidingWindow(9, 3),
@@ -148,35 +174,72 @@ def test_equals_reference_for_option(implementation, case):
   check(actual, run('reference', inputs, **options))
 
 
+@pytest.mark.parametrize('normalizer', NORMALIZERS)
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
-def test_equals_float64_oracle(implementation, x64):
+def test_equals_float64_oracle(implementation, normalizer, x64):
   inputs = make_inputs(dtype='float64')
   narrow = [x.astype(jnp.float32) for x in inputs]
-  oracle = run('reference', inputs, sink=True)
-  actual = run(implementation, narrow, sink=True, block_sizes=SMALL)
+  options = dict(sink='softmax' in normalizer, normalizer=normalizer)
+  oracle = run('reference', inputs, **options)
+  actual = run(implementation, narrow, block_sizes=SMALL, **options)
   check(actual, [x.astype(jnp.float32) for x in oracle])
   assert all(x.dtype == jnp.float32 for x in actual)
 
 
-def test_reference_is_softmax_written_out():
+# Numerators, denominators and lse, of causal logits z and ok their pairs.
+WRITTEN_OUT = {
+  'softmax': lambda z, ok: (np.exp(z) * ok, (np.exp(z) * ok).sum(1)),
+  'softmax1': lambda z, ok: (np.exp(z) * ok, 1 + (np.exp(z) * ok).sum(1)),
+  'softpick': lambda z, ok: (
+    np.maximum(np.exp(z) - 1, 0) * ok,
+    (abs(np.exp(z) - 1) * ok).sum(1),
+  ),
+  'sigmoid': lambda z, ok: (ok / (1 + np.exp(-z)), np.ones(len(z))),
+}
+
+
+@pytest.mark.parametrize('normalizer', NORMALIZERS)
+def test_reference_is_the_equation_written_out(normalizer):
   q, k, v, *_ = make_inputs(N=1, K=1, B=1, T=6)
   z = np.asarray(q)[0, :, 0] @ np.asarray(k)[0, :, 0].T * q.shape[-1] ** -0.5
-  p = np.exp(z) * np.tril(np.ones((6, 6)))
-  expected = p / p.sum(1, keepdims=True) @ np.asarray(v)[0, :, 0]
+  p, total = WRITTEN_OUT[normalizer](z, np.tril(np.ones((6, 6))))
+  expected = p / total[:, None] @ np.asarray(v)[0, :, 0]
   out, lse = dot_product_attention(
-    q, k, v, implementation='reference', return_lse=True
+    q, k, v, implementation='reference', return_lse=True, normalizer=normalizer
   )
   np.testing.assert_allclose(out[0, :, 0], expected, **tolerance('float32'))
+  if normalizer == 'sigmoid':
+    total = np.arange(1, 7)
   np.testing.assert_allclose(
-    lse[0, :, 0], np.log(p.sum(1)), **tolerance('float32')
+    lse[0, :, 0], np.log(total), **tolerance('float32')
   )
 
 
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
-def test_rows_without_keys_give_zeros_and_finite_gradients(implementation):
+def test_softpick_is_exact_for_small_logits(implementation, x64):
+  inputs = make_inputs(dtype='float64')
+  inputs = [x * 1e-3 if i < 2 else x for i, x in enumerate(inputs)]
+  # A row of nothing but zeros is no attention, whatever came before.
+  inputs[0] = inputs[0].at[:, 3].set(0)
+  narrow = [x.astype(jnp.float32) for x in inputs]
+  out, _, dq, *rest = run(
+    implementation, narrow, block_sizes=SMALL, normalizer='softpick'
+  )
+  expected = run('reference', inputs, normalizer='softpick')
+  np.testing.assert_allclose(out, expected[0], **tolerance('float32'))
+  assert (out[:, 3] == 0).all() and (dq[:, 3] == 0).all()
+  assert all(jnp.isfinite(x).all() for x in (dq, *rest))
+
+
+@pytest.mark.parametrize('normalizer', ['softmax', 'softpick', 'sigmoid'])
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+def test_rows_without_keys_give_zeros_and_finite_gradients(
+  implementation, normalizer
+):
   inputs = make_inputs()
   segments = documents(2, 37)
   none = dict(q_segment_ids=segments, k_segment_ids=segments + 1)
+  none |= dict(normalizer=normalizer)
   out, lse, *gradients = run(implementation, inputs, block_sizes=SMALL, **none)
   empty = segments == 0
   assert (out[empty] == 0).all() and (lse[empty] == -jnp.inf).all()
@@ -185,14 +248,17 @@ def test_rows_without_keys_give_zeros_and_finite_gradients(implementation):
   assert jnp.isfinite(lse[~empty & (np.arange(37) > 30)]).any()
 
 
+@pytest.mark.parametrize('normalizer', ['softmax', 'softpick', 'sigmoid'])
 @pytest.mark.parametrize('implementation', OTHERS)
-def test_extreme_logits_stay_finite(implementation):
+def test_extreme_logits_stay_finite(implementation, normalizer):
   q, k, *rest = make_inputs()
   inputs = (q * 1e4, k, *rest)
-  actual = run(implementation, inputs, block_sizes=SMALL)
+  options = dict(normalizer=normalizer)
+  actual = run(implementation, inputs, block_sizes=SMALL, **options)
   assert all(jnp.isfinite(x).all() for x in actual)
   # The largest logit takes all: rounding of logits near 1e4 is 1e-3.
-  expected = run('reference', inputs)
+  expected = run('reference', inputs, **options)
+  assert all(jnp.isfinite(x).all() for x in expected)
   np.testing.assert_allclose(actual[0], expected[0], atol=5e-3)
 
 
@@ -279,20 +345,77 @@ def test_works_under_vmap_and_shard_map(implementation):
     np.testing.assert_allclose(x, y, **tolerance('float32'))
 
 
-def test_xla_saves_nothing_that_grows_with_the_square():
-  def saved(T):
-    q, k, v, *_ = make_inputs(B=1, T=T)
-    _, vjp = jax.eval_shape(
-      lambda *a: jax.vjp(
-        functools.partial(dot_product_attention, implementation='xla'), *a
-      ),
-      q,
-      k,
-      v,
+SECOND = {
+  'causal': dict(),
+  'packed': dict(q_segment_ids=documents(2, 19)),
+  # Rows without keys, and everything that acts on logits or weights.
+  'masked-rows': dict(
+    q_segment_ids=documents(2, 19),
+    k_segment_ids=documents(2, 19) + 1,
+    logits_soft_cap=2.0,
+    alibi_slopes=np.float32([1, 0.5, 0.25, 0.125]),
+    dropout=(0.3, jax.random.key(0)),
+  ),
+  'softmax1': dict(normalizer='softmax1', mask=masks.SlidingWindow(5)),
+  'softpick': dict(normalizer='softpick'),
+  'sigmoid': dict(normalizer='sigmoid'),
+}
+
+
+def loss(inputs, implementation, **options):
+  out, lse = dot_product_attention(
+    *inputs, implementation=implementation, return_lse=True, **options
+  )
+  return (out**2).sum() + (jnp.where(lse > -jnp.inf, lse, 0) ** 2).sum()
+
+
+@pytest.mark.parametrize('implementation', OTHERS)
+@pytest.mark.parametrize(
+  ('case', 'mode'),
+  [
+    ('causal', 'forward'),
+    ('causal', 'reverse'),
+    ('packed', 'reverse'),
+    ('masked-rows', 'forward'),
+    ('softmax1', 'reverse'),
+    ('softpick', 'forward'),
+    ('sigmoid', 'reverse'),
+  ],
+)
+def test_second_derivative_equals_that_of_the_reference(
+  case, mode, implementation, x64
+):
+  inputs = make_inputs(T=19, H=4, V=3, dtype='float64')[:3]
+  direction = make_inputs(T=19, H=4, V=3, dtype='float64', seed=4)[:3]
+
+  @functools.partial(jax.jit, static_argnums=(1, 2))
+  def second(inputs, implementation, sizes):
+    gradients = jax.grad(
+      lambda x: loss(x, implementation, block_sizes=sizes, **SECOND[case])
     )
+    if mode == 'forward':
+      return jax.jvp(gradients, (inputs,), (direction,))[1]
+    _, vjp = jax.vjp(gradients, inputs)
+    return vjp(direction)[0]
+
+  actual = second(inputs, implementation, BlockSizes(8, 4, 4, 8))
+  expected = second(inputs, 'reference', None)
+  for x, y in zip(actual, expected, strict=True):
+    np.testing.assert_allclose(x, y, **tolerance('float64'))
+
+
+@pytest.mark.parametrize('order', [1, 2])
+def test_xla_saves_nothing_that_grows_with_the_square(order):
+  def saved(T):
+    f = functools.partial(loss, implementation='xla', block_sizes=SMALL)
+    f = jax.grad(f) if order == 2 else f
+    inputs = make_inputs(B=1, T=T)[:3]
+    _, vjp = jax.eval_shape(functools.partial(jax.vjp, f), inputs)
     return sum(x.size for x in jax.tree.leaves(vjp))
 
-  assert saved(512) <= 2 * saved(256)
+  # The second time also the numbers of the blocks, three for each.
+  blocks = 3 * (512 // 8) * (512 // 16) * (order - 1)
+  assert saved(512) <= 2 * saved(256) + 2 * blocks
 
 
 def test_an_unknown_name_lists_the_known_ones():
@@ -301,8 +424,15 @@ def test_an_unknown_name_lists_the_known_ones():
     dot_product_attention(q, k, v, implementation='fast')
   with pytest.raises(ValueError, match='softmax1'):
     dot_product_attention(q, k, v, normalizer='softmax2')
-  with pytest.raises(NotImplementedError, match='sigmoid'):
-    dot_product_attention(q, k, v, normalizer='sigmoid')
+
+
+@pytest.mark.parametrize('normalizer', ['softpick', 'sigmoid'])
+def test_a_sink_outside_of_a_softmax_is_refused(normalizer):
+  q, k, v, sink_logits, *_ = make_inputs()
+  with pytest.raises(NotImplementedError, match=normalizer):
+    dot_product_attention(
+      q, k, v, normalizer=normalizer, sink_logits=sink_logits
+    )
 
 
 @pytest.mark.parametrize(

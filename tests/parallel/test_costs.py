@@ -19,7 +19,7 @@ from longctx.masks import (
   PrefixColumns,
   SlidingWindow,
 )
-from longctx.ops.dot_product_attention import BlockSizes, blockwise
+from longctx.ops.dot_product_attention import BlockSizes, work
 from longctx.parallel.costs import executed_blocks, wire_bytes
 from longctx.parallel.hlo import collective_bytes
 from longctx.parallel.mesh import make_mesh
@@ -261,20 +261,20 @@ def counted_blocks(monkeypatch, mask, layout, sizes, fold):
   """Blocks on the work lists of every device, forward and backward."""
   # Devices report at the same time, which appending can take.
   reports = []
-  make_work_list = blockwise.make_work_list
+  make_work_list = work.make_work_list
 
   def counting(mask, tiling, indices, *, by_column):
-    work = make_work_list(mask, tiling, indices, by_column=by_column)
+    blocks = make_work_list(mask, tiling, indices, by_column=by_column)
 
     def report(device, blocks):
       reports.append((by_column, int(device), int(blocks)))
 
     jax.debug.callback(
-      report, jax.lax.axis_index('seq'), (work.stop - work.start).sum()
+      report, jax.lax.axis_index('seq'), (blocks.stop - blocks.start).sum()
     )
-    return work
+    return blocks
 
-  monkeypatch.setattr(blockwise, 'make_work_list', counting)
+  monkeypatch.setattr(work, 'make_work_list', counting)
   axes = dict(seq=8) if fold == 1 else dict(seq=8 // fold, model=fold)
   scheme, axis = (
     ('ring', 'seq') if fold == 1 else ('ring+ulysses', ('seq', 'model'))

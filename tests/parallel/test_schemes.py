@@ -76,6 +76,16 @@ CASES = {
   'logits': dict(
     logits_soft_cap=1.5, alibi_slopes=SLOPES, normalizer='softmax1', sink=True
   ),
+  'softpick': dict(
+    normalizer='softpick',
+    mask=Causal() & PrefixColumns(3) | SlidingWindow(29),
+    rate=0.3,
+  ),
+  'sigmoid': dict(
+    normalizer='sigmoid',
+    mask=SlidingWindow(4, 4) | GlobalTokens(3),
+    q_segment_ids=documents(),
+  ),
   'shuffled': dict(q_positions=shuffled(), k_positions=shuffled()),
   'one-order': dict(
     q_positions=shuffled()[0], k_positions=shuffled()[0], mask=SlidingWindow(9)
@@ -236,6 +246,11 @@ def test_every_layout_is_exact(scheme, case, layout):
     ('ring', 'later-queries'),
     ('ring', 'masked-rows'),
     ('ring', 'dropout'),
+    ('ring', 'softpick'),
+    ('ring', 'sigmoid'),
+    ('ulysses', 'softpick'),
+    ('all_gather', 'sigmoid'),
+    ('ring+ulysses', 'sigmoid'),
     *((scheme, 'everything') for scheme in PLACES),
   ],
 )
@@ -292,6 +307,31 @@ def test_block_sizes_change_nothing(scheme, case):
   check_case(scheme, case, block_sizes=BlockSizes(4, 3, 3, 5, heads=1))
 
 
+@pytest.mark.parametrize('mode', ['forward', 'reverse'])
+def test_second_derivative_of_a_ring_is_exact(mode, x64):
+  inputs = [jnp.asarray(x) for x in make_inputs(T=13)[:3]]
+  direction = [jnp.cos(x) for x in inputs]
+  mask = SlidingWindow(4, 4) | GlobalTokens(1)
+
+  def second(attend):
+    def loss(inputs):
+      out, lse = attend(*inputs, mask=mask, return_lse=True)
+      return (out**2).sum() + (lse**2).sum()
+
+    def along(inputs):
+      if mode == 'forward':
+        return jax.jvp(jax.grad(loss), (inputs,), (direction,))[1]
+      _, vjp = jax.vjp(jax.grad(loss), inputs)
+      return vjp(direction)[0]
+
+    compiled = jax.jit(along).lower(inputs).compile(compiler_options=FAST)
+    return compiled(inputs)
+
+  actual = second(on_mesh('ring', dict(seq=2)))
+  for x, y in zip(actual, second(REFERENCE), strict=True):
+    np.testing.assert_allclose(x, y, **tolerance('float64'))
+
+
 @pytest.mark.parametrize('scheme', ['ring', 'ring+ulysses'])
 def test_bfloat16_is_rounded_once(scheme):
   inputs = make_inputs(dtype='bfloat16')
@@ -305,16 +345,22 @@ def test_bfloat16_is_rounded_once(scheme):
 
 
 @pytest.mark.parametrize(
-  ('scheme', 'packed'), [('ring', True), ('ring+ulysses', False)]
+  ('scheme', 'packed', 'normalizer'),
+  [
+    ('ring', True, 'softmax'),
+    ('ring+ulysses', False, 'softmax'),
+    ('ring', False, 'sigmoid'),
+  ],
 )
-def test_few_queries_read_keys_of_all_devices(scheme, packed):
+def test_few_queries_read_keys_of_all_devices(scheme, packed, normalizer):
   positions = np.array([66, 3, 40, 40, 9], np.int32)
   options = dict(q_positions=positions, mask=CASES['sinks']['mask'])
   if packed:
     ids = documents()
     options |= dict(q_segment_ids=ids[:, positions], k_segment_ids=ids)
   inputs = make_inputs(T=len(positions), S=T)
-  options |= dict(sink=True, rate=0.2)
+  sink = normalizer == 'softmax'
+  options |= dict(sink=sink, rate=0.2, normalizer=normalizer)
   with jax.enable_x64(True):
     expected = run(REFERENCE, inputs, ['float64'] * 2, **options)
   check(run(on_mesh(scheme), inputs, ['float32'] * 2, **options), expected)
@@ -439,7 +485,11 @@ WRONG = [
     'no parts for a ring to merge',
   ),
   (dict(implementation='fast'), ValueError, "unknown implementation='fast'"),
-  (dict(normalizer='softpick'), NotImplementedError, 'do not merge'),
+  (
+    dict(normalizer='softpick', sink_logits=jnp.zeros(4)),
+    NotImplementedError,
+    "normalizer='softpick' is none",
+  ),
   (dict(normalizer='softmax2'), ValueError, "unknown normalizer='softmax2'"),
   (
     dict(layout=SequenceLayout('zigzag', 8, 4)),

@@ -10,6 +10,7 @@ from longctx.masks import Causal, Mask
 from longctx.ops.dot_product_attention import blockwise, reference
 from longctx.ops.dot_product_attention.blocks import BlockSizes
 from longctx.ops.dot_product_attention.dropout import Dropout, make_dropout
+from longctx.ops.dot_product_attention.normalizers import NORMALIZERS
 from longctx.typing import Array, Float, Int, Key
 
 __all__ = [
@@ -25,9 +26,6 @@ IMPLEMENTATIONS = {
   'reference': reference.dot_product_attention,
   'xla': blockwise.dot_product_attention,
 }
-
-# What the sum of exponentials starts from; None: not a softmax, not built yet.
-NORMALIZERS = {'softmax': 0, 'softmax1': 1, 'sigmoid': None, 'softpick': None}
 
 Integers = Int[Array, '...'] | Int[np.ndarray, '...']
 
@@ -55,18 +53,28 @@ def dot_product_attention(
   Float[Array, 'B T N V']
   | tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]
 ):
-  """Softmax attention over the keys that a mask and the segments allow.
+  """Attention to the keys that a mask and the segments allow.
 
     z_ts = cap tanh(scale q_t · k_s / cap) - slope |pos_t - pos_s|
-    lse_t = log(Σ_s exp(z_ts))        out_t = Σ_s exp(z_ts - lse_t) v_s
 
-  with s over the allowed keys. A sink logit adds exp(sink) to the sum within
-  lse, 'softmax1' adds 1: both take probability and give no value. A query
-  without any key gets out = 0 and lse = -inf (the sink, if there is one), and
-  zero gradients. Statistics and sums are float32; out is rounded once.
+    softmax    out_t = Σ_s exp(z_ts) v_s / D_t         D_t = Σ_s exp(z_ts)
+    softmax1   the same                                D_t = 1 + Σ_s exp(z_ts)
+    softpick   out_t = Σ_s relu(exp(z_ts) - 1) v_s / D_t
+                                                  D_t = Σ_s |exp(z_ts) - 1|
+    sigmoid    out_t = Σ_s σ(z_ts) v_s                 D_t = Σ_s 1
+
+  with s over the allowed keys and lse_t = log(D_t). A sink logit adds exp(sink)
+  to D: like the 1 of 'softmax1' it takes probability and gives no value.
+  Softpick (arXiv:2504.20966) is taken without the paper's epsilon. Sigmoid
+  attention (arXiv:2409.04431) has no bias of its own: the paper's -log(S) is
+  one more channel of q and k. A query without any key, or with 'softpick' one
+  whose logits are all 0, gets out = 0 and lse = -inf (the sink, if there is
+  one), and zero gradients. Statistics and sums are float32; out is rounded
+  once, and once more by 'sigmoid' and by sinks.
 
   Query head n reads key head n // (N / K) (grouped queries, arXiv:2305.13245).
-  Gradients reach q, k, v and sink_logits, from out and from lse alike.
+  Gradients reach q, k, v and sink_logits, from out and from lse alike, and can
+  be differentiated again, forwards and backwards.
 
   Args:
     q: queries.
@@ -80,10 +88,10 @@ def dot_product_attention(
     k_segment_ids: int [B, S]; those of the queries when None and T = S.
     scale: of the products q · k; H**-0.5 when None.
     logits_soft_cap: cap on |z|, before ALiBi; None for none.
-    sink_logits: a learned logit per head.
+    sink_logits: a learned logit per head, for 'softmax' and 'softmax1'.
     alibi_slopes: per head (arXiv:2108.12409); taken as constants, without a
       gradient.
-    normalizer: 'softmax' or 'softmax1'.
+    normalizer: 'softmax', 'softmax1', 'softpick' or 'sigmoid'.
     dropout: (rate, key), a probability and a typed key. Weights are dropped
       after normalisation and the kept ones divided by 1 - rate. Which ones
       depends on the key, batch row, head, segment and positions, and not on the
@@ -91,12 +99,14 @@ def dot_product_attention(
       arrays given; a `Dropout` also says where those begin in larger ones.
     block_sizes: for blockwise implementations; None for heuristics.
     implementation: 'reference' (memory B N T S), 'xla' (memory linear in T and
-      S) or None for the best that supports the call.
+      S, that of second derivatives too) or None for the best that supports the
+      call.
     return_lse: whether to return lse too.
 
   Returns:
-    out in the dtype of q; with `return_lse` also lse in float32. lse is -inf
-    where out is 0 for want of keys: merge parts with a rule that takes -inf.
+    out in the dtype of q; with `return_lse` also lse in float32. Parts over
+    disjoint keys are put together by `ops.merge`, which takes lse = -inf; those
+    of 'sigmoid' just add up, and lse is the log of the number of keys.
 
   Raises:
     ValueError: shapes that do not fit together, an unknown name.
@@ -121,6 +131,7 @@ def dot_product_attention(
     implementation=implementation,
   )
   out, lse = IMPLEMENTATIONS[implementation or 'xla'](q, k, v, **call)
+  out = NORMALIZERS[normalizer].finish(out, lse)
   return (out, lse) if return_lse else out
 
 
@@ -146,6 +157,7 @@ def resolve(
   """The checked arguments of an implementation, defaults filled in.
 
   For `dot_product_attention`, here and on meshes; see there for the arguments.
+  What an implementation returns is still to be given to `Normalizer.finish`.
   """
   _check_arrays(q, k, v)
   _check_names(normalizer, implementation)
@@ -163,9 +175,14 @@ def resolve(
   if alibi_slopes is not None:
     alibi_slopes = _per_head('alibi_slopes', jnp.asarray(alibi_slopes), N)
     alibi_slopes = jax.lax.stop_gradient(alibi_slopes)
+  if sink_logits is not None and not NORMALIZERS[normalizer].has_sink:
+    raise NotImplementedError(
+      f'sink_logits take their share of a softmax, and {normalizer=} is none: '
+      "leave them out, or take 'softmax'"
+    )
   if sink_logits is not None:
     sink_logits = _per_head('sink_logits', sink_logits, N)
-  if NORMALIZERS[normalizer]:
+  if NORMALIZERS[normalizer].start:
     one = jnp.zeros(N, jnp.promote_types(q.dtype, jnp.float32))
     sink_logits = one if sink_logits is None else jnp.logaddexp(sink_logits, 0)
   return dict(
@@ -178,6 +195,7 @@ def resolve(
     logits_soft_cap=logits_soft_cap,
     sink_logits=sink_logits,
     alibi_slopes=alibi_slopes,
+    normalizer=NORMALIZERS[normalizer],
     dropout=make_dropout(dropout),
     block_sizes=block_sizes,
   )
@@ -200,14 +218,9 @@ def _check_arrays(q: Array, k: Array, v: Array) -> None:
 
 
 def _check_names(normalizer: str, implementation: str | None) -> None:
-  """Raises for an unknown name, and for a known one that is not built."""
+  """Raises for an unknown name."""
   if normalizer not in NORMALIZERS:
     raise ValueError(f'unknown {normalizer=}; known: {sorted(NORMALIZERS)}')
-  if NORMALIZERS[normalizer] is None:
-    raise NotImplementedError(
-      f'{normalizer=} does not sum exponentials, so its blocks do not merge by '
-      "lse; 'softmax' and 'softmax1' are built"
-    )
   if implementation is not None and implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f'unknown {implementation=}; known: {sorted(IMPLEMENTATIONS)}, or None'

@@ -12,54 +12,31 @@ delta = rowsum(dout * out) - dlse:
     p = exp(z - lse)   dv += pᵀ dout   dz = p (dout vᵀ - delta)
     dk += dzᵀ q        dq += dz k
 
-Only q, k, v, out and lse are kept between the passes, O(T) memory. The backward
-pass holds its scores transposed, keys by queries, so that all five products
-read and write rows as they lie in memory.
+That is the softmax; `normalizers` has the others. Only q, k, v, out and lse are
+kept between the passes, O(T) memory. The backward pass holds its scores
+transposed, keys by queries, so that all five products read and write rows as
+they lie in memory.
 """
 
-import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from longctx.masks import Mask
-from longctx.ops.dot_product_attention.blocks import (
-  BlockSizes,
-  Tiling,
-  make_tiling,
+from longctx.ops.dot_product_attention import second_order
+from longctx.ops.dot_product_attention.blocks import BlockSizes, make_tiling
+from longctx.ops.dot_product_attention.dropout import Dropout
+from longctx.ops.dot_product_attention.normalizers import Normalizer
+from longctx.ops.dot_product_attention.work import (
+  Extras,
+  Spec,
+  Work,
+  vary_like,
 )
-from longctx.ops.dot_product_attention.dropout import Dropout, keep_factor
-from longctx.ops.dot_product_attention.work_list import (
-  Indices,
-  make_work_list,
-)
+from longctx.ops.dot_product_attention.work_list import Indices
 from longctx.typing import Array, Float, Int
-
-# Finite, so that exp(-inf - FLOOR) is 0 in rows that have no key yet.
-FLOOR = -1e30
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-  """What does not depend on the arrays' contents."""
-
-  mask: Mask
-  scale: float
-  logits_soft_cap: float | None
-  forward: Tiling
-  backward: Tiling
-
-
-class Extras(NamedTuple):
-  """Arrays without a gradient; None where not used."""
-
-  indices: Indices = Indices()
-  alibi_slopes: Float[Array, ' N'] | None = None
-  dropout: Dropout | None = None
 
 
 def dot_product_attention(
@@ -76,6 +53,7 @@ def dot_product_attention(
   logits_soft_cap: float | None,
   sink_logits: Float[Array, ' N'] | None,
   alibi_slopes: Float[Array, ' N'] | None,
+  normalizer: Normalizer,
   dropout: Dropout | None,
   block_sizes: BlockSizes | None,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
@@ -92,6 +70,7 @@ def dot_product_attention(
     mask=mask,
     scale=scale,
     logits_soft_cap=logits_soft_cap,
+    normalizer=normalizer,
     block_sizes=block_sizes,
   )
   indices = Indices(q_positions, k_positions, q_segment_ids, k_segment_ids)
@@ -108,6 +87,7 @@ def make_spec(
   mask: Mask,
   scale: float,
   logits_soft_cap: float | None,
+  normalizer: Normalizer,
   block_sizes: BlockSizes | None,
 ) -> Spec:
   """The tilings for arrays of these shapes, and what else is static.
@@ -118,6 +98,7 @@ def make_spec(
     mask: as in `dot_product_attention`, like the next ones.
     scale: of the logits.
     logits_soft_cap: cap on the logits.
+    normalizer: of the logits.
     block_sizes: None for heuristics.
   """
   B, T, N, _ = q.shape
@@ -127,7 +108,7 @@ def make_spec(
     make_tiling(mask, (B, T, S, K, N // K), sizes, backward=backward)
     for backward in (False, True)
   )
-  return Spec(mask, scale, logits_soft_cap, forward, backward)
+  return Spec(mask, scale, logits_soft_cap, normalizer, forward, backward)
 
 
 def add_sink(
@@ -146,12 +127,12 @@ def add_sink(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(spec: Spec, q, k, v, extras: Extras):
-  out, lse = forward(spec, q, k, v, extras)
-  return out.astype(q.dtype), lse
+  return _attend_fwd(spec, q, k, v, extras)[0]
 
 
 def _attend_fwd(spec: Spec, q, k, v, extras: Extras):
-  out, lse = _attend(spec, q, k, v, extras)
+  out, lse = forward(spec, q, k, v, extras)
+  out = out.astype(q.dtype)
   return (out, lse), (q, k, v, extras, out, lse)
 
 
@@ -167,6 +148,7 @@ def _attend_bwd(spec: Spec, residuals, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def forward(
   spec: Spec,
   q: Float[Array, 'B T N H'],
@@ -181,8 +163,8 @@ def forward(
   t = spec.forward
   dtype = jnp.promote_types(q.dtype, jnp.float32)
   q_blocks, k_blocks, v_blocks = t.split_q(q), t.split_k(k), t.split_k(v)
-  work = _Work(spec, t, extras, by_column=False)
-  V, R = v.shape[-1], t.G * t.block_q
+  work = Work(spec, t, extras, by_column=False)
+  normalizer, V, R = spec.normalizer, v.shape[-1], t.G * t.block_q
 
   def row(n):
     g, i = n // t.nq, n % t.nq
@@ -193,22 +175,22 @@ def forward(
       k_j, v_j = (x[g, j].astype(dtype) for x in (k_blocks, v_blocks))
       z = jnp.einsum('XRH,XSH->XRS', q_i, k_j)
       z, _ = work.logits(z, g, i, j, masked=masked)
-      new_peak = jnp.maximum(peak, z.max(-1))
-      p = jnp.exp(z - new_peak[..., None])
-      # Else XLA computes the exponential twice, for the sum and the product.
-      p = lax.optimization_barrier(p)
-      decay = jnp.exp(peak - new_peak)
-      total = total * decay + p.sum(-1)
-      p = work.dropped(p, g, i, j)
-      acc = acc * decay[..., None] + jnp.einsum('XRS,XSV->XRV', p, v_j)
-      return acc, new_peak, total
+      if normalizer.least_peak is not None:
+        new_peak = jnp.maximum(peak, z.max(-1))
+        decay = jnp.exp(peak - new_peak)
+        acc, peak, total = acc * decay[..., None], new_peak, total * decay
+      weight, term = _weight_and_term(normalizer.terms(z, peak[..., None]))
+      total += term.sum(-1)
+      weight = work.dropped(weight, g, i, j)
+      acc += jnp.einsum('XRS,XSV->XRV', weight, v_j)
+      return acc, peak, total
 
     carry = (
       jnp.zeros((t.X, R, V), dtype),
-      jnp.full((t.X, R), FLOOR, dtype),
+      jnp.full((t.X, R), normalizer.least_peak or 0, dtype),
       jnp.zeros((t.X, R), dtype),
     )
-    acc, peak, total = work.visit(g, i, step, _vary_like(carry, q, k, v))
+    acc, peak, total = work.visit(g, i, step, vary_like(carry, q, k, v))
     some = total > 0
     total = jnp.where(some, total, 1)
     out = acc / total[..., None]
@@ -216,6 +198,26 @@ def forward(
 
   out, lse = lax.map(row, jnp.arange(t.groups * t.nq))
   return t.join_q(out), t.join_q(lse[..., None])[..., 0]
+
+
+@forward.defjvp
+def _forward_jvp(spec: Spec, primals, tangents):
+  q, k, v, extras = primals
+  out, lse = forward(spec, *primals)
+  again = functools.partial(second_order.forward, spec, extras, lse)
+  _, tangents = jax.jvp(again, (q, k, v), tangents[:3])
+  return (out, lse), tangents
+
+
+def _weight_and_term(terms):
+  """Both as they are, but computed once.
+
+  Else XLA computes the exponential twice, for the sum and the product.
+  """
+  if terms.weight is terms.term:
+    p = lax.optimization_barrier(terms.weight)
+    return p, p
+  return lax.optimization_barrier((terms.weight, terms.term))
 
 
 def make_delta(
@@ -230,6 +232,7 @@ def make_delta(
   return delta - dlse
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def backward(
   spec: Spec,
   q: Float[Array, 'B T N H'],
@@ -255,7 +258,7 @@ def backward(
   lse = t.split_q(lse[..., None], fill=jnp.inf)[..., 0]
   q_blocks, do_blocks = t.split_q(q), t.split_q(dout)
   k_blocks, v_blocks = t.split_k(k), t.split_k(v)
-  work = _Work(spec, t, extras, by_column=True)
+  work = Work(spec, t, extras, by_column=True)
   H, V, R = q.shape[-1], v.shape[-1], t.G * t.block_q
 
   def column(dq, n):
@@ -267,176 +270,36 @@ def backward(
       dq, dk, dv = carry
       q_i = q_blocks[g, i].astype(dtype) * spec.scale
       do_i = do_blocks[g, i].astype(dtype)
-      z = jnp.einsum('XSH,XRH->XSR', k_j, q_i)
-      z, slope = work.logits(z, g, i, j, masked=masked)
-      p = jnp.exp(z - lse[g, i][:, None])
-      dp = jnp.einsum('XSV,XRV->XSR', v_j, do_i)
-      dp = work.dropped(dp, g, i, j)
-      dz = p * (dp - delta[g, i][:, None]) * slope
-      dv += jnp.einsum('XSR,XRV->XSV', work.dropped(p, g, i, j), do_i)
-      dk += jnp.einsum('XSR,XRH->XSH', dz, q_i)
-      dq_i = jnp.einsum('XHS,XSR->XHR', k_t, dz)
-      dq = dq.at[g * t.nq + i].add(dq_i)
-      return dq, dk, dv
+      shares = work.gradients(
+        g,
+        i,
+        j,
+        (q_i, do_i, lse[g, i], delta[g, i]),
+        (k_j, v_j, k_t),
+        masked=masked,
+      )
+      dq = dq.at[g * t.nq + i].add(shares[0])
+      return dq, dk + shares[1], dv + shares[2]
 
     zeros = (
       jnp.zeros((t.X, t.block_k, H), dtype),
       jnp.zeros((t.X, t.block_k, V), dtype),
     )
-    carry = (dq, *_vary_like(zeros, q, k, v, dout))
+    carry = (dq, *vary_like(zeros, q, k, v, dout))
     dq, dk, dv = work.visit(g, j, step, carry)
     return dq, (dk, dv)
 
   dq = jnp.zeros((t.groups * t.nq, t.X, H, R), dtype)
-  dq = _vary_like(dq, q, k, v, dout)
+  dq = vary_like(dq, q, k, v, dout)
   dq, (dk, dv) = lax.scan(column, dq, jnp.arange(t.groups * t.nk))
   dq = t.join_q(dq.swapaxes(2, 3) * spec.scale)
   return dq, t.join_k(dk), t.join_k(dv)
 
 
-class _Work:
-  """The blocks to visit, and what happens to the scores of a block.
-
-  Forward scores are [X, G block_q, block_k], backward ones (`by_column`)
-  [X, block_k, G block_q]; X = rows * heads.
-  """
-
-  def __init__(
-    self, spec: Spec, tiling: Tiling, extras: Extras, *, by_column: bool
-  ):
-    self.spec, self.tiling, self.by_column = spec, tiling, by_column
-    self.slopes, self.dropout = extras.alibi_slopes, extras.dropout
-    self.list = make_work_list(
-      spec.mask, tiling, extras.indices, by_column=by_column
-    )
-    q_block, k_block = tiling.block_q, tiling.block_k
-    blocks = (q_block, k_block, q_block, k_block)
-    self.indices = Indices(
-      *(
-        None if x is None else tiling.split_positions(x, block)
-        for x, block in zip(extras.indices, blocks, strict=True)
-      )
-    )
-
-  def visit(self, g, r, step, carry):
-    """Runs `step` on the full blocks of row r, then on the partial ones."""
-    work = self.list
-    group = g // self.tiling.head_groups if len(work.start) > 1 else 0
-    for first, last, masked in (
-      (work.start, work.full, False),
-      (work.full, work.stop, True),
-    ):
-      if isinstance(first, np.ndarray) and (first == last).all():
-        # Known on the host, and half of the compilation.
-        continue
-      first, last, indices = map(jnp.asarray, (first, last, work.indices))
-      step_of_kind = functools.partial(step, masked=masked)
-
-      def body(w, carry, step=step_of_kind, indices=indices):
-        return step(indices[group, w], carry)
-
-      carry = lax.fori_loop(first[group, r], last[group, r], body, carry)
-    return carry
-
-  def logits(self, z, g, i, j, *, masked: bool):
-    """Soft cap, ALiBi and mask; also the cap's slope."""
-    spec, slope = self.spec, 1
-    shape = z.shape
-    if spec.logits_soft_cap is not None:
-      tanh = jnp.tanh(z / spec.logits_soft_cap)
-      z, slope = spec.logits_soft_cap * tanh, 1 - tanh**2
-    if self.slopes is None and not masked:
-      return z, slope
-    z = self._unfold(z)
-    q_pos, k_pos = self._positions(g, i, j)
-    if self.slopes is not None:
-      slopes = self._heads(self.slopes, g)
-      z -= slopes * abs(q_pos - k_pos).astype(z.dtype)
-    if masked:
-      z = jnp.where(self._allowed(g, i, j, q_pos, k_pos), z, -jnp.inf)
-    return z.reshape(shape), slope
-
-  def dropped(self, p, g, i, j):
-    """The scores times 0 where dropped, else 1 / (1 - rate)."""
-    if self.dropout is None:
-      return p
-    t = self.tiling
-    q_pos, k_pos = self._positions(g, i, j)
-    batch = g // t.head_groups * t.rows + jnp.arange(t.rows)
-    segment = self._at(self.indices.q_segment_ids, g, i)
-    keep = keep_factor(
-      self.dropout,
-      batch=batch.reshape(-1, 1, 1, 1, 1),
-      head=self._heads(jnp.arange(t.K * t.G), g),
-      segment=None if segment is None else self._expand_q(segment),
-      q_positions=q_pos,
-      k_positions=k_pos,
-    )
-    return (self._unfold(p) * keep.astype(p.dtype)).reshape(p.shape)
-
-  def _allowed(self, g, i, j, q_pos, k_pos):
-    t = self.tiling
-    ok = self.spec.mask.allowed(q_pos, k_pos)
-    if self.indices.q_segment_ids is not None:
-      q_ids = self._at(self.indices.q_segment_ids, g, i)
-      k_ids = self._at(self.indices.k_segment_ids, g, j)
-      ok &= self._expand_q(q_ids) == self._expand_k(k_ids)
-    if t.S % t.block_k:
-      exists = j * t.block_k + jnp.arange(t.block_k) < t.S
-      ok &= self._expand_k(exists[None])
-    return ok
-
-  def _positions(self, g, i, j):
-    t = self.tiling
-    q_pos = self._at(self.indices.q_positions, g, i)
-    k_pos = self._at(self.indices.k_positions, g, j)
-    if q_pos is None:
-      q_pos = (i * t.block_q + jnp.arange(t.block_q))[None]
-    if k_pos is None:
-      k_pos = (j * t.block_k + jnp.arange(t.block_k))[None]
-    return self._expand_q(q_pos), self._expand_k(k_pos)
-
-  def _at(self, x, g, n):
-    """Block n of an index array for the batch rows of group g."""
-    if x is None:
-      return None
-    return x[g // self.tiling.head_groups if x.shape[0] > 1 else 0, n]
-
-  def _unfold(self, z):
-    """Scores with axes rows, heads, then G, block_q and block_k."""
-    t = self.tiling
-    if self.by_column:
-      return z.reshape(t.rows, t.heads, t.block_k, t.G, t.block_q)
-    return z.reshape(t.rows, t.heads, t.G, t.block_q, t.block_k)
-
-  def _expand_q(self, x):
-    return (
-      x[:, None, None, None] if self.by_column else x[:, None, None, :, None]
-    )
-
-  def _expand_k(self, x):
-    return (
-      x[:, None, :, None, None] if self.by_column else x[:, None, None, None]
-    )
-
-  def _heads(self, x, g):
-    """The group's part of an array [N]."""
-    t = self.tiling
-    x = x.reshape(t.head_groups, t.heads, t.G)[g % t.head_groups]
-    if self.by_column:
-      return x[None, :, None, :, None]
-    return x[None, :, :, None, None]
-
-
-def _vary_like(tree, *arrays):
-  """Marks constants as varying over the manual mesh axes of the arrays.
-
-  Inside `shard_map` with check_vma a loop's carry must start as varying as it
-  ends.
-  """
-  axes = frozenset().union(
-    *(jax.typeof(x).manual_axis_type.varying for x in arrays)
-  )
-  if not axes:
-    return tree
-  return jax.tree.map(lambda x: lax.pcast(x, tuple(axes), to='varying'), tree)
+@backward.defjvp
+def _backward_jvp(spec: Spec, primals, tangents):
+  q, k, v, extras, *bars = primals
+  again = functools.partial(second_order.backward, spec, extras)
+  tangents = (*tangents[:3], *tangents[4:])
+  _, tangents = jax.jvp(again, (q, k, v, *bars), tangents)
+  return backward(spec, *primals), tangents

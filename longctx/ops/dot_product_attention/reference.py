@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from longctx.masks import Mask
 from longctx.ops.dot_product_attention.blocks import BlockSizes
 from longctx.ops.dot_product_attention.dropout import Dropout, keep_factor
+from longctx.ops.dot_product_attention.normalizers import Normalizer
 from longctx.typing import Array, Float, Int
 
 
@@ -23,19 +24,22 @@ def dot_product_attention(
   logits_soft_cap: float | None,
   sink_logits: Float[Array, ' N'] | None,
   alibi_slopes: Float[Array, ' N'] | None,
+  normalizer: Normalizer,
   dropout: Dropout | None,
   block_sizes: BlockSizes | None,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
-  """Softmax over the allowed keys, with every score held: memory B N T S.
+  """The sum over the allowed keys, with every score held: memory B N T S.
 
     z_ts = cap tanh(scale q_t · k_s / cap) - slope |pos_t - pos_s|
-    lse_t = log(exp(sink) + Σ_s exp(z_ts))     out_t = Σ_s exp(z_ts - lse_t) v_s
+    D_t = exp(sink) + Σ_s d(z_ts)            out_t = Σ_s w(z_ts) v_s / D_t
+
+  with w and d of the normalizer, exp(z) both for the softmax.
 
   Arguments and errors are those of `longctx.ops.dot_product_attention`, with
   the defaults filled in and positions given a batch axis of B or 1.
 
   Returns:
-    out in the dtype of q, lse in float32 (float64 for float64 inputs).
+    out in the dtype of q, lse = log D in float32 (float64 for float64 inputs).
   """
   del block_sizes
   B, T, N, _ = q.shape
@@ -59,17 +63,20 @@ def dot_product_attention(
 
   sink = jnp.full(N, -jnp.inf) if sink_logits is None else sink_logits
   sink = sink.astype(dtype)[:, None, None]
-  # A finite floor keeps z - peak defined in a row without keys.
-  peak = jnp.maximum(z.max(-1, keepdims=True, initial=-1e30), sink)
-  peak = jax.lax.stop_gradient(peak)
-  p = jnp.exp(z - peak)
-  total = p.sum(-1, keepdims=True) + jnp.exp(sink - peak)
+  peak = jnp.zeros_like(z[..., :1])
+  if normalizer.least_peak is not None:
+    # It is finite, which keeps z - peak defined in a row without keys.
+    peak = z.max(-1, keepdims=True, initial=normalizer.least_peak)
+    peak = jax.lax.stop_gradient(jnp.maximum(peak, sink))
+  terms = normalizer.terms(z, peak)
+  weight = terms.weight
+  total = terms.term.sum(-1, keepdims=True) + jnp.exp(sink - peak)
   some = total > 0
   total = jnp.where(some, total, 1)
   lse = jnp.where(some, peak + jnp.log(total), -jnp.inf)
   if dropout is not None:
     batch, head = jnp.arange(B)[:, None, None, None], jnp.arange(N)
-    p *= keep_factor(
+    weight *= keep_factor(
       dropout,
       batch=batch,
       head=head[:, None, None],
@@ -77,5 +84,5 @@ def dot_product_attention(
       q_positions=q_pos,
       k_positions=k_pos,
     )
-  out = jnp.einsum('BNTS,BSNV->BTNV', p / total, v)
+  out = jnp.einsum('BNTS,BSNV->BTNV', weight / total, v)
   return out.astype(q.dtype), lse[..., 0].swapaxes(1, 2)

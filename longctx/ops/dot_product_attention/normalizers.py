@@ -1,0 +1,124 @@
+"""How logits become weights: a numerator and a denominator per logit.
+
+    out = Σ_s w(z_s) v_s / D        D = Σ_s d(z_s)        lse = log D
+
+               w(z)             d(z)
+    softmax    exp(z)           exp(z)
+    softpick   relu(exp(z) - 1) |exp(z) - 1|   Zuhri et al., arXiv:2504.20966
+    sigmoid    σ(z)             1              Ramapuram et al., 2409.04431
+
+Parts over disjoint keys merge by (out, lse), whatever w and d are. Sigmoid
+attention is a sum, not a mean: its parts are means over the keys, and the last
+step multiplies by their number, exp(lse).
+
+Gradients, with delta = rowsum(dout * out) - dlse:
+
+    dz = (w'(z) (dout · v) - d'(z) delta) / D        dv = Σ w(z) dout / D
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from longctx.typing import Array, Float
+
+
+class Terms(NamedTuple):
+  """w, d and their derivatives w' and d', all of them times exp(-shift).
+
+  Two that are the same array are the same object, so that it is computed once.
+
+  Attributes:
+    weight: w, 0 where the logit is -inf.
+    term: d, 0 where the logit is -inf.
+    weight_slope: w'.
+    term_slope: d'; None where it is 0 for every logit.
+  """
+
+  weight: Float[Array, '...']
+  term: Float[Array, '...']
+  weight_slope: Float[Array, '...']
+  term_slope: Float[Array, '...'] | None
+
+  def logit_gradient(
+    self, dweight: Float[Array, '...'], delta: Float[Array, '...']
+  ) -> Float[Array, '...']:
+    """dz, of terms whose shift is lse and with dweight = dout · v."""
+    if self.term_slope is None:
+      return self.weight_slope * dweight
+    if self.term_slope is self.weight_slope:
+      return self.weight_slope * (dweight - delta)
+    return self.weight_slope * dweight - self.term_slope * delta
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalizer:
+  """One way to turn logits into weights.
+
+  Attributes:
+    terms: (logits, shift) -> Terms. Without an overflow where shift is at least
+      every logit and `least_peak`, or is lse.
+    least_peak: where the running maximum of the logits starts; None where w is
+      bounded, and needs none.
+    start: what D starts from.
+    has_sink: whether sink logits may add to D.
+    is_sum: whether Σ w v is wanted, and not the quotient.
+  """
+
+  terms: Callable[[Array, Array], Terms]
+  least_peak: float | None
+  start: int = 0
+  has_sink: bool = False
+  is_sum: bool = False
+
+  def finish(
+    self, out: Float[Array, 'B T N V'], lse: Float[Array, 'B T N']
+  ) -> Float[Array, 'B T N V']:
+    """The output wanted, from that of all the parts."""
+    if not self.is_sum:
+      return out
+    return (out * jnp.exp(lse)[..., None]).astype(out.dtype)
+
+
+def _softmax(z: Array, shift: Array) -> Terms:
+  p = jnp.exp(z - shift)
+  return Terms(p, p, p, p)
+
+
+def _softpick(z: Array, shift: Array) -> Terms:
+  # |exp(z) - 1| = (1 - exp(-|z|)) exp(max(z, 0)) does not cancel near 0.
+  size = -jnp.expm1(-abs(z)) * jnp.exp(jnp.maximum(z, 0) - shift)
+  size = jnp.where(z == -jnp.inf, 0, size)
+  slope = jnp.exp(z - shift)
+  return Terms(
+    weight=jnp.where(z > 0, size, 0),
+    term=size,
+    weight_slope=jnp.where(z > 0, slope, 0),
+    term_slope=jnp.sign(z) * slope,
+  )
+
+
+def _sigmoid(z: Array, shift: Array) -> Terms:
+  one = jnp.exp(-shift)
+  weight = lax.logistic(z) * one
+  return Terms(
+    weight=weight,
+    term=jnp.where(z == -jnp.inf, 0, one),
+    weight_slope=weight * lax.logistic(-z),
+    term_slope=None,
+  )
+
+
+# Finite, so that exp(-inf - least_peak) is 0 in rows that have no key yet.
+SOFTMAX = Normalizer(_softmax, least_peak=-1e30, has_sink=True)
+
+NORMALIZERS = {
+  'softmax': SOFTMAX,
+  'softmax1': dataclasses.replace(SOFTMAX, start=1),
+  # From 0, as the 1 of exp(z) - 1 must not overflow either.
+  'softpick': Normalizer(_softpick, least_peak=0.0),
+  'sigmoid': Normalizer(_sigmoid, least_peak=None, is_sum=True),
+}
