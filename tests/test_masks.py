@@ -16,6 +16,7 @@ primitive = st.one_of(
   st.builds(masks.SlidingWindow, st.integers(0, 20), st.integers(0, 9)),
   st.builds(masks.Dilated, small, small),
   st.builds(masks.PrefixColumns, st.integers(0, 40)),
+  st.builds(masks.PrefixRows, st.integers(0, 40)),
   st.builds(masks.GlobalTokens, st.integers(0, 40)),
   st.builds(
     masks.RandomBlocks,
@@ -48,6 +49,7 @@ EXAMPLES = [
   masks.Dilated(4, 3) & masks.Causal(),
   masks.PrefixColumns(4) & masks.Causal() | masks.SlidingWindow(7),
   masks.GlobalTokens(3) | masks.SlidingWindow(6, 6),
+  masks.PrefixRows(3) | masks.SlidingWindow(6, 6) & masks.Beyond(3, 2),
   masks.RandomBlocks(8, 2, seed=1),
   masks.RandomBlocks(8, 3, seed=2, num_blocks=9),
   masks.BlockSparse(16, ((1, 0), (1, 1))),
@@ -75,6 +77,21 @@ def test_block_map_equals_dense(mask, T, S, block_q, block_k):
   assert block_map.dtype == np.int8
   np.testing.assert_array_equal(block_map, expected)
   assert mask.num_allowed(T, S) == dense.sum()
+
+
+@settings(max_examples=200)
+@given(any_mask, small, small, st.integers(0, 999))
+def test_bounds_never_miss_a_pair(mask, block_q, block_k, seed):
+  rng = np.random.default_rng(seed)
+  q, k = (rng.integers(0, 50, (8, b)) for b in (block_q, block_k))
+  allowed = mask.allowed(q[:, None, :, None], k[None, :, None, :])
+  allowed = np.broadcast_to(allowed, (8, 8, block_q, block_k))
+  some, everything = mask.bounds(
+    masks.Range(q.min(1)[:, None], q.max(1)[:, None]),
+    masks.Range(k.min(1)[None], k.max(1)[None]),
+  )
+  assert not (allowed.any((2, 3)) & ~some).any()
+  assert not (everything & ~allowed.all((2, 3))).any()
 
 
 @settings(max_examples=100)

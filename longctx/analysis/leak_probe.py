@@ -129,10 +129,27 @@ def changes(
 
 
 def allowed_pairs(
-  mask: Mask, seq_len: int, segment_ids: Int[np.ndarray, ' T'] | None = None
+  mask: Mask,
+  seq_len: int,
+  segment_ids: Int[np.ndarray, ' T'] | None = None,
+  *,
+  positions: Int[np.ndarray, ' T'] | None = None,
 ) -> Bool[np.ndarray, 'T T']:
-  """What a layer may read: the mask, inside one document."""
-  allowed = mask.dense(seq_len, seq_len)
+  """What a layer may read: the mask, inside one document.
+
+  Args:
+    mask: who reads whom.
+    seq_len: tokens T.
+    segment_ids: documents packed into a row.
+    positions: that the mask reads; None means those of a layer, 0, 1, … in
+      each document.
+  """
+  at = np.arange(seq_len) if positions is None else np.asarray(positions)
+  if positions is None and segment_ids is not None:
+    ids = np.asarray(segment_ids)
+    at = np.array([(ids[:t] == ids[t]).sum() for t in range(seq_len)])
+  allowed = mask.allowed(at[:, None], at[None, :])
+  allowed = np.broadcast_to(allowed, (seq_len, seq_len))
   if segment_ids is None:
     return allowed
   ids = np.asarray(segment_ids)

@@ -14,11 +14,24 @@ import inspect
 from flax import nnx
 
 from longctx.attention.attention import Attention, AttentionConfig
+from longctx.attention.bigbird import BigBirdAttention
+from longctx.attention.block_sparse import BlockSparseAttention
 from longctx.attention.context import take_read, true_positions
+from longctx.attention.differential import DifferentialAttention
+from longctx.attention.dilated import DilatedAttention
+from longctx.attention.forgetting import ForgettingAttention
 from longctx.attention.full import FullAttention
 from longctx.attention.linear import LinearAttention
+from longctx.attention.longformer import LongformerAttention
+from longctx.attention.output_gate import OutputGateAttention
 from longctx.attention.scalable_softmax import ScalableSoftmaxAttention
+from longctx.attention.sigmoid import SigmoidAttention
+from longctx.attention.sink_logits import SinkLogitsAttention
+from longctx.attention.sink_token import SinkTokenAttention
 from longctx.attention.sliding_window import SlidingWindowAttention
+from longctx.attention.softmax1 import Softmax1Attention
+from longctx.attention.softpick import SoftpickAttention
+from longctx.attention.streaming import StreamingAttention
 
 __all__ = [
   'VARIANTS',
@@ -31,10 +44,23 @@ __all__ = [
 ]
 
 VARIANTS: dict[str, type[Attention]] = {
+  'bigbird': BigBirdAttention,
+  'block_sparse': BlockSparseAttention,
+  'differential': DifferentialAttention,
+  'dilated': DilatedAttention,
+  'forgetting': ForgettingAttention,
   'full': FullAttention,
   'linear': LinearAttention,
+  'longformer': LongformerAttention,
+  'output_gate': OutputGateAttention,
   'scalable_softmax': ScalableSoftmaxAttention,
+  'sigmoid': SigmoidAttention,
+  'sink_logits': SinkLogitsAttention,
+  'sink_token': SinkTokenAttention,
   'sliding_window': SlidingWindowAttention,
+  'softmax1': Softmax1Attention,
+  'softpick': SoftpickAttention,
+  'streaming': StreamingAttention,
 }
 
 

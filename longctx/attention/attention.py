@@ -189,8 +189,19 @@ class Attention(nnx.Module, abc.ABC):
     Float[Array, 'B T N H'], Float[Array, 'B T K H'], Float[Array, 'B T K V']
   ]:
     """Queries, keys and values, convolved and rotated."""
+    return self.to_heads(self.query(x), self.key(x), self.value(x), context)
+
+  def to_heads(
+    self,
+    q: Float[Array, 'B T NH'],
+    k: Float[Array, 'B T KH'],
+    v: Float[Array, 'B T KV'],
+    context: Context,
+  ) -> tuple[
+    Float[Array, 'B T N H'], Float[Array, 'B T K H'], Float[Array, 'B T K V']
+  ]:
+    """Projections, convolved, split into heads and rotated."""
     config = self.config
-    q, k, v = self.query(x), self.key(x), self.value(x)
     if config.short_conv:
       q = context.short_conv(q, self.query_conv[...])
       k = context.short_conv(k, self.key_conv[...])
@@ -198,7 +209,7 @@ class Attention(nnx.Module, abc.ABC):
     q, k = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in (q, k))
     v = v.reshape(*v.shape[:2], -1, config.value_dim)
     if config.positions == 'rope':
-      angles_at = context.true_positions(x.shape[1])
+      angles_at = context.true_positions(q.shape[1])
       q = apply_rope(q, angles_at, base=config.rope_base)
       k = apply_rope(k, angles_at, base=config.rope_base)
     return q, k, v

@@ -3,8 +3,10 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from longctx.attention import documents
 from longctx.attention.recurrence import Recurrence
 from longctx.masks import Mask
 from longctx.ops import delta_rule, linear_attention
@@ -43,6 +45,35 @@ class Context:
     """Positions of T tokens as an array, the natural ones by default."""
     return true_positions(T, self.positions, self.placement)
 
+  def document_positions(self, T: int) -> Int[Array, '*B T']:
+    """Positions of T tokens, counted from 0 in each document."""
+    positions = self.true_positions(T)
+    if self.segment_ids is None:
+      return positions
+    return documents.count_keys(positions, self.segment_ids) - 1
+
+  def cumulative_sum(self, x: Float[Array, 'B T N']) -> Float[Array, 'B T N']:
+    """Sums over the tokens of a document up to each, in any layout."""
+    if self.positions is not None or self.segment_ids is not None:
+      positions = self.true_positions(x.shape[1])
+      return documents.cumulative_sum(x, positions, self.segment_ids)
+    if self.placement is None:
+      return jnp.cumsum(x, axis=1)
+    layout = self.placement.layout
+    return layout.apply(jnp.cumsum(layout.restore(x), axis=1))
+
+  def draw(self, index: int) -> 'Context':
+    """The context with dropout of its own, for one of several groups of heads.
+
+    Heads are counted in the arrays of a call, so that without it the first of
+    each group would drop the same weights.
+    """
+    if self.dropout is None:
+      return self
+    rate, key = self.dropout
+    dropout = (rate, jax.random.fold_in(key, index))
+    return dataclasses.replace(self, dropout=dropout)
+
   def at_read(
     self, x: Shaped[Array, 'B T ...'] | Shaped[Array, ' T'] | None
   ) -> Shaped[Array, '...'] | None:
@@ -60,6 +91,9 @@ class Context:
   ) -> Any:
     """Softmax attention of the queries at `read` to the keys under a mask.
 
+    What a mask says of certain positions, such as the first ones, holds for
+    each document.
+
     Args:
       q: queries of all the tokens.
       k: keys.
@@ -70,9 +104,13 @@ class Context:
     Returns:
       As in ops, for the Q queries that are read.
     """
-    positions, q_positions = self.positions, self.positions
-    if self.read is not None:
-      q_positions = self.true_positions(q.shape[1])
+    T, positions = q.shape[1], self.positions
+    moves = all(part.shift_invariant for part in mask.primitives())
+    if self.segment_ids is not None and not moves:
+      positions = self.document_positions(T)
+    q_positions = positions
+    if self.read is not None and positions is None:
+      q_positions = self.true_positions(T)
     attend = softmax.dot_product_attention
     if self.placement is not None:
       attend = self.placement.dot_product_attention

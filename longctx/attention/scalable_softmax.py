@@ -1,13 +1,12 @@
 """Full attention whose logits grow with the number of keys."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from longctx import masks
 from longctx.attention.attention import Attention, AttentionConfig
 from longctx.attention.context import Context
-from longctx.typing import Array, Float, Int
+from longctx.typing import Array, Float
 
 
 class ScalableSoftmaxAttention(Attention):
@@ -52,36 +51,8 @@ class ScalableSoftmaxAttention(Attention):
     context: Context,
   ) -> Float[Array, 'B Q N V']:
     """Softmax attention of queries that are scaled by σ log(n)."""
-    n = count_keys(context.true_positions(q.shape[1]), context.segment_ids)
+    n = context.document_positions(q.shape[1]) + 1
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     scale = jnp.log(n.astype(dtype))[..., None] * self.logit_scale[...]
     q = (q * scale[..., None]).astype(q.dtype)
     return super().mix(q, k, v, x=x, context=context)
-
-
-def count_keys(
-  positions: Int[Array, '*B T'], segment_ids: Int[Array, 'B T'] | None
-) -> Int[Array, '...']:
-  """How many keys each token may read under a causal mask, itself included.
-
-  Args:
-    positions: of the tokens, 0, 1, …, T - 1 in any order.
-    segment_ids: documents, each of which is counted alone, so that positions
-      may go through the row or start anew in each.
-
-  Returns:
-    int [T] or [B, T].
-  """
-  if segment_ids is None:
-    return positions + 1
-  T = segment_ids.shape[1]
-
-  def ranks(positions, segment_ids):
-    order = jnp.lexsort((positions, segment_ids))
-    ids, places = segment_ids[order], jnp.arange(T)
-    begins = jnp.append(True, ids[1:] != ids[:-1])
-    first = jax.lax.cummax(jnp.where(begins, places, 0))
-    return jnp.zeros(T, jnp.int32).at[order].set(places - first + 1)
-
-  positions = jnp.broadcast_to(positions, segment_ids.shape)
-  return jax.vmap(ranks)(positions, segment_ids)

@@ -23,7 +23,14 @@ class SlidingWindowAttention(Attention):
   def __init__(
     self, config: AttentionConfig, *, window: int = 256, rngs: nnx.Rngs
   ):
-    if window < 1:
-      raise ValueError(f'sliding_window: {window=} must be at least 1')
     super().__init__(config, rngs=rngs)
-    self.mask = masks.SlidingWindow(window - 1)
+    self.mask = causal_mask(window)
+
+
+def causal_mask(window: int | None) -> masks.Mask:
+  """All earlier tokens, or the last `window` of them, each with its own."""
+  if window is None:
+    return masks.Causal()
+  if window < 1:
+    raise ValueError(f'{window=} must be at least 1')
+  return masks.SlidingWindow(window - 1)

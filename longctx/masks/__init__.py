@@ -26,6 +26,7 @@ from longctx.masks.patterns import (
   Full,
   GlobalTokens,
   PrefixColumns,
+  PrefixRows,
   RandomBlocks,
   SlidingWindow,
 )
@@ -45,6 +46,7 @@ __all__ = [
   'Or',
   'Positions',
   'PrefixColumns',
+  'PrefixRows',
   'Primitive',
   'RandomBlocks',
   'Range',

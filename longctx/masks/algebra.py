@@ -145,9 +145,18 @@ class Mask(abc.ABC):
     A key is kept when the newest query or one of the next `seq_len` may read
     it.
     """
-    q_edges = np.array([seq_len - 1, 2 * seq_len])
-    (counts,) = self._count_rows(q_edges, np.arange(seq_len + 1))
-    return int((counts > 0).sum())
+    # Strips, as above: a cell of queries costs memory for every key.
+    cells = sum(
+      len(p.q_cuts(2 * seq_len))
+      for p in self.primitives()
+      if not p.shift_invariant
+    )
+    strips = 1 + min(cells * seq_len >> 24, seq_len)
+    q_edges = np.linspace(seq_len - 1, 2 * seq_len, strips + 1).astype(int)
+    kept = np.zeros(seq_len, bool)
+    for counts in self._count_rows(q_edges, np.arange(seq_len + 1)):
+      kept |= counts > 0
+    return int(kept.sum())
 
   def _count_rows(
     self, q_edges: np.ndarray, k_edges: np.ndarray

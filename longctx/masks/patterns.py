@@ -107,6 +107,25 @@ class PrefixColumns(Primitive):
 
 
 @dataclasses.dataclass(frozen=True)
+class PrefixRows(Primitive):
+  """The first n queries, which read all keys: global tokens as readers."""
+
+  n: int
+
+  def __post_init__(self):
+    _check(self, n=0)
+
+  def q_cuts(self, T: int) -> np.ndarray:
+    return np.array([min(self.n, T)])
+
+  def allowed(self, q_positions: Positions, k_positions: Positions):
+    return q_positions + 0 * k_positions < self.n
+
+  def bounds(self, q: Range, k: Range):
+    return q.low + 0 * k.low < self.n, q.high + 0 * k.low < self.n
+
+
+@dataclasses.dataclass(frozen=True)
 class GlobalTokens(Primitive):
   """The first n tokens read all the others and are read by all of them.
 
@@ -199,14 +218,30 @@ class RandomBlocks(Primitive):
 
   def allowed(self, q_positions: Positions, k_positions: Positions):
     row, column = q_positions // self.block, k_positions // self.block
-    candidates = row + 1 if self.num_blocks is None else self.num_blocks
     seen = row + column < 0
+    for exists, drawn in self._draws(row):
+      seen = seen | (exists & (column == drawn))
+    return seen
+
+  def bounds(self, q: Range, k: Range):
+    row, one_row = (
+      q.low // self.block,
+      q.low // self.block == q.high // self.block,
+    )
+    first, last = k.low // self.block, k.high // self.block
+    some = row + first < 0
+    for exists, drawn in self._draws(row):
+      some = some | (exists & (first <= drawn) & (drawn <= last))
+    return some | ~one_row, some & one_row & (first == last)
+
+  def _draws(self, row: Positions):
+    """Yields, per draw, whether it exists and which block it is."""
+    candidates = row + 1 if self.num_blocks is None else self.num_blocks
     for draw in range(self.per_row):
       start = draw * candidates // self.per_row
       size = (draw + 1) * candidates // self.per_row - start
       pick = _random_bits(row, self.seed, draw) % (size + (size == 0))
-      seen = seen | ((size > 0) & (column == start + pick))
-    return seen
+      yield size > 0, start + pick
 
 
 @dataclasses.dataclass(frozen=True)

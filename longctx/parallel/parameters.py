@@ -15,7 +15,11 @@ from jax.sharding import PartitionSpec as P
 
 # Split along their last axis, and along their first; names in a path.
 COLUMNS = frozenset(
-  {'query', 'key', 'value', 'up', 'query_conv', 'key_conv', 'value_conv'}
+  {
+    *('query', 'key', 'value', 'query_conv', 'key_conv', 'value_conv'),
+    *('query_global', 'key_global', 'value_global'),
+    'up',
+  }
 )
 ROWS = frozenset({'out', 'down'})
 

@@ -17,7 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from longctx.layouts import SequenceLayout
-from longctx.masks import Beyond, GlobalTokens, Mask, PrefixColumns
+from longctx.masks import (
+  Beyond,
+  GlobalTokens,
+  Mask,
+  PrefixColumns,
+  PrefixRows,
+)
 from longctx.typing import Bool, Int
 
 # What a neighbour reads is found to 1 / TRIMMING of a run.
@@ -149,7 +155,7 @@ def make_schedule(mask: Mask, ring: Ring) -> Schedule:
     return Schedule(mask, 0, 0, ())
   short = [p for p in mask.primitives() if getattr(p, 'n', T) < T]
   columns = [p.n for p in short if isinstance(p, PrefixColumns | GlobalTokens)]
-  rows = [p.n for p in short if isinstance(p, GlobalTokens)]
+  rows = [p.n for p in short if isinstance(p, PrefixRows | GlobalTokens)]
   columns, rows = max(columns, default=0), max(rows, default=0)
   schedules = []
   for broadcast in ((0, 0), (columns, 0), (columns, rows)):

@@ -13,10 +13,12 @@ from jax.sharding import PartitionSpec as P
 from longctx import parallel
 from longctx.layouts import LAYOUTS, SequenceLayout
 from longctx.masks import (
+  Beyond,
   Causal,
   Full,
   GlobalTokens,
   PrefixColumns,
+  PrefixRows,
   SlidingWindow,
 )
 from longctx.ops.dot_product_attention import BlockSizes, work
@@ -33,6 +35,7 @@ MASKS = {
   'wide': SlidingWindow(29),
   'sinks': Causal() & PrefixColumns(3) | SlidingWindow(9),
   'longformer': SlidingWindow(4, 4) | GlobalTokens(3),
+  'rows': Causal() & PrefixRows(3) | SlidingWindow(4) & Beyond(3, 0),
 }
 
 # Compiling is nearly all of the time; what is sent does not depend on it.
