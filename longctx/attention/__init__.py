@@ -17,6 +17,8 @@ from longctx.attention.attention import Attention, AttentionConfig
 from longctx.attention.context import take_read, true_positions
 from longctx.attention.full import FullAttention
 from longctx.attention.linear import LinearAttention
+from longctx.attention.moba import MixtureOfBlockAttention
+from longctx.attention.nsa import NativeSparseAttention
 from longctx.attention.scalable_softmax import ScalableSoftmaxAttention
 from longctx.attention.sliding_window import SlidingWindowAttention
 
@@ -33,6 +35,8 @@ __all__ = [
 VARIANTS: dict[str, type[Attention]] = {
   'full': FullAttention,
   'linear': LinearAttention,
+  'moba': MixtureOfBlockAttention,
+  'nsa': NativeSparseAttention,
   'scalable_softmax': ScalableSoftmaxAttention,
   'sliding_window': SlidingWindowAttention,
 }
