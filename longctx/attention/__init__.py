@@ -23,6 +23,8 @@ from longctx.attention.forgetting import ForgettingAttention
 from longctx.attention.full import FullAttention
 from longctx.attention.linear import LinearAttention
 from longctx.attention.longformer import LongformerAttention
+from longctx.attention.moba import MixtureOfBlockAttention
+from longctx.attention.nsa import NativeSparseAttention
 from longctx.attention.output_gate import OutputGateAttention
 from longctx.attention.scalable_softmax import ScalableSoftmaxAttention
 from longctx.attention.sigmoid import SigmoidAttention
@@ -53,6 +55,8 @@ VARIANTS: dict[str, type[Attention]] = {
   'linear': LinearAttention,
   'longformer': LongformerAttention,
   'output_gate': OutputGateAttention,
+  'moba': MixtureOfBlockAttention,
+  'nsa': NativeSparseAttention,
   'scalable_softmax': ScalableSoftmaxAttention,
   'sigmoid': SigmoidAttention,
   'sink_logits': SinkLogitsAttention,

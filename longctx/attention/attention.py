@@ -98,6 +98,7 @@ class Attention(nnx.Module, abc.ABC):
     recurrence: what is kept of the past.
     mask_is_bound: whether a query reads some of what the mask allows, chosen by
       its contents, and not all.
+    branches: sets of keys and values that a layer projects its inputs to.
     unsupported: capability -> why the variant lacks it.
     small: arguments that show the variant's structure within 20 tokens, for
       tests and pictures.
@@ -106,6 +107,7 @@ class Attention(nnx.Module, abc.ABC):
   mask: masks.Mask | None = None
   recurrence: Recurrence | None = None
   mask_is_bound: ClassVar[bool] = False
+  branches: ClassVar[int] = 1
   unsupported: ClassVar[Mapping[str, str]] = {}
   small: ClassVar[Mapping[str, Any]] = {}
 
@@ -113,7 +115,7 @@ class Attention(nnx.Module, abc.ABC):
     self.config = config
     for capability in _asked_for(config):
       self.require(capability)
-    N, K = config.num_heads, config.num_kv_heads
+    N, K = config.num_heads, config.num_kv_heads * self.branches
     H, V = config.head_dim, config.value_dim
     self.query = linear(config, config.d_model, N * H, rngs=rngs)
     self.key = linear(config, config.d_model, K * H, rngs=rngs)
@@ -189,6 +191,15 @@ class Attention(nnx.Module, abc.ABC):
     Float[Array, 'B T N H'], Float[Array, 'B T K H'], Float[Array, 'B T K V']
   ]:
     """Queries, keys and values, convolved and rotated."""
+    q, k, v = self.heads(x, context)
+    return self.rotate(q, context), self.rotate(k, context), v
+
+  def heads(
+    self, x: Float[Array, 'B T D'], context: Context
+  ) -> tuple[
+    Float[Array, 'B T N H'], Float[Array, 'B T K H'], Float[Array, 'B T K V']
+  ]:
+    """Queries, keys and values, convolved."""
     return self.to_heads(self.query(x), self.key(x), self.value(x), context)
 
   def to_heads(
@@ -200,19 +211,23 @@ class Attention(nnx.Module, abc.ABC):
   ) -> tuple[
     Float[Array, 'B T N H'], Float[Array, 'B T K H'], Float[Array, 'B T K V']
   ]:
-    """Projections, convolved, split into heads and rotated."""
+    """Projections, convolved and split into heads."""
     config = self.config
     if config.short_conv:
       q = context.short_conv(q, self.query_conv[...])
       k = context.short_conv(k, self.key_conv[...])
       v = context.short_conv(v, self.value_conv[...])
     q, k = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in (q, k))
-    v = v.reshape(*v.shape[:2], -1, config.value_dim)
-    if config.positions == 'rope':
-      angles_at = context.true_positions(q.shape[1])
-      q = apply_rope(q, angles_at, base=config.rope_base)
-      k = apply_rope(k, angles_at, base=config.rope_base)
-    return q, k, v
+    return q, k, v.reshape(*v.shape[:2], -1, config.value_dim)
+
+  def rotate(
+    self, x: Float[Array, 'B T K H'], context: Context
+  ) -> Float[Array, 'B T K H']:
+    """Queries or keys as positions turn them, where the config says RoPE."""
+    if self.config.positions != 'rope':
+      return x
+    angles_at = context.true_positions(x.shape[1])
+    return apply_rope(x, angles_at, base=self.config.rope_base)
 
   def mix(
     self,
@@ -290,7 +305,8 @@ class Attention(nnx.Module, abc.ABC):
     """Bytes of the inputs that the short convolutions keep."""
     config = self.config
     heads = config.num_heads * config.head_dim
-    heads += config.num_kv_heads * (config.head_dim + config.value_dim)
+    per_head = self.branches * (config.head_dim + config.value_dim)
+    heads += config.num_kv_heads * per_head
     return max(config.short_conv - 1, 0) * heads * np.dtype(dtype).itemsize
 
 

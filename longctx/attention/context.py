@@ -1,6 +1,7 @@
 """Where a layer's tokens are, and the ops that mix them there."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -125,6 +126,53 @@ class Context:
       k_segment_ids=self.segment_ids,
       dropout=self.dropout,
       implementation=self.implementation,
+      **options,
+    )
+
+  def with_all_keys(
+    self,
+    op: Callable[..., Any],
+    q: Float[Array, 'B T N H'],
+    *keys: Float[Array, 'B T K _'],
+    per_head: Mapping[str, Any] | None = None,
+    shared: Mapping[str, Any] | None = None,
+    **options: Any,
+  ) -> Any:
+    """Runs an op whose queries may turn to any key, such as those that choose.
+
+    Args:
+      op: of q, the keys, and where both are, as in `ops.block_selection`.
+      q: queries of all the tokens.
+      *keys: keys and values.
+      per_head: arguments of `op` with an entry per query head.
+      shared: arguments of `op` that are arrays, or trees of them, of a layer.
+      **options: arguments of `op` that are no arrays.
+
+    Returns:
+      What `op` returns, for the Q queries that are read.
+    """
+    where, q_positions = self.placement, self.positions
+    if self.read is not None:
+      q_positions = self.true_positions(q.shape[1])
+    indices = dict(
+      q_positions=self.at_read(q_positions),
+      k_positions=self.positions,
+      q_segment_ids=self.at_read(self.segment_ids),
+      k_segment_ids=self.segment_ids,
+    )
+    if self.dropout is not None:
+      options['dropout'] = self.dropout
+    options['implementation'] = self.implementation
+    if where is None:
+      arrays = {**(per_head or {}), **(shared or {})}
+      return op(self.at_read(q), *keys, **indices, **arrays, **options)
+    return where.with_all_keys(
+      op,
+      self.at_read(q),
+      *keys,
+      per_head=per_head,
+      shared=shared,
+      **indices,
       **options,
     )
 

@@ -114,12 +114,13 @@ class LongformerAttention(Attention):
       order = np.argsort(np.concatenate([heads for heads, _ in self.of_heads]))
       out = jnp.concatenate(parts, axis=2)[:, :, order]
     if self.of_globals is not None:
-      heads = self.to_heads(
+      q, k, v = self.to_heads(
         self.query_global(x), self.key_global(x), self.value_global(x), context
       )
+      q, k = self.rotate(q, context), self.rotate(k, context)
       # Rows that either of both masks leaves without keys are 0 there.
       out = out + context.dot_product_attention(
-        *heads, mask=self.of_globals, **options
+        q, k, v, mask=self.of_globals, **options
       )
     return out
 

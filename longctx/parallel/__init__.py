@@ -4,6 +4,7 @@ The same names and arguments as in ops, and where to run: global arrays, under
 `jit`, differentiated from outside.
 """
 
+from longctx.parallel.all_keys import with_all_keys
 from longctx.parallel.halo import short_conv
 from longctx.parallel.mesh import (
   ensure_devices,
@@ -27,4 +28,5 @@ __all__ = [
   'make_mesh',
   'sequence_axes',
   'short_conv',
+  'with_all_keys',
 ]

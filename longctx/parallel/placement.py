@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longctx.layouts import SequenceLayout
-from longctx.parallel import halo, parameters, recurrences, schemes
+from longctx.parallel import all_keys, halo, parameters, recurrences, schemes
 from longctx.parallel.axes import Axes
 from longctx.parallel.schemes import SCHEMES
 
@@ -114,6 +114,17 @@ class Placement:
     """`parallel.dot_product_attention` of arrays that lie here."""
     return schemes.dot_product_attention(
       *arrays, **self._place(), scheme=self.scheme, **options
+    )
+
+  def with_all_keys(self, op: Any, *arrays: Any, **options: Any) -> Any:
+    """`parallel.with_all_keys` of arrays that lie here."""
+    return all_keys.with_all_keys(
+      op,
+      *arrays,
+      mesh=self.mesh,
+      axis=self.axis,
+      layout=self.layout,
+      **options,
     )
 
   def linear_attention(self, *arrays: Any, **options: Any) -> Any:

@@ -1,0 +1,310 @@
+"""Attention to chosen blocks without a T x S array: choose, then attend.
+
+Choosing compares every query with one vector per block, for a few queries at a
+time. It has no gradient, as in the papers; what it is made of may have one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from longctx.ops.block_selection.compression import Compression, compress
+from longctx.ops.block_selection.documents import (
+  Documents,
+  complete_blocks,
+  locate,
+  take_blocks,
+)
+from longctx.ops.block_selection.tiles import Extras, attend
+from longctx.ops.dot_product_attention.dropout import Dropout
+from longctx.ops.rope import apply_rope
+from longctx.typing import Array, Bool, Float, Int
+
+# Scores held at once: 4 MB in float32, and those of a few queries at least.
+SCORES_TOGETHER = 2**20
+LEAST_QUERIES = 16
+
+
+def moba(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K V'],
+  *,
+  block_size: int,
+  top_k: int,
+  q_positions: Int[Array, 'Bq T'] | None,
+  k_positions: Int[Array, 'Bk S'] | None,
+  q_segment_ids: Int[Array, 'B T'] | None,
+  k_segment_ids: Int[Array, 'B S'] | None,
+  scale: float,
+  alibi_slopes: Float[Array, ' N'] | None,
+  dropout: Dropout | None,
+) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
+  """MoBA; arguments as in the reference, memory O(T).
+
+  Time O(T top_k block_size) to attend and O(T S / block_size) to choose.
+  """
+  B, T, N, H = q.shape
+  S, K = k.shape[1:3]
+  dtype = jnp.promote_types(q.dtype, jnp.float32)
+  documents = locate(
+    B,
+    T,
+    S,
+    q_positions=q_positions,
+    k_positions=k_positions,
+    q_segment_ids=q_segment_ids,
+    k_segment_ids=k_segment_ids,
+  )
+  k, v = documents.sort(k), documents.sort(v)
+  blocks = complete_blocks(documents, S, length=block_size, stride=block_size)
+  means = lax.stop_gradient(take_blocks(k, blocks, block_size))
+  means = means.astype(dtype).mean(2)
+  own = _own_block(documents, block_size)
+
+  def choose(q, first, own):
+    q = q.reshape(*q.shape[:2], K, N // K, H).astype(dtype)
+    gate = jnp.einsum('BTKGH,BCKH->BTKGC', q, means)
+    gate = gate.reshape(*gate.shape[:2], N, -1)
+    past = _between(blocks, first, own)[:, :, None]
+    return _top(jnp.where(past, gate, -jnp.inf), blocks, top_k - 1)
+
+  chosen = _map_queries(
+    choose,
+    (lax.stop_gradient(q), documents.first, own),
+    scores=B * N * blocks.shape[1],
+  )
+  own = jnp.broadcast_to(own[:, :, None, None], (B, T, N, 1))
+  begin = jnp.concatenate([own, chosen], axis=-1)
+  extras = None
+  if alibi_slopes is not None or dropout is not None:
+    q_pos = jnp.arange(T)[None] if q_positions is None else q_positions
+    k_pos = jnp.arange(S)[None] if k_positions is None else k_positions
+    extras = Extras(
+      jnp.broadcast_to(q_pos, (B, T)),
+      jnp.broadcast_to(documents.sort(k_pos), (B, S)),
+      q_segment_ids,
+      alibi_slopes,
+      dropout,
+    )
+  return attend(
+    q,
+    k,
+    v,
+    begin,
+    documents.last,
+    block_size=block_size,
+    aligned=documents.begin is None,
+    scale=scale,
+    extras=extras,
+  )
+
+
+def nsa(
+  q: Float[Array, 'B T N H'],
+  k_compressed: Float[Array, 'B S K H'],
+  v_compressed: Float[Array, 'B S K V'],
+  k_selected: Float[Array, 'B S K H'],
+  v_selected: Float[Array, 'B S K V'],
+  *,
+  compress_k: Compression,
+  compress_v: Compression,
+  stride: int,
+  block_size: int,
+  top_n: int,
+  num_initial: int,
+  num_local: int,
+  rope_base: float | None,
+  q_positions: Int[Array, 'Bq T'] | None,
+  k_positions: Int[Array, 'Bk S'] | None,
+  q_segment_ids: Int[Array, 'B T'] | None,
+  k_segment_ids: Int[Array, 'B S'] | None,
+  scale: float,
+) -> tuple[
+  tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']],
+  tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']],
+]:
+  """NSA's first two branches; arguments as in the reference, memory O(T).
+
+  Time O(T top_n block_size) for selected and O(T S / stride) for compressed
+  attention.
+  """
+  B, T, N, _ = q.shape
+  S, K = k_selected.shape[1:3]
+  L = compress_k.embedding.shape[0]
+  dtype = jnp.promote_types(q.dtype, jnp.float32)
+  documents = locate(
+    B,
+    T,
+    S,
+    q_positions=q_positions,
+    k_positions=k_positions,
+    q_segment_ids=q_segment_ids,
+    k_segment_ids=k_segment_ids,
+  )
+  blocks = complete_blocks(documents, S, length=block_size, stride=block_size)
+  summaries = complete_blocks(documents, S, length=L, stride=stride)
+  own = _own_block(documents, block_size)
+  # Local blocks begin after `near`, initial ones before `far`.
+  near = own - num_local * block_size
+  far = documents.first + num_initial * block_size
+  fixed = [own - i * block_size for i in range(num_local)]
+  fixed = [jnp.where(x >= documents.first, x, -1) for x in fixed]
+  for i in range(num_initial):
+    x = documents.first + i * block_size
+    fixed.append(jnp.where((x <= near) & (own >= 0), x, -1))
+  begin = jnp.stack(fixed, axis=-1)[:, :, None]
+  begin = jnp.broadcast_to(begin, (B, T, K, begin.shape[-1]))
+
+  kc, vc = (
+    compress(take_blocks(documents.sort(x), summaries, L).astype(dtype), w)
+    for x, w in ((k_compressed, compress_k), (v_compressed, compress_v))
+  )
+  if rope_base is not None:
+    k_pos = jnp.arange(S)[None] if k_positions is None else k_positions
+    k_pos = jnp.broadcast_to(documents.sort(k_pos), (B, S))
+    at = take_blocks(k_pos, summaries, 1)[..., 0]
+    kc = apply_rope(kc, at, base=rope_base)
+  before = jax.vmap(jnp.searchsorted)(summaries, blocks)
+
+  def read(q, first, last, near, far):
+    ok = _between(summaries, first, last - L + 2)
+    out, lse, p = _compressed_attention(q, kc, vc, ok, scale)
+    importance = _importance(p, before, L, block_size, stride)
+    past = _between(blocks, far, near + 1)[:, :, None]
+    importance = jnp.where(past, importance, -jnp.inf)
+    free = top_n - num_initial - num_local
+    return out, lse, _top(importance, blocks, free)
+
+  out, lse, chosen = _map_queries(
+    read,
+    (q, documents.first, documents.last, near, far),
+    scores=B * N * summaries.shape[1],
+  )
+  begin = jnp.concatenate([begin, chosen], axis=-1)
+  selected = attend(
+    q,
+    documents.sort(k_selected),
+    documents.sort(v_selected),
+    begin,
+    documents.last,
+    block_size=block_size,
+    aligned=documents.begin is None,
+    scale=scale,
+  )
+  return (out, lse), selected
+
+
+def _compressed_attention(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B C K H'],
+  v: Float[Array, 'B C K V'],
+  ok: Bool[Array, 'B T C'],
+  scale: float,
+) -> tuple[
+  Float[Array, 'B T N V'], Float[Array, 'B T N'], Float[Array, 'B T K C']
+]:
+  """Softmax attention to one vector per block.
+
+  Returns:
+    out, lse, and the weights, summed over the heads of a group.
+  """
+  (B, T, N, H), K = q.shape, k.shape[2]
+  q = q.reshape(B, T, K, N // K, H).astype(k.dtype) * scale
+  z = jnp.einsum('BTKGH,BCKH->BTKGC', q, k)
+  z = jnp.where(ok[:, :, None, None], z, -jnp.inf)
+  # A finite floor keeps z - peak defined in a row without keys.
+  peak = lax.stop_gradient(z.max(-1, keepdims=True, initial=-1e30))
+  p = jnp.exp(z - peak)
+  total = p.sum(-1, keepdims=True)
+  some = total > 0
+  total = jnp.where(some, total, 1)
+  p = p / total
+  lse = jnp.where(some, peak + jnp.log(total), -jnp.inf)
+  out = jnp.einsum('BTKGC,BCKV->BTKGV', p, v)
+  return out.reshape(B, T, N, -1), lse.reshape(B, T, N), p.sum(3)
+
+
+def _importance(
+  p: Float[Array, 'B T K C'],
+  before: Int[Array, 'B D'],
+  L: int,
+  block_size: int,
+  stride: int,
+) -> Float[Array, 'B T K D']:
+  """The weights of the compressed blocks that lie on each of D blocks.
+
+    importance_j = Σ_m Σ_n p[first_j + m - n], m < block_size / d and n < L / d
+
+  Args:
+    p: weights, in the order of places.
+    before: compressed blocks that begin before each block.
+    L: tokens of a compressed block.
+    block_size: tokens of a block.
+    stride: d, tokens from one compressed block to the next.
+  """
+  ahead, behind = block_size // stride, L // stride - 1
+  p = lax.stop_gradient(p)
+  # Beyond the ends, and in other documents, the weights are 0.
+  p = jnp.pad(p, ((0, 0), (0, 0), (0, 0), (behind, ahead)))
+  take = jax.vmap(lambda p, at: p[..., at])
+  total = 0
+  for offset in range(-behind, ahead):
+    times = min(ahead - offset, offset + behind + 1, ahead, behind + 1)
+    total += times * take(p, before + behind + offset)
+  return total
+
+
+def _own_block(documents: Documents, block_size: int) -> Int[Array, 'B T']:
+  """Where the block of the last key begins that a query reads; -1 for none."""
+  first, last = documents.first, documents.last
+  begin = first + (last - first) // block_size * block_size
+  return jnp.where(last < first, -1, begin)
+
+
+def _between(
+  x: Int[Array, 'B C'], low: Int[Array, 'B T'], high: Int[Array, 'B T']
+) -> Bool[Array, 'B T C']:
+  x = x[:, None]
+  return (low[..., None] <= x) & (x < high[..., None])
+
+
+def _top(
+  scores: Float[Array, 'B T M C'], blocks: Int[Array, 'B C'], n: int
+) -> Int[Array, 'B T M n']:
+  """Places of the blocks of the n largest scores; -1 where they are -inf."""
+  scores = lax.stop_gradient(scores)
+  best, index = lax.top_k(scores, min(n, scores.shape[-1]))
+  places = jax.vmap(lambda blocks, index: blocks[index])(blocks, index)
+  return jnp.where(best > -jnp.inf, places, -1)
+
+
+def _map_queries(
+  function: Callable[..., Any], arrays: tuple[Array, ...], *, scores: int
+) -> Any:
+  """function(*arrays) of arrays [B, T, ...], for a few queries at a time.
+
+  What lies between is computed anew in the backward pass.
+
+  Args:
+    function: of arrays to arrays [B, T, ...].
+    arrays: per query.
+    scores: that the function holds for each place of T.
+  """
+  B, T = arrays[0].shape[:2]
+  size = min(max(SCORES_TOGETHER // max(scores, 1), LEAST_QUERIES), T)
+  count = -(-T // size)
+
+  def split(x):
+    x = jnp.pad(x, ((0, 0), (0, count * size - T), *[(0, 0)] * (x.ndim - 2)))
+    return x.reshape(B, count, size, *x.shape[2:]).swapaxes(0, 1)
+
+  def join(x):
+    return x.swapaxes(0, 1).reshape(B, count * size, *x.shape[3:])[:, :T]
+
+  function = jax.checkpoint(function, prevent_cse=False)
+  run = lambda arrays: function(*arrays)
+  return jax.tree.map(join, lax.map(run, tuple(split(x) for x in arrays)))

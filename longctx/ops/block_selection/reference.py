@@ -1,0 +1,190 @@
+"""Attention to chosen blocks as the equations of the papers: the oracle."""
+
+import jax
+import jax.numpy as jnp
+
+from longctx.ops.block_selection.compression import Compression, compress
+from longctx.ops.dot_product_attention.dropout import Dropout, keep_factor
+from longctx.ops.rope import apply_rope
+from longctx.typing import Array, Bool, Float, Int
+
+
+def moba(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K V'],
+  *,
+  block_size: int,
+  top_k: int,
+  q_positions: Int[Array, 'Bq T'] | None,
+  k_positions: Int[Array, 'Bk S'] | None,
+  q_segment_ids: Int[Array, 'B T'] | None,
+  k_segment_ids: Int[Array, 'B S'] | None,
+  scale: float,
+  alibi_slopes: Float[Array, ' N'] | None,
+  dropout: Dropout | None,
+) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
+  """MoBA (arXiv:2502.13189), equations 2 to 6, with every score held.
+
+  Arguments are those of `longctx.ops.block_selection.moba`, with the defaults
+  filled in and positions given a batch axis of B or 1.
+  """
+  B, T, N, _ = q.shape
+  S, K = k.shape[1:3]
+  dtype = jnp.promote_types(q.dtype, jnp.float32)
+  q_pos = jnp.arange(T)[None] if q_positions is None else q_positions
+  k_pos = jnp.arange(S)[None] if k_positions is None else k_positions
+  q, k, v = (x.astype(dtype) for x in (q, k, v))
+  k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
+  same, readable, rank = _documents(q_pos, k_pos, q_segment_ids, k_segment_ids)
+
+  block = jnp.arange(-(-S // block_size))
+  member = (rank[..., None] // block_size == block).astype(dtype)  # B S I
+  own = (readable.sum(-1) - 1) // block_size  # B T
+  products = jnp.einsum('BTNH,BSNH->BNTS', q, k)
+  # The mean of products is the product with the mean.
+  gate = jnp.where(same[:, None], products, 0) @ member[:, None] / block_size
+  gate = jnp.where(block < own[:, None, :, None], gate, -jnp.inf)
+  chosen = _top(gate, top_k - 1) | (block == own[:, None, :, None])
+  read = jnp.einsum('BNTI,BSI->BNTS', chosen.astype(dtype), member) > 0
+
+  distance = abs(q_pos[:, :, None] - k_pos[:, None])[:, None]
+  z = products * scale
+  if alibi_slopes is not None:
+    z = z - alibi_slopes[:, None, None] * distance
+  p, lse = _softmax(jnp.where(read & readable[:, None], z, -jnp.inf))
+  if dropout is not None:
+    segment = q_segment_ids
+    segment = None if segment is None else segment[:, None, :, None]
+    p *= keep_factor(
+      dropout,
+      batch=jnp.arange(B)[:, None, None, None],
+      head=jnp.arange(N)[:, None, None],
+      segment=None
+      if q_segment_ids is None
+      else q_segment_ids[:, None, :, None],
+      q_positions=q_pos[:, None, :, None],
+      k_positions=k_pos[:, None, None],
+    )
+  return jnp.einsum('BNTS,BSNV->BTNV', p, v), lse
+
+
+def nsa(
+  q: Float[Array, 'B T N H'],
+  k_compressed: Float[Array, 'B S K H'],
+  v_compressed: Float[Array, 'B S K V'],
+  k_selected: Float[Array, 'B S K H'],
+  v_selected: Float[Array, 'B S K V'],
+  *,
+  compress_k: Compression,
+  compress_v: Compression,
+  stride: int,
+  block_size: int,
+  top_n: int,
+  num_initial: int,
+  num_local: int,
+  rope_base: float | None,
+  q_positions: Int[Array, 'Bq T'] | None,
+  k_positions: Int[Array, 'Bk S'] | None,
+  q_segment_ids: Int[Array, 'B T'] | None,
+  k_segment_ids: Int[Array, 'B S'] | None,
+  scale: float,
+) -> tuple[
+  tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']],
+  tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']],
+]:
+  """NSA (arXiv:2502.11089), equations 7 to 12, with every score held.
+
+  A block is known by its first key: column s of the compressed attention is the
+  block that begins at key s, and is empty where none does.
+  """
+  B, T, N, _ = q.shape
+  S, K = k_compressed.shape[1:3]
+  L, G = compress_k.embedding.shape[0], N // K
+  dtype = jnp.promote_types(q.dtype, jnp.float32)
+  q_pos = jnp.arange(T)[None] if q_positions is None else q_positions
+  k_pos = jnp.arange(S)[None] if k_positions is None else k_positions
+  keys = (k_compressed, v_compressed, k_selected, v_selected)
+  q, *keys = (x.astype(dtype) for x in (q, *keys))
+  kc, vc, ks, vs = keys
+  same, readable, rank = _documents(q_pos, k_pos, q_segment_ids, k_segment_ids)
+  length = readable.sum(-1)  # B T, of the document up to the query
+
+  # Member l of the block that begins at s: the key that is l ranks later.
+  ids = jnp.zeros((B, S), int) if k_segment_ids is None else k_segment_ids
+  later = rank[:, None] == rank[:, :, None] + jnp.arange(L)[:, None, None, None]
+  later &= ids[:, None] == ids[:, :, None]
+  members = lambda x: jnp.einsum('LBSZ,BZKH->BSLKH', later.astype(dtype), x)
+  kc, vc = compress(members(kc), compress_k), compress(members(vc), compress_v)
+  if rope_base is not None:
+    kc = apply_rope(kc, jnp.broadcast_to(k_pos, (B, S)), base=rope_base)
+  ends = rank[:, None] + L
+  complete = same & (rank[:, None] % stride == 0) & (ends <= length[..., None])
+  kc, vc, ks, vs = (jnp.repeat(x, G, axis=2) for x in (kc, vc, ks, vs))
+  z = jnp.einsum('BTNH,BSNH->BNTS', q, kc) * scale
+  p, lse = _softmax(jnp.where(complete[:, None], z, -jnp.inf))
+  compressed = jnp.einsum('BNTS,BSNV->BTNV', p, vc), lse
+
+  # Equation 9, counted from 0, and equation 10: a group of heads is one.
+  p = p.reshape(B, K, G, T, S).sum(2)
+  starts = jnp.arange(-(-S // stride))
+  p = p @ (rank[..., None] == starts * stride).astype(dtype)[:, None]
+  block = jnp.arange(-(-S // block_size))
+  importance = jnp.zeros((*p.shape[:3], len(block)), dtype)
+  for m in range(block_size // stride):
+    for n in range(L // stride):
+      i = block * (block_size // stride) + m - n
+      inside = (i >= 0) & (i < len(starts))
+      importance += jnp.where(inside, p[..., i.clip(0, len(starts) - 1)], 0)
+  own = (length - 1)[:, None, :, None] // block_size
+  local = (block <= own) & (block > own - num_local)
+  fixed = local | (block < num_initial) & (block <= own)
+  free = jnp.where(fixed | (block > own), -jnp.inf, importance)
+  chosen = _top(free, top_n - num_initial - num_local) | fixed
+  member = (rank[..., None] // block_size == block).astype(dtype)
+  read = jnp.einsum('BKTI,BSI->BKTS', chosen.astype(dtype), member) > 0
+
+  read = jnp.repeat(read & readable[:, None], G, axis=1)
+  z = jnp.einsum('BTNH,BSNH->BNTS', q, ks) * scale
+  p, lse = _softmax(jnp.where(read, z, -jnp.inf))
+  return compressed, (jnp.einsum('BNTS,BSNV->BTNV', p, vs), lse)
+
+
+def _documents(
+  q_pos: Int[Array, 'Bq T'],
+  k_pos: Int[Array, 'Bk S'],
+  q_segment_ids: Int[Array, 'B T'] | None,
+  k_segment_ids: Int[Array, 'B S'] | None,
+) -> tuple[Bool[Array, '_ T S'], Bool[Array, 'b T S'], Int[Array, '_ S']]:
+  """Pairs of one document, those of them to read, and each key's rank in it."""
+  T, S = q_pos.shape[1], k_pos.shape[1]
+  same, together = jnp.ones((1, T, S), bool), jnp.ones((1, S, S), bool)
+  if q_segment_ids is not None:
+    same = q_segment_ids[:, :, None] == k_segment_ids[:, None]
+    together = k_segment_ids[:, :, None] == k_segment_ids[:, None]
+  place = jnp.arange(S)
+  a, b = k_pos[:, :, None], k_pos[:, None]
+  earlier = (b < a) | (b == a) & (place < place[:, None])
+  rank = (earlier & together).sum(-1)
+  return same, same & (q_pos[:, :, None] >= k_pos[:, None]), rank
+
+
+def _top(x: Float[Array, '*b I'], n: int) -> Bool[Array, '*b I']:
+  """The n largest numbers above -inf; of equal ones the first."""
+  x = jax.lax.stop_gradient(x)
+  order = jnp.argsort(jnp.argsort(-x, axis=-1, stable=True), axis=-1)
+  return (order < n) & (x > -jnp.inf)
+
+
+def _softmax(
+  z: Float[Array, 'B N T S'],
+) -> tuple[Float[Array, 'B N T S'], Float[Array, 'B T N']]:
+  """Weights, zero in a row without keys, and the log of their sum."""
+  # A finite floor keeps z - peak defined in a row without keys.
+  peak = jax.lax.stop_gradient(z.max(-1, keepdims=True, initial=-1e30))
+  p = jnp.exp(z - peak)
+  total = p.sum(-1, keepdims=True)
+  some = total > 0
+  total = jnp.where(some, total, 1)
+  lse = jnp.where(some, peak + jnp.log(total), -jnp.inf)
+  return p / total, lse[..., 0].swapaxes(1, 2)
