@@ -129,6 +129,7 @@ class Attention(nnx.Module, abc.ABC):
     segment_ids: Int[Array, 'B T'] | None = None,
     read: Int[Array, 'B Q'] | None = None,
     dropout_key: Key[Array, ''] | None = None,
+    step: Int[Array, ''] | int | None = None,
     placement: Placement | None = None,
   ) -> Float[Array, 'B Q D']:
     """Applies the layer.
@@ -141,6 +142,7 @@ class Attention(nnx.Module, abc.ABC):
       read: places on the axis T whose outputs are wanted, see `take_read`; None
         means all, Q = T.
       dropout_key: of this layer and step; None drops nothing.
+      step: of training, counted from 1; None before and without training.
       placement: where the tokens lie on a mesh; None: all on one device. The
         axis T is then in the layout's order, and positions default to those.
 
@@ -161,6 +163,7 @@ class Attention(nnx.Module, abc.ABC):
       segment_ids=segment_ids,
       read=read,
       dropout=dropout,
+      step=step,
       placement=placement,
       implementation=config.implementation,
     )
@@ -185,7 +188,7 @@ class Attention(nnx.Module, abc.ABC):
   ) -> tuple[
     Float[Array, 'B T N H'], Float[Array, 'B T K H'], Float[Array, 'B T K V']
   ]:
-    """Queries, keys and values, convolved and rotated."""
+    """Queries, keys and values: convolved and rotated."""
     config = self.config
     q, k, v = self.query(x), self.key(x), self.value(x)
     if config.short_conv:
