@@ -14,11 +14,20 @@ import inspect
 from flax import nnx
 
 from longctx.attention.attention import Attention, AttentionConfig
+from longctx.attention.based import BasedAttention
 from longctx.attention.context import take_read, true_positions
+from longctx.attention.deltanet import DeltaNetAttention
 from longctx.attention.full import FullAttention
+from longctx.attention.gated_deltanet import GatedDeltaNetAttention
+from longctx.attention.gla import GatedLinearAttention
+from longctx.attention.kda import KimiDeltaAttention
+from longctx.attention.lightning import LightningAttention
 from longctx.attention.linear import LinearAttention
+from longctx.attention.mamba2 import Mamba2Attention
+from longctx.attention.retention import RetentionAttention
 from longctx.attention.scalable_softmax import ScalableSoftmaxAttention
 from longctx.attention.sliding_window import SlidingWindowAttention
+from longctx.attention.window_linear import WindowLinearAttention
 
 __all__ = [
   'VARIANTS',
@@ -31,10 +40,19 @@ __all__ = [
 ]
 
 VARIANTS: dict[str, type[Attention]] = {
+  'based': BasedAttention,
+  'deltanet': DeltaNetAttention,
   'full': FullAttention,
+  'gated_deltanet': GatedDeltaNetAttention,
+  'gla': GatedLinearAttention,
+  'kda': KimiDeltaAttention,
+  'lightning': LightningAttention,
   'linear': LinearAttention,
+  'mamba2': Mamba2Attention,
+  'retention': RetentionAttention,
   'scalable_softmax': ScalableSoftmaxAttention,
   'sliding_window': SlidingWindowAttention,
+  'window_linear': WindowLinearAttention,
 }
 
 

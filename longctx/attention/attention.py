@@ -188,13 +188,14 @@ class Attention(nnx.Module, abc.ABC):
   ) -> tuple[
     Float[Array, 'B T N H'], Float[Array, 'B T K H'], Float[Array, 'B T K V']
   ]:
-    """Queries, keys and values: convolved and rotated."""
+    """Queries, keys and values: convolved, activated and rotated."""
     config = self.config
     q, k, v = self.query(x), self.key(x), self.value(x)
     if config.short_conv:
       q = context.short_conv(q, self.query_conv[...])
       k = context.short_conv(k, self.key_conv[...])
       v = context.short_conv(v, self.value_conv[...])
+    q, k, v = map(self.activate, (q, k, v))
     q, k = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in (q, k))
     v = v.reshape(*v.shape[:2], -1, config.value_dim)
     if config.positions == 'rope':
@@ -202,6 +203,10 @@ class Attention(nnx.Module, abc.ABC):
       q = apply_rope(q, angles_at, base=config.rope_base)
       k = apply_rope(k, angles_at, base=config.rope_base)
     return q, k, v
+
+  def activate(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
+    """What projections pass through before rotation; here nothing."""
+    return x
 
   def mix(
     self,
