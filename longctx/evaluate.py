@@ -236,12 +236,13 @@ class _Measure:
       seed=config.seed,
       num_examples=batches * batch_size,
     )
+    step = np.int32(self._step)
     try:
+      placed = (
+        steps.put(steps.with_read(batch), placement) for batch in iterator
+      )
       sums = [
-        jax.device_get(
-          measure(self._params, steps.put(steps.with_read(batch), placement))
-        )
-        for batch in iterator
+        jax.device_get(measure(self._params, batch, step)) for batch in placed
       ]
     finally:
       iterator.close()

@@ -139,6 +139,7 @@ class Block(nnx.Module):
     segment_ids: Int[Array, 'B T'] | None = None,
     read: Int[Array, 'B Q'] | None = None,
     dropout_key: Key[Array, ''] | None = None,
+    step: Int[Array, ''] | int | None = None,
     placement: Placement | None = None,
   ) -> Float[Array, 'B Q D']:
     x = take_read(x, read) + self.attention(
@@ -147,6 +148,7 @@ class Block(nnx.Module):
       segment_ids=segment_ids,
       read=read,
       dropout_key=dropout_key,
+      step=step,
       placement=placement,
     )
     if self.has_mlp:
@@ -187,6 +189,7 @@ class Transformer(nnx.Module):
     *,
     positions: Int[Array, '*B T'] | None = None,
     segment_ids: Int[Array, 'B T'] | None = None,
+    step: Int[Array, ''] | int | None = None,
   ) -> Float[Array, 'B T V']:
     """Logits of the next token at every position, float32.
 
@@ -195,9 +198,10 @@ class Transformer(nnx.Module):
       positions: of the tokens, shared by the batch or per row; None means
         0, 1, …, T - 1.
       segment_ids: documents packed into a row; none reads another.
+      step: of the training that made the parameters; None: none.
     """
     x = self.embed(tokens, positions=positions)
-    x = self.hidden(x, positions=positions, segment_ids=segment_ids)
+    x = self.hidden(x, positions=positions, segment_ids=segment_ids, step=step)
     return self.logits(x)
 
   def loss(
@@ -210,6 +214,7 @@ class Transformer(nnx.Module):
     segment_ids: Int[Array, 'B T'] | None = None,
     read: Int[Array, 'B Q'] | None = None,
     dropout_key: Key[Array, ''] | None = None,
+    step: Int[Array, ''] | int | None = None,
     placement: Placement | None = None,
   ) -> dict[str, Float[Array, '']]:
     """Weighted sums over the batch: `loss` (nats), `weight` and `correct`.
@@ -227,6 +232,7 @@ class Transformer(nnx.Module):
         for none. The last block, the norm and the head are computed there
         alone, which changes no sum if weights are 0 elsewhere.
       dropout_key: of this step; None drops nothing.
+      step: of training, counted from 1; None before and without training.
       placement: where the tokens lie on a mesh, all arrays in its layout's
         order; None: on one device.
     """
@@ -237,6 +243,7 @@ class Transformer(nnx.Module):
       segment_ids=segment_ids,
       read=read,
       dropout_key=dropout_key,
+      step=step,
       placement=placement,
     )
     if read is not None:
@@ -277,6 +284,7 @@ class Transformer(nnx.Module):
     segment_ids: Int[Array, 'B T'] | None = None,
     read: Int[Array, 'B Q'] | None = None,
     dropout_key: Key[Array, ''] | None = None,
+    step: Int[Array, ''] | int | None = None,
     placement: Placement | None = None,
   ) -> Float[Array, 'B Q D']:
     """The blocks and the final norm, from embeddings to the head's inputs.
@@ -299,6 +307,7 @@ class Transformer(nnx.Module):
           segment_ids=segment_ids,
           read=wanted,
           dropout_key=key,
+          step=step,
           placement=placement,
         )
 

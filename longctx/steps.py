@@ -34,11 +34,12 @@ class Steps:
     train: (state, batch, step) -> (state, metrics); the old state is donated.
       `step` counts updates from 1 and names the dropout. Metrics are sums over
       the batch, and `grad_norm`.
-    evaluate: (params, batch) -> sums over the batch.
+    evaluate: (params, batch, step) -> sums over the batch; `step` is that of
+      the update which made the parameters, None before the first.
   """
 
   train: Callable[[State, Batch, Any], tuple[State, dict[str, jax.Array]]]
-  evaluate: Callable[[Any, Batch], dict[str, jax.Array]]
+  evaluate: Callable[..., dict[str, jax.Array]]
 
 
 def abstract_params(config: TransformerConfig) -> tuple[Any, Any]:
@@ -100,7 +101,7 @@ def make_steps(
   optimizer = make_optimizer(config.optimizer, config.steps)
   accumulation = config.optimizer.accumulation
 
-  def sums(params, batch, dropout_key=None):
+  def sums(params, batch, step, dropout_key=None):
     model = nnx.merge(graph, params)
     optional = {k: batch.get(k) for k in ('positions', 'segment_ids', 'read')}
     out = model.loss(
@@ -108,15 +109,17 @@ def make_steps(
       batch['labels'],
       batch['weights'],
       dropout_key=dropout_key,
+      step=step,
       placement=placement,
       **optional,
     )
     return out['loss'], out
 
-  grad = jax.grad(sums, has_aux=True)
-
   def train(state, batch, step):
     params = state['params']
+    grad = jax.grad(
+      lambda params, batch, key: sums(params, batch, step, key), has_aux=True
+    )
     key = None
     if config.model.attention_dropout:
       key = jax.random.fold_in(jax.random.key(config.seed), DROPOUT)
@@ -136,8 +139,10 @@ def make_steps(
       state = jax.lax.with_sharding_constraint(state, shardings)
     return state, metrics
 
-  evaluate = jax.jit(lambda params, batch: sums(params, batch)[1])
-  return Steps(jax.jit(train, donate_argnums=0), evaluate)
+  def evaluate(params, batch, step=None):
+    return sums(params, batch, step)[1]
+
+  return Steps(jax.jit(train, donate_argnums=0), jax.jit(evaluate))
 
 
 def _accumulate(grad, params, batch, key, parts):

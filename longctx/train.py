@@ -295,7 +295,9 @@ class Trainer:
     totals = dict.fromkeys(metrics.Meter.KEYS, 0.0)
     for batch in batches:
       batch = self._put(batch, training=False)
-      values = self.functions.evaluate(self.state['params'], batch)
+      values = self.functions.evaluate(
+        self.state['params'], batch, np.int32(self.step)
+      )
       for key, value in jax.device_get(values).items():
         totals[key] += float(value)
     weight = max(totals['weight'], 1e-9)

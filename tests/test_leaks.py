@@ -65,7 +65,9 @@ def model_pairs(model, short_conv, segment_ids):
   """What the model may read: per block the convolution, then the attention."""
   layers = []
   for block in model.blocks:
-    mask = block.attention.mask or Causal()
+    # A state has all the past, whatever a mask beside it reads.
+    attention = block.attention
+    mask = attention.mask if attention.recurrence is None else Causal()
     if short_conv:
       taps = SlidingWindow(short_conv - 1)
       layers.append(leak_probe.allowed_pairs(taps, T, segment_ids))

@@ -14,18 +14,26 @@ import inspect
 from flax import nnx
 
 from longctx.attention.attention import Attention, AttentionConfig
+from longctx.attention.based import BasedAttention
 from longctx.attention.bigbird import BigBirdAttention
 from longctx.attention.block_sparse import BlockSparseAttention
 from longctx.attention.context import take_read, true_positions
+from longctx.attention.deltanet import DeltaNetAttention
 from longctx.attention.differential import DifferentialAttention
 from longctx.attention.dilated import DilatedAttention
 from longctx.attention.forgetting import ForgettingAttention
 from longctx.attention.full import FullAttention
+from longctx.attention.gated_deltanet import GatedDeltaNetAttention
+from longctx.attention.gla import GatedLinearAttention
+from longctx.attention.kda import KimiDeltaAttention
+from longctx.attention.lightning import LightningAttention
 from longctx.attention.linear import LinearAttention
 from longctx.attention.longformer import LongformerAttention
+from longctx.attention.mamba2 import Mamba2Attention
 from longctx.attention.moba import MixtureOfBlockAttention
 from longctx.attention.nsa import NativeSparseAttention
 from longctx.attention.output_gate import OutputGateAttention
+from longctx.attention.retention import RetentionAttention
 from longctx.attention.scalable_softmax import ScalableSoftmaxAttention
 from longctx.attention.sigmoid import SigmoidAttention
 from longctx.attention.sink_logits import SinkLogitsAttention
@@ -34,6 +42,7 @@ from longctx.attention.sliding_window import SlidingWindowAttention
 from longctx.attention.softmax1 import Softmax1Attention
 from longctx.attention.softpick import SoftpickAttention
 from longctx.attention.streaming import StreamingAttention
+from longctx.attention.window_linear import WindowLinearAttention
 
 __all__ = [
   'VARIANTS',
@@ -46,17 +55,25 @@ __all__ = [
 ]
 
 VARIANTS: dict[str, type[Attention]] = {
+  'based': BasedAttention,
   'bigbird': BigBirdAttention,
   'block_sparse': BlockSparseAttention,
+  'deltanet': DeltaNetAttention,
   'differential': DifferentialAttention,
   'dilated': DilatedAttention,
   'forgetting': ForgettingAttention,
   'full': FullAttention,
+  'gated_deltanet': GatedDeltaNetAttention,
+  'gla': GatedLinearAttention,
+  'kda': KimiDeltaAttention,
+  'lightning': LightningAttention,
   'linear': LinearAttention,
   'longformer': LongformerAttention,
-  'output_gate': OutputGateAttention,
+  'mamba2': Mamba2Attention,
   'moba': MixtureOfBlockAttention,
   'nsa': NativeSparseAttention,
+  'output_gate': OutputGateAttention,
+  'retention': RetentionAttention,
   'scalable_softmax': ScalableSoftmaxAttention,
   'sigmoid': SigmoidAttention,
   'sink_logits': SinkLogitsAttention,
@@ -65,6 +82,7 @@ VARIANTS: dict[str, type[Attention]] = {
   'softmax1': Softmax1Attention,
   'softpick': SoftpickAttention,
   'streaming': StreamingAttention,
+  'window_linear': WindowLinearAttention,
 }
 
 

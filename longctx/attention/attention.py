@@ -134,6 +134,7 @@ class Attention(nnx.Module, abc.ABC):
     segment_ids: Int[Array, 'B T'] | None = None,
     read: Int[Array, 'B Q'] | None = None,
     dropout_key: Key[Array, ''] | None = None,
+    step: Int[Array, ''] | int | None = None,
     placement: Placement | None = None,
   ) -> Float[Array, 'B Q D']:
     """Applies the layer.
@@ -146,6 +147,7 @@ class Attention(nnx.Module, abc.ABC):
       read: places on the axis T whose outputs are wanted, see `take_read`; None
         means all, Q = T.
       dropout_key: of this layer and step; None drops nothing.
+      step: of training, counted from 1; None before and without training.
       placement: where the tokens lie on a mesh; None: all on one device. The
         axis T is then in the layout's order, and positions default to those.
 
@@ -166,6 +168,7 @@ class Attention(nnx.Module, abc.ABC):
       segment_ids=segment_ids,
       read=read,
       dropout=dropout,
+      step=step,
       placement=placement,
       implementation=config.implementation,
     )
@@ -217,6 +220,7 @@ class Attention(nnx.Module, abc.ABC):
       q = context.short_conv(q, self.query_conv[...])
       k = context.short_conv(k, self.key_conv[...])
       v = context.short_conv(v, self.value_conv[...])
+    q, k, v = map(self.activate, (q, k, v))
     q, k = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in (q, k))
     return q, k, v.reshape(*v.shape[:2], -1, config.value_dim)
 
@@ -228,6 +232,10 @@ class Attention(nnx.Module, abc.ABC):
       return x
     angles_at = context.true_positions(x.shape[1])
     return apply_rope(x, angles_at, base=self.config.rope_base)
+
+  def activate(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
+    """What projections pass through before rotation; here nothing."""
+    return x
 
   def mix(
     self,

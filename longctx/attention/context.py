@@ -31,6 +31,8 @@ class Context:
     read: places on the axis T whose outputs are wanted, see `take_read`; None
       means all.
     dropout: (rate, key) of the attention weights, or None.
+    step: of training, counted from 1, for what changes on a schedule; None
+      before and without training.
     placement: where the tokens lie on a mesh; None: all on one device.
     implementation: of the ops, by name; None takes the best.
   """
@@ -39,6 +41,7 @@ class Context:
   segment_ids: Int[Array, 'B T'] | None = None
   read: Int[Array, 'B Q'] | None = None
   dropout: tuple[float, Key[Array, '']] | None = None
+  step: Int[Array, ''] | int | None = None
   placement: Placement | None = None
   implementation: str | None = None
 
@@ -74,6 +77,15 @@ class Context:
     rate, key = self.dropout
     dropout = (rate, jax.random.fold_in(key, index))
     return dataclasses.replace(self, dropout=dropout)
+
+  def natural_length(self, T: int) -> int | None:
+    """How many positions T tokens take, None if positions are given.
+
+    A layout's padding is not counted.
+    """
+    if self.positions is not None:
+      return None
+    return T if self.placement is None else self.placement.layout.seq_len
 
   def at_read(
     self, x: Shaped[Array, 'B T ...'] | Shaped[Array, ' T'] | None

@@ -8,6 +8,7 @@ from flax import nnx
 from longctx.attention.attention import Attention, AttentionConfig
 from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
+from longctx.attention.features import Features
 from longctx.attention.recurrence import Recurrence
 from longctx.ops.linear_attention.feature_maps import make_feature_map
 from longctx.typing import Array, Float
@@ -25,7 +26,8 @@ class LinearAttention(Attention):
 
   Attributes:
     feature_map: φ, by its name in ops.linear_attention.feature_maps.
-    feature_arguments: arguments of φ, such as {'num_features': 64}.
+    feature_arguments: arguments of φ, such as {'num_features': 64} or
+      {'num_features': 64, 'redraw_every': 1000}.
     normalize: divide by φ(q_t) z_t; without it, scale by 1 / √P.
     chunk_size: tokens that are mixed by one matrix product.
   """
@@ -44,8 +46,10 @@ class LinearAttention(Attention):
     rngs: nnx.Rngs,
   ):
     super().__init__(config, rngs=rngs)
-    self.feature_map = make_feature_map(feature_map, **feature_arguments or {})
-    features = self.feature_map.dim(config.head_dim)
+    phi = make_feature_map(feature_map, **feature_arguments or {})
+    self.query_features = Features(phi, config, is_query=True)
+    self.key_features = Features(phi, config, is_query=False)
+    features = phi.dim(config.head_dim)
     self.recurrence = Recurrence(
       heads=config.num_heads,
       key_dim=features,
@@ -65,6 +69,6 @@ class LinearAttention(Attention):
     context: Context,
   ) -> Float[Array, 'B Q N V']:
     """The recurrence over features; order is that of T."""
-    q = self.feature_map(q, is_query=True)
-    k = self.feature_map(k, is_query=False)
+    q = self.query_features(q, context)
+    k = self.key_features(k, context)
     return context.recur(self.recurrence, q, k, v)

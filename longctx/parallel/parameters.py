@@ -1,10 +1,10 @@
 """Where parameters and optimizer state lie on a mesh: one rule for all.
 
 Along `model` (tensor parallelism, arXiv:1909.08053) the projections into heads
-and into the MLP are split by what they make, those back by what they read, so
-that a head and its MLP columns stay on one device. Along `data`, where asked
-for (FSDP, ZeRO-3, arXiv:1910.02054), every array is split along its largest
-axis that divides. All else is on every device.
+and into the MLP are split by what they make, those back and those within a head
+by what they read, so that a head and its MLP columns stay on one device. Along
+`data`, where asked for (FSDP, ZeRO-3, arXiv:1910.02054), every array is split
+along its largest axis that divides. All else is on every device.
 """
 
 from typing import Any
@@ -18,10 +18,11 @@ COLUMNS = frozenset(
   {
     *('query', 'key', 'value', 'query_conv', 'key_conv', 'value_conv'),
     *('query_global', 'key_global', 'value_global'),
+    *('gate', 'gate_up', 'decay_up', 'beta', 'dt'),
     'up',
   }
 )
-ROWS = frozenset({'out', 'down'})
+ROWS = frozenset({'out', 'down', 'query_features', 'key_features'})
 
 # Smaller arrays cost more to gather than to keep.
 LEAST_TO_SPLIT = 1024

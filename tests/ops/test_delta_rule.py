@@ -164,6 +164,10 @@ def test_chunks_are_exact_for_extreme_decay(decay):
     [-1e-3] * 40 + [-8.0] * 24,
     [-0.01, -np.inf, -0.1, -1e5, -1e-4],
     [-100.0, 0.0, 0.0],
+    # From a decay of one down to e^-8 per step.
+    [0.0],
+    -8 * np.linspace(0, 1, 17),
+    -8 * np.linspace(1, 0, 128),
     [0.01],
   ]
   log_decay = np.stack([np.resize(pattern, 128) for pattern in patterns])

@@ -28,6 +28,32 @@ from tests.tiny import tiny_config
     ),
     ('blocks.0.attention.key_conv', (4, 32), dict(model=2), P(None, 'model')),
     ('blocks.0.mlp.down.kernel', (32, 64), dict(model=2), P('model', None)),
+    (
+      'blocks.0.attention.gate.kernel',
+      (64, 32),
+      dict(model=2),
+      P(None, 'model'),
+    ),
+    (
+      'blocks.0.attention.gate_down.kernel',
+      (64, 8),
+      dict(model=2),
+      P(None, None),
+    ),
+    (
+      'blocks.0.attention.gate_up.kernel',
+      (8, 32),
+      dict(model=2),
+      P(None, 'model'),
+    ),
+    ('blocks.0.attention.decay_up.bias', (32,), dict(model=2), P(None)),
+    # A map of 8 numbers to 8 in each of four heads.
+    (
+      'blocks.0.attention.key_features.parameters.kernel',
+      (32, 8),
+      dict(model=2),
+      P('model', None),
+    ),
     ('blocks.0.attention.query.kernel', (64, 33), dict(model=2), P(None, None)),
     # FSDP: the largest axis that divides and is free.
     ('embedding', (96, 64), dict(data=4), P('data', None)),
