@@ -186,12 +186,13 @@ class Trainer:
         last = step == config.steps
         validate_now = last or _due(step, config.eval.every)
         save_now = last or _due(step, config.checkpoint.every)
-        self.seconds = before + time.perf_counter() - begun
         stop_now = stop.at(step)
         if validate_now or save_now or stop_now:
           if pending is not None:
             self._note(*pending, progress)
           pending = None
+          # Only now the step has ended.
+          self.seconds = before + time.perf_counter() - begun
           if validate_now:
             self._validate()
           # After the validation, so that no resumed run lacks its line.

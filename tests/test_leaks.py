@@ -93,7 +93,8 @@ def assert_reads_exactly(fn, x, allowed, *, is_bound=False):
 )
 @pytest.mark.parametrize(
   ('variant', 'positions'),
-  sorted(set(itertools.product(VARIANTS, POSITIONS)) - REFUSED),
+  # Every other variant is probed as a layer, in tests/attention.
+  sorted(set(itertools.product(('full', 'linear'), POSITIONS)) - REFUSED),
 )
 def test_outputs_read_exactly_what_the_mask_allows(
   variant, positions, short_conv, packed

@@ -15,6 +15,7 @@ from longctx.attention.capabilities import CAPABILITIES
 from longctx.attention.context import Context
 from longctx.attention.recurrence import Recurrence
 from longctx.ops.alibi import alibi_slopes
+from longctx.ops.dot_product_attention import BlockSizes
 from longctx.ops.rope import apply_rope
 from longctx.parallel import Placement
 from longctx.typing import Array, Float, Int, Key
@@ -42,6 +43,8 @@ class AttentionConfig:
     dtype: of the computation; statistics and states are float32.
     param_dtype: of the parameters.
     implementation: of the op, by name; None takes the best that fits.
+    block_q: queries per block of softmax attention; None takes a heuristic.
+    block_k: keys per block; likewise.
   """
 
   d_model: int
@@ -56,6 +59,8 @@ class AttentionConfig:
   dtype: str = 'float32'
   param_dtype: str = 'float32'
   implementation: str | None = None
+  block_q: int | None = None
+  block_k: int | None = None
 
   def __post_init__(self):
     for name in (
@@ -84,6 +89,12 @@ class AttentionConfig:
       raise ValueError(
         f'attention_dropout={self.attention_dropout} must be in [0, 1)'
       )
+
+  @property
+  def block_sizes(self) -> BlockSizes:
+    """Of both passes of softmax attention."""
+    sizes = (self.block_q, self.block_k)
+    return BlockSizes(*sizes, *sizes)
 
 
 class Attention(nnx.Module, abc.ABC):
@@ -171,6 +182,7 @@ class Attention(nnx.Module, abc.ABC):
       step=step,
       placement=placement,
       implementation=config.implementation,
+      block_sizes=config.block_sizes,
     )
     q, k, v = self.project(x, context)
     out = self.mix(q, k, v, x=x, context=context)

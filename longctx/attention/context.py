@@ -35,6 +35,7 @@ class Context:
       before and without training.
     placement: where the tokens lie on a mesh; None: all on one device.
     implementation: of the ops, by name; None takes the best.
+    block_sizes: of softmax attention; None for heuristics.
   """
 
   positions: Int[Array, '*B T'] | None = None
@@ -44,6 +45,7 @@ class Context:
   step: Int[Array, ''] | int | None = None
   placement: Placement | None = None
   implementation: str | None = None
+  block_sizes: softmax.BlockSizes | None = None
 
   def true_positions(self, T: int) -> Int[Array, '*B T']:
     """Positions of T tokens as an array, the natural ones by default."""
@@ -137,6 +139,7 @@ class Context:
       q_segment_ids=self.at_read(self.segment_ids),
       k_segment_ids=self.segment_ids,
       dropout=self.dropout,
+      block_sizes=self.block_sizes,
       implementation=self.implementation,
       **options,
     )
