@@ -23,8 +23,14 @@ def test_reasons_are_for_known_capabilities(variant):
   assert set(VARIANTS[variant].unsupported) <= set(CAPABILITIES)
 
 
+# One worker for all of a variant, whose checks share compiled programs.
 @pytest.mark.parametrize('capability', CAPABILITIES)
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize(
+  'variant',
+  [
+    pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in VARIANTS
+  ],
+)
 def test_variant_does_what_the_table_says(variant, capability, record_property):
   record_property('cell', [variant, capability])
   reason = VARIANTS[variant].unsupported.get(capability)
