@@ -50,10 +50,10 @@ def make_arrays(op, T, *, N=4, K=2, S=None, block=4, hidden=5, dtype='float32'):
   return jax.tree.map(rounded, arrays)
 
 
-def documents(T, *, S=None):
+def documents(T):
   """Segment ids, cut elsewhere in each row; an id that comes back in one."""
   rng = np.random.default_rng(T)
-  ids = np.sort(rng.integers(0, 3, (B, S or T)), axis=1)
+  ids = np.sort(rng.integers(0, 3, (B, T)), axis=1)
   ids[1, -2:] = ids[1, 0]
   return jnp.asarray(ids, jnp.int32)
 
