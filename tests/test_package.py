@@ -38,7 +38,7 @@ PURE = {'jax', 'jaxtyping', 'numpy'}
 
 # The only imports that may stand inside a function: what an extra brings, or
 # what a benchmark compares with when it is there.
-OPTIONAL = {'tensorboardX', 'torch'}
+OPTIONAL = {'tensorboardX', 'torch', 'transformers'}
 
 # Where the name to import is not the name to install.
 DISTRIBUTION = {'absl': 'absl-py', 'orbax': 'orbax-checkpoint'}
