@@ -14,7 +14,7 @@ and `laptop` where there are not, and the first line of the output says which.
 tokens, one narrow head, one step. `sibling` is their shape at a length at which
 several processes train in seconds.
 
-Expected: see README.md, 'A million tokens', for what a step takes.
+Expected: see README.md, 'A million tokens on a mesh', for what a step takes.
 """
 
 from ml_collections import ConfigDict
@@ -71,8 +71,8 @@ def _laptop(config: ConfigDict):
   config.parallel.seq = 8
   config.batch_size = 1
   config.steps = 1
-  # On CPUs XLA keeps some KB for each block of scores until the step ends:
-  # blocks of twice the usual size cost a tenth more time and save 6 GB.
+  # On CPUs XLA keeps some KB for each block of scores until the step ends, so
+  # fewer and larger blocks take less memory.
   config.model.layers = (
     'sliding_window(window=256)',
     'full(block_q=2048, block_k=1024)',
