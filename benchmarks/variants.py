@@ -6,7 +6,8 @@
 
 Prints JSON lines. Per variant, pass and length T, a whole layer, projections
 included, with its default arguments (or those of `--layers`, as in
-`--layers="sliding_window(window=512);full"`):
+`--layers="sliding_window(window=512);full"`; a variant that has no defaults is
+measured only so):
 
     seconds, seconds_min   median and least of `--repeats` calls; the variants
                            take turns in one process, so that a busy machine
@@ -26,6 +27,7 @@ mask allows more than a quarter of what full attention reads at the length.
 import argparse
 import functools
 import importlib.util
+import inspect
 import json
 import statistics
 import time
@@ -42,13 +44,22 @@ PASSES = ('forward', 'forward+backward')
 HUGGING_FACE = 'huggingface_longformer'
 
 
+def has_defaults(variant):
+  """Whether a layer can be made by the variant's name alone."""
+  parameters = inspect.signature(variant.__init__).parameters
+  own = set(parameters) - {'self', 'config', 'rngs'}
+  return all(
+    parameters[name].default is not inspect.Parameter.empty for name in own
+  )
+
+
 def parse_arguments(argv):
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   names = functools.partial(str.split, sep=',')
   integers = lambda text: [int(part) for part in text.split(',')]
-  parser.add_argument('--variants', type=names, default=sorted(VARIANTS))
+  parser.add_argument('--variants', type=names, default=None)
   parser.add_argument(
     '--layers', type=functools.partial(str.split, sep=';'), default=None
   )
@@ -73,7 +84,11 @@ def parse_arguments(argv):
       32,
       32,
     )
-  args.layers = args.layers or args.variants
+  if not args.layers:
+    names = sorted(
+      n for n, variant in VARIANTS.items() if has_defaults(variant)
+    )
+    args.layers = args.variants or names
   return args
 
 

@@ -188,9 +188,8 @@ class NativeSparseAttention(Attention):
     pairs = int(compressed.sum()) + int(chosen.sum()) + window
     width = config.head_dim + config.value_dim
     weights = sum(
-      w.size
+      compressor.inner.size + compressor.outer.size
       for compressor in (self.compress_key, self.compress_value)
-      for w in compressor.weights()[1:]
     )
     compression = config.num_kv_heads * int(compressed[-1]) * weights
     return 2 * (config.num_heads * width * pairs + compression)

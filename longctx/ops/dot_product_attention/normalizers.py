@@ -84,7 +84,11 @@ class Normalizer:
 
 
 def _softmax(z: Array, shift: Array) -> Terms:
-  p = jnp.exp(z - shift)
+  gap = z - shift
+  # A logit is at most the log of a sum that it is part of, but where logits are
+  # huge rounding can lift it above. The derivative is that of exp all the same,
+  # so that it can be taken again.
+  p = jnp.exp(gap - lax.stop_gradient(jnp.maximum(gap, 0)))
   return Terms(p, p, p, p)
 
 
