@@ -67,8 +67,9 @@ class EluPlusOne(FeatureMap):
   def __call__(
     self, x: Float[Array, '*shape H'], *, is_query: bool
   ) -> Float[Array, '*shape H']:
-    # elu(x) + 1 would round to zero below -17 in float32; exp(x) does not.
-    return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
+    # elu(x) + 1 would round to zero below -17 in float32; exp(x) does not, but
+    # is kept from being so small that the gradient of a quotient overflows.
+    return jnp.where(x > 0, x + 1, jnp.exp(jnp.clip(x, -_LARGEST_EXPONENT, 0)))
 
   def dim(self, head_dim: int) -> int:
     return head_dim
