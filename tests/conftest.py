@@ -36,6 +36,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile('longctx')
 
 
+@pytest.fixture(autouse=True, scope='module')
+def forget_programs():
+  """Frees what a module compiled: a worker would keep 10 GB to the end."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
   """float64 for one test: the oracle's precision, off everywhere else."""

@@ -343,3 +343,10 @@ CHECKS = {
   'packing': check_packing,
   **{name: functools.partial(check_mesh, capability=name) for name in MESHES},
 }
+
+
+def forget():
+  """Frees what the checks of a variant have compiled."""
+  for cached in (make_layer, program, oracle, on_mesh):
+    cached.cache_clear()
+  jax.clear_caches()

@@ -7,7 +7,7 @@ import pytest
 from longctx.attention import VARIANTS
 from longctx.attention.capabilities import CAPABILITIES
 from tests.attention.capabilities import PAGE, render
-from tests.attention.conformance import CHECKS
+from tests.attention.conformance import CHECKS, forget
 
 
 def test_every_capability_has_a_check():
@@ -21,6 +21,15 @@ def test_page_of_capabilities_is_current():
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_reasons_are_for_known_capabilities(variant):
   assert set(VARIANTS[variant].unsupported) <= set(CAPABILITIES)
+
+
+@pytest.fixture(autouse=True)
+def forget_variant(request):
+  yield
+  if request.node.name.partition('@')[0].endswith(
+    f'-{list(CAPABILITIES)[-1]}]'
+  ):
+    forget()
 
 
 # One worker for all of a variant, whose checks share compiled programs.
