@@ -97,8 +97,12 @@ class Meter:
       self._tokens += tokens
     self._since = now
 
+  def start(self):
+    """Counts the next step from now on."""
+    self._since = time.perf_counter()
+
   def pause(self):
-    """Leaves out the time until the next step."""
+    """Leaves out the time until the end of the next step."""
     self._since = None
 
   def rates(self) -> dict[str, float]:

@@ -223,6 +223,8 @@ class Trainer:
       f'forward passes on allowed pairs), holds {cost.device_bytes / 1e6:,.0f} '
       f'MB per device and sends {wire / 1e6:,.1f} MB over all wires ({kinds})'
     )
+    # At a million tokens one step is a run.
+    self.meter.start()
 
   def _announce(self):
     where = f'step {self.step} of {self.config.steps}' if self.step else 'new'
