@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -142,8 +143,8 @@ class Block(nnx.Module):
     step: Int[Array, ''] | int | None = None,
     placement: Placement | None = None,
   ) -> Float[Array, 'B Q D']:
-    x = take_read(x, read) + self.attention(
-      self.attention_norm(x),
+    attend = functools.partial(
+      self.attention,
       positions=positions,
       segment_ids=segment_ids,
       read=read,
@@ -151,6 +152,17 @@ class Block(nnx.Module):
       step=step,
       placement=placement,
     )
+    return self.around(attend, x, read=read)
+
+  def around(
+    self,
+    attend: Callable[[Float[Array, 'B T D']], Float[Array, 'B Q D']],
+    x: Float[Array, 'B T D'],
+    *,
+    read: Int[Array, 'B Q'] | None = None,
+  ) -> Float[Array, 'B Q D']:
+    """What surrounds the attention layer, in place of which `attend` stands."""
+    x = take_read(x, read) + attend(self.attention_norm(x))
     if self.has_mlp:
       x = x + self.mlp(self.mlp_norm(x))
     return x

@@ -94,11 +94,16 @@ def test_bounds_never_miss_a_pair(mask, block_q, block_k, seed):
   assert not (everything & ~allowed.all((2, 3))).any()
 
 
-@settings(max_examples=100)
-@given(any_mask, st.integers(1, 40))
-def test_kv_slots_are_the_keys_that_later_queries_read(mask, length):
-  dense = mask.dense(2 * length, length)
-  assert mask.kv_slots(length) == dense[length - 1 :].any(0).sum()
+@settings(max_examples=200)
+@given(any_mask, st.integers(1, 60))
+def test_no_earlier_key_beyond_the_reach_is_read(mask, length):
+  dense = mask.dense(length, length)
+  columns, window = mask.reach()
+  q, k = np.tril_indices(length)
+  kept = (k < columns) | (window is None or q - k < window)
+  assert not (dense[q, k] & ~kept).any()
+  if mask.is_causal:
+    assert not dense[np.triu_indices(length, 1)].any()
 
 
 @pytest.mark.parametrize('mask', EXAMPLES, ids=str)
@@ -118,9 +123,13 @@ def test_masks_are_hashable_and_compare_by_value(mask):
 
 def test_sinks_and_window_keep_their_slots():
   mask = masks.SlidingWindow(1023) | (masks.PrefixColumns(4) & masks.Causal())
-  assert mask.kv_slots(65536) == 1028
-  assert mask.kv_slots(512) == 512
-  assert masks.Causal().kv_slots(1000) == 1000
+  assert mask.is_causal
+  assert mask.reach() == (4, 1024)
+  assert mask.reach().slots(65536) == mask.reach().slots(None) == 1028
+  assert mask.reach().slots(512) == 512
+  assert masks.Causal().reach().slots(1000) == 1000
+  with pytest.raises(ValueError, match='give a capacity'):
+    masks.Causal().reach().slots(None)
 
 
 def test_block_map_of_a_million_tokens_is_made_from_offsets():

@@ -7,18 +7,18 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from longctx import masks
 from longctx.attention.capabilities import CAPABILITIES
 from longctx.attention.context import Context
+from longctx.attention.decoding import Cells, DecodingContext, Plan, Tape
 from longctx.attention.recurrence import Recurrence
 from longctx.ops.alibi import alibi_slopes
 from longctx.ops.dot_product_attention import BlockSizes
 from longctx.ops.rope import apply_rope
 from longctx.parallel import Placement
-from longctx.typing import Array, Float, Int, Key
+from longctx.typing import Array, Bool, Float, Int, Key
 
 POSITIONS = ('rope', 'alibi', 'learned', 'none')
 
@@ -184,10 +184,91 @@ class Attention(nnx.Module, abc.ABC):
       implementation=config.implementation,
       block_sizes=config.block_sizes,
     )
+    return self.apply(x, context)
+
+  def apply(
+    self, x: Float[Array, 'B T D'], context: Context
+  ) -> Float[Array, 'B Q D']:
+    """Applies the layer to tokens wherever they are."""
     q, k, v = self.project(x, context)
     out = self.mix(q, k, v, x=x, context=context)
     out = self.finish(out, context.at_read(x))
     return self.out(out.reshape(*out.shape[:2], -1))
+
+  def plan(self, capacity: int | None) -> Plan:
+    """What the layer keeps to decode, derived from the calls that it makes.
+
+    Nothing is computed, and parameters need no values.
+
+    Args:
+      capacity: the most tokens of a row; None for any number.
+
+    Raises:
+      NotImplementedError: the layer reads later tokens.
+      ValueError: there is no end, and the layer reads all tokens.
+    """
+    plan, reads_later = self._trace(capacity)
+    if reads_later:
+      raise NotImplementedError(
+        f'{type(self).__name__} reads tokens that are not there yet, under '
+        f'{reads_later[0]}: to decode, take a causal layer'
+      )
+    return plan
+
+  def extend(
+    self,
+    x: Float[Array, 'B T D'],
+    *,
+    plan: Plan,
+    cells: Cells,
+    lengths: Int[Array, ' B'],
+    new: Bool[Array, 'B T'] | None = None,
+    read: Int[Array, 'B Q'] | None = None,
+    step: Int[Array, ''] | int | None = None,
+  ) -> tuple[Float[Array, 'B Q D'], Cells]:
+    """Outputs at the next tokens of each row, and what the layer then keeps.
+
+    Those of `__call__` on the whole rows, at these tokens.
+
+    Args:
+      x: inputs at T more tokens, of which a row may use fewer.
+      plan: of the layer.
+      cells: what it kept, at first `decoding.empty(plan, B)`.
+      lengths: tokens that each row has read before.
+      new: which of the T are a row's tokens, the first ones; None: all.
+      read: places on the axis T whose outputs are wanted, see `take_read`.
+      step: of the training that made the parameters; None: none.
+    """
+    tape = Tape(plan=plan, cells=cells)
+    context = DecodingContext(
+      positions=lengths[:, None] + jnp.arange(x.shape[1]),
+      read=read,
+      step=step,
+      implementation=self.config.implementation,
+      block_sizes=self.config.block_sizes,
+      tape=tape,
+      lengths=lengths,
+      new=new,
+    )
+    return self.apply(x, context), tuple(tape.cells)
+
+  def _trace(self, capacity: int | None) -> tuple[Plan, list[masks.Mask]]:
+    """The plan, and masks under which the layer reads later tokens."""
+    tape = Tape(capacity=capacity)
+    graph, state = nnx.split(self)
+
+    def apply(state, x):
+      context = DecodingContext(
+        positions=jnp.zeros((1, 1), jnp.int32),
+        step=1,
+        tape=tape,
+        lengths=jnp.zeros(1, jnp.int32),
+      )
+      return nnx.merge(graph, state).apply(x, context)
+
+    x = jax.ShapeDtypeStruct((1, 1, self.config.d_model), self.config.dtype)
+    jax.eval_shape(apply, state, x)
+    return tuple(tape.plan), tape.reads_later
 
   def require(self, capability: str) -> None:
     """Raises where the variant lacks a capability.
@@ -292,15 +373,8 @@ class Attention(nnx.Module, abc.ABC):
       seq_len: tokens read so far.
       dtype: of cached keys and values; recurrent states are float32.
     """
-    config = self.config
-    total = self._tail_bytes(dtype)
-    if self.mask is not None:
-      per_slot = config.num_kv_heads * (config.head_dim + config.value_dim)
-      slots = self.mask.kv_slots(seq_len)
-      total += slots * per_slot * np.dtype(dtype).itemsize
-    if self.recurrence is not None:
-      total += self.recurrence.state_bytes
-    return total
+    plan, _ = self._trace(seq_len)
+    return sum(cell.nbytes(dtype) for cell in plan)
 
   def flops(self, seq_len: int) -> int:
     """FLOPs of the forward pass on one sequence: projections and mixing."""
@@ -320,14 +394,6 @@ class Attention(nnx.Module, abc.ABC):
     if self.recurrence is not None:
       total += self.recurrence.flops(seq_len)
     return total
-
-  def _tail_bytes(self, dtype: str) -> int:
-    """Bytes of the inputs that the short convolutions keep."""
-    config = self.config
-    heads = config.num_heads * config.head_dim
-    per_head = self.branches * (config.head_dim + config.value_dim)
-    heads += config.num_kv_heads * per_head
-    return max(config.short_conv - 1, 0) * heads * np.dtype(dtype).itemsize
 
 
 def _asked_for(config: AttentionConfig) -> list[str]:

@@ -23,8 +23,8 @@ class BigBirdAttention(Attention):
   The draws are the same for all heads: give layers seeds of their own. A block
   that is drawn may lie in the window or among the global tokens, and then adds
   nothing. Causal rows draw among the blocks up to their own, and later rows
-  still may, so that decoding keeps most keys (`kv_slots`: by default 57,600 of
-  65,536) and reads few (`num_allowed`: 506 in the mean). Positions count within
+  still may, so that decoding keeps every key and reads few (`num_allowed`: by
+  default 506 of 65,536 in the mean). Positions count within
   a document.
 
   Attributes:

@@ -14,6 +14,7 @@ CAPABILITIES = {
   'extremes': 'finite where logits reach 10,000, gradients too',
   'second_derivative': 'Hessian-vector products are those of the equation',
   'read': 'outputs at a few places alone',
+  'decode': 'token by token or chunk by chunk, in rows of any length',
   'gqa': 'query heads that share key heads',
   'rope': 'rotary positions',
   'alibi': 'logits that fall with distance',

@@ -13,6 +13,7 @@ from longctx.masks import Mask
 from longctx.ops import delta_rule, linear_attention
 from longctx.ops import dot_product_attention as softmax
 from longctx.ops import short_conv as convolution
+from longctx.ops.logit_bias import add_logit_bias
 from longctx.parallel import Placement
 from longctx.typing import Array, Float, Int, Key, Shaped
 
@@ -99,9 +100,11 @@ class Context:
     self,
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T K V'],
+    v: Float[Array, 'B T _ V'],
     *,
     mask: Mask,
+    q_bias: Float[Array, '#B T N'] | None = None,
+    k_bias: Float[Array, '#B T N'] | None = None,
     **options: Any,
   ) -> Any:
     """Softmax attention of the queries at `read` to the keys under a mask.
@@ -112,13 +115,17 @@ class Context:
     Args:
       q: queries of all the tokens.
       k: keys.
-      v: values.
+      v: values, as many heads as keys or a divisor: neighbouring key heads then
+        share them.
       mask: who reads whom.
+      q_bias: added to the logits of a query, per query head.
+      k_bias: added to the logits of a key, per query head.
       **options: as in `ops.dot_product_attention`.
 
     Returns:
       As in ops, for the Q queries that are read.
     """
+    q, k, v, options = biased(q, k, v, q_bias, k_bias, options)
     T, positions = q.shape[1], self.positions
     moves = all(part.shift_invariant for part in mask.primitives())
     if self.segment_ids is not None and not moves:
@@ -239,6 +246,24 @@ class Context:
       return self.placement.short_conv(x, kernel, segment_ids=self.segment_ids)
     out, _ = convolution.short_conv(x, kernel, segment_ids=self.segment_ids)
     return out
+
+
+def biased(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S _ V'],
+  q_bias: Float[Array, '#B T N'] | None,
+  k_bias: Float[Array, '#B S N'] | None,
+  options: dict[str, Any],
+) -> tuple[Array, Array, Array, dict[str, Any]]:
+  """Arguments of the op, from those of `Context.dot_product_attention`."""
+  if v.shape[2] < k.shape[2]:
+    v = jnp.repeat(v, k.shape[2] // v.shape[2], axis=2)
+  if q_bias is None and k_bias is None:
+    return q, k, v, options
+  scale = options.get('scale')
+  q, k = add_logit_bias(q, k, q_bias=q_bias, k_bias=k_bias, scale=scale)
+  return q, k, v, {**options, 'scale': 1.0}
 
 
 def true_positions(

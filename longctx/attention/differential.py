@@ -83,8 +83,10 @@ class DifferentialAttention(Attention):
     B, T, N, H = q.shape
     # Per key head both first maps' queries, then both second maps'.
     q = q.reshape(B, T, -1, self.group, 2, H).swapaxes(3, 4).reshape(q.shape)
-    v = jnp.repeat(v.reshape(B, T, k.shape[2] // 2, -1), 2, axis=2)
-    out = super().mix(q, k, v, x=x, context=context)
+    v = v.reshape(B, T, k.shape[2] // 2, -1)
+    out = context.dot_product_attention(
+      q, k, v, mask=self.mask, **self.logit_options()
+    )
     wide = jnp.promote_types(out.dtype, jnp.float32)
     out = out.astype(wide)
     out = out.reshape(*out.shape[:2], -1, 2, self.group, out.shape[-1])

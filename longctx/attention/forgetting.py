@@ -2,13 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from longctx import masks
 from longctx.attention.attention import Attention, AttentionConfig, linear
 from longctx.attention.context import Context
-from longctx.ops.logit_bias import add_logit_bias
 from longctx.typing import Array, Float
 
 
@@ -20,8 +18,8 @@ class ForgettingAttention(Attention):
   Forgetting Transformer (arXiv:2503.02130): a key's logit falls by the gates
   since, ALiBi with slopes that the inputs set. The sum begins anew in each
   document. Time and memory are those of full attention with 3 + 3 G more
-  channels of queries and keys, G query heads per key head; decoding keeps c_s
-  beside a key, one float32 per query head.
+  channels of queries and keys, G query heads per key head; decoding keeps
+  c_t, and c_s beside each key, one float32 per query head.
 
   c in float32 is exact to 6e-8 of the sum since the document's beginning, and
   so is a logit: 0.003 nats at a million tokens with f = 0.95.
@@ -47,12 +45,6 @@ class ForgettingAttention(Attention):
     wide = jnp.promote_types(q.dtype, jnp.float32)
     log_forget = jax.nn.log_sigmoid(self.forget(x).astype(wide))
     c = context.cumulative_sum(log_forget)
-    q, k = add_logit_bias(q, k, q_bias=c, k_bias=-c)
     return context.dot_product_attention(
-      q, k, v, mask=self.mask, scale=1.0, **self.logit_options()
+      q, k, v, mask=self.mask, q_bias=c, k_bias=-c, **self.logit_options()
     )
-
-  def state_bytes(self, seq_len: int, dtype: str) -> int:
-    sums = self.mask.kv_slots(seq_len) * self.config.num_heads
-    width = np.dtype('float32').itemsize
-    return super().state_bytes(seq_len, dtype) + sums * width

@@ -124,20 +124,6 @@ class LongformerAttention(Attention):
       )
     return out
 
-  def state_bytes(self, seq_len: int, dtype: str) -> int:
-    config = self.config
-    group = config.num_heads // config.num_kv_heads
-    per_slot = (config.head_dim + config.value_dim) * np.dtype(dtype).itemsize
-    total = self._tail_bytes(dtype)
-    for key_head in range(config.num_kv_heads):
-      readers = [
-        mask
-        for heads, mask in self.of_heads
-        if any(head // group == key_head for head in heads)
-      ]
-      total += _union(readers).kv_slots(seq_len) * per_slot
-    return total
-
   def mixing_flops(self, seq_len: int) -> int:
     config = self.config
     pairs = sum(

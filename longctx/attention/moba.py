@@ -21,8 +21,7 @@ class MixtureOfBlockAttention(Attention):
   attention, which it equals where top_k blocks are all there are.
 
   Time O(T top_k block_size) and O(T² / block_size) for the gates, memory O(T).
-  Decoding keeps every key and value, and a mean of keys per block; of these it
-  reads the means and top_k blocks.
+  Decoding keeps every key and value, and takes the means anew for each token.
 
   Attributes:
     block_size: tokens of a block.
@@ -64,16 +63,6 @@ class MixtureOfBlockAttention(Attention):
       per_head=self.logit_options(),
       block_size=self.block_size,
       top_k=self.top_k,
-    )
-
-  def state_bytes(self, seq_len: int, dtype: str) -> int:
-    """Keys and values of all tokens, and the mean of each block's keys."""
-    config = self.config
-    # The block that is not complete has a sum, to become its mean.
-    blocks = -(-seq_len // self.block_size)
-    means = blocks * config.num_kv_heads * config.head_dim
-    return (
-      super().state_bytes(seq_len, dtype) + means * np.dtype(dtype).itemsize
     )
 
   def mixing_flops(self, seq_len: int) -> int:

@@ -33,8 +33,8 @@ class NativeSparseAttention(Attention):
 
   Time O(T² / stride) for compressed, O(T top_n block_size) and O(T window) for
   the other branches, memory O(T). Decoding keeps the keys and values of all
-  tokens for the selected branch, their compressed ones and a window; of these
-  it reads the compressed ones, top_n blocks and the window.
+  tokens for the compressed and for the selected branch, and a window; it
+  compresses anew for each token.
 
   Attributes:
     compress_block: tokens of a compressed block, l.
@@ -156,17 +156,6 @@ class NativeSparseAttention(Attention):
     gates = gates.reshape(*gates.shape[:2], config.num_heads, 3, 1)
     branches = jnp.stack([compressed, selected, window], axis=3)
     return (gates * branches).sum(3)
-
-  def state_bytes(self, seq_len: int, dtype: str) -> int:
-    """All keys and values, compressed ones, and those to be compressed."""
-    config = self.config
-    blocks = max(0, (seq_len - self.compress_key.block) // self.stride + 1)
-    # The tokens from the beginning of the next block on.
-    pending = seq_len - blocks * self.stride
-    slots = seq_len + blocks + pending + self.window.kv_slots(seq_len)
-    per_slot = config.num_kv_heads * (config.head_dim + config.value_dim)
-    size = np.dtype(dtype).itemsize
-    return self._tail_bytes(dtype) + slots * per_slot * size
 
   def flops(self, seq_len: int) -> int:
     """FLOPs of the forward pass on one sequence: projections and mixing."""

@@ -2,8 +2,6 @@
 
 import dataclasses
 
-import numpy as np
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recurrence:
@@ -43,11 +41,6 @@ class Recurrence:
   def state_shape(self) -> tuple[int, int, int]:
     """Of one row: heads, P, and V with the column of the normalizer."""
     return self.heads, self.key_dim, self.value_dim + self.normalize
-
-  @property
-  def state_bytes(self) -> int:
-    """Bytes that decoding keeps for one sequence, whatever its length."""
-    return int(np.prod(self.state_shape)) * np.dtype('float32').itemsize
 
   def flops(self, seq_len: int) -> int:
     """FLOPs of the chunkwise form: within chunks, and through the state."""

@@ -8,7 +8,6 @@ from flax import nnx
 from longctx import masks
 from longctx.attention.attention import Attention, AttentionConfig
 from longctx.attention.context import Context
-from longctx.ops.logit_bias import add_logit_bias
 from longctx.typing import Array, Float
 
 
@@ -63,10 +62,9 @@ class SigmoidAttention(Attention):
     if self.learned_bias:
       bias = self.logit_bias[...].astype(wide)
     bias = bias - jnp.log(n.astype(wide))[..., None]
-    q, k = add_logit_bias(q, k, q_bias=bias)
-    return super().mix(q, k, v, x=x, context=context)
+    return context.dot_product_attention(
+      q, k, v, mask=self.mask, q_bias=bias, **self.logit_options()
+    )
 
   def logit_options(self) -> dict[str, Any]:
-    # The products are scaled where the bias is added.
-    options = {'normalizer': 'sigmoid', 'scale': 1.0}
-    return {**super().logit_options(), **options}
+    return {**super().logit_options(), 'normalizer': 'sigmoid'}

@@ -8,7 +8,6 @@ from flax import nnx
 from longctx import masks
 from longctx.attention.attention import Attention, AttentionConfig
 from longctx.attention.context import Context
-from longctx.ops.logit_bias import add_logit_bias
 from longctx.ops.merge import merge
 from longctx.ops.rope import apply_rope
 from longctx.typing import Array, Float
@@ -92,8 +91,7 @@ class StreamingAttention(Attention):
       to_query, to_key = (
         slopes * jnp.atleast_2d(x)[..., None] for x in (-slots, positions)
       )
-      q, k = add_logit_bias(q, k, q_bias=to_query, k_bias=to_key)
-      options['scale'] = 1.0
+      options |= dict(q_bias=to_query, k_bias=to_key)
     sinks = context.dot_product_attention(
       q, k, v, mask=self.of_sinks, return_lse=True, **options
     )

@@ -17,6 +17,7 @@ from longctx.masks.algebra import (
   Positions,
   Primitive,
   Range,
+  Reach,
 )
 from longctx.masks.patterns import (
   Beyond,
@@ -50,5 +51,6 @@ __all__ = [
   'Primitive',
   'RandomBlocks',
   'Range',
+  'Reach',
   'SlidingWindow',
 ]

@@ -14,6 +14,7 @@ import abc
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -32,6 +33,41 @@ class Range(NamedTuple):
 
   low: Positions
   high: Positions
+
+
+class Reach(NamedTuple):
+  """Keys beyond which a mask allows none: the first ones, and a window.
+
+  A query at q reads a key at k <= q only if k < columns or q - k < window.
+
+  Attributes:
+    columns: first keys that queries may read from any distance.
+    window: keys up to the query, its own position's included; None for all.
+  """
+
+  columns: int
+  window: int | None
+
+  def slots(self, seq_len: int | None) -> int:
+    """How many keys there are to keep of `seq_len`, None for any number.
+
+    Raises:
+      ValueError: of any number of keys, all are to be kept.
+    """
+    most = None if self.window is None else self.columns + self.window
+    if most is None and seq_len is None:
+      raise ValueError(
+        'every key may be read again, so no memory holds an endless stream: '
+        'give a capacity, or take layers with a window or a recurrence'
+      )
+    return min(n for n in (most, seq_len) if n is not None)
+
+  def union(self, other: Reach) -> Reach:
+    """The reach of two masks together."""
+    columns = max(self.columns, other.columns)
+    if self.window is None or other.window is None:
+      return Reach(columns, None)
+    return Reach(columns, max(self.window, other.window))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +103,15 @@ class Mask(abc.ABC):
     """
     everywhere = q.low - k.low == q.low - k.low
     return everywhere, ~everywhere
+
+  def reach(self) -> Reach:
+    """Keys that decoding has to keep, as few as the mask can tell."""
+    return Reach(0, None)
+
+  @property
+  def is_causal(self) -> bool:
+    """Whether it is certain that no query reads a later key."""
+    return False
 
   @abc.abstractmethod
   def primitives(self) -> tuple[Primitive, ...]:
@@ -138,25 +183,6 @@ class Mask(abc.ABC):
     pass has five such products, 2.5 times as many.
     """
     return 4 * head_dim * self.num_allowed(T, S)
-
-  def kv_slots(self, seq_len: int) -> int:
-    """Keys that decoding keeps at length `seq_len`, the newest included.
-
-    A key is kept when the newest query or one of the next `seq_len` may read
-    it.
-    """
-    # Strips, as above: a cell of queries costs memory for every key.
-    cells = sum(
-      len(p.q_cuts(2 * seq_len))
-      for p in self.primitives()
-      if not p.shift_invariant
-    )
-    strips = 1 + min(cells * seq_len >> 24, seq_len)
-    q_edges = np.linspace(seq_len - 1, 2 * seq_len, strips + 1).astype(int)
-    kept = np.zeros(seq_len, bool)
-    for counts in self._count_rows(q_edges, np.arange(seq_len + 1)):
-      kept |= counts > 0
-    return int(kept.sum())
 
   def _count_rows(
     self, q_edges: np.ndarray, k_edges: np.ndarray
@@ -259,6 +285,18 @@ class And(_Combination):
     also, also_all = self.b.bounds(q, k)
     return some & also, all_ & also_all
 
+  @property
+  def is_causal(self) -> bool:
+    return self.a.is_causal or self.b.is_causal
+
+  def reach(self) -> Reach:
+    # Each of both holds; the narrower window keeps less in the end.
+    narrow = lambda reach: (
+      math.inf if reach.window is None else reach.window,
+      reach.columns,
+    )
+    return min(self.a.reach(), self.b.reach(), key=narrow)
+
 
 @dataclasses.dataclass(frozen=True)
 class Or(_Combination):
@@ -275,6 +313,13 @@ class Or(_Combination):
     some, all_ = self.a.bounds(q, k)
     also, also_all = self.b.bounds(q, k)
     return some | also, all_ | also_all
+
+  @property
+  def is_causal(self) -> bool:
+    return self.a.is_causal and self.b.is_causal
+
+  def reach(self) -> Reach:
+    return self.a.reach().union(self.b.reach())
 
 
 def _edges(length: int, block: int) -> np.ndarray:

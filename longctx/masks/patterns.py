@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longctx.masks.algebra import Positions, Primitive, Range
+from longctx.masks.algebra import Positions, Primitive, Range, Reach
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,10 @@ class Causal(Primitive):
   def allowed(self, q_positions: Positions, k_positions: Positions):
     return q_positions >= k_positions
 
+  @property
+  def is_causal(self) -> bool:
+    return True
+
   def bounds(self, q: Range, k: Range):
     return q.high >= k.low, q.low >= k.high
 
@@ -53,10 +57,17 @@ class SlidingWindow(Primitive):
     offset = q_positions - k_positions
     return (offset <= self.left) & (offset >= -self.right)
 
+  @property
+  def is_causal(self) -> bool:
+    return self.right == 0
+
   def bounds(self, q: Range, k: Range):
     nearest, farthest = q.low - k.high, q.high - k.low
     some = (nearest <= self.left) & (farthest >= -self.right)
     return some, (farthest <= self.left) & (nearest >= -self.right)
+
+  def reach(self) -> Reach:
+    return Reach(0, self.left + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +97,9 @@ class Dilated(Primitive):
       (q.high - k.low <= reach) & (q.low - k.high >= -reach)
     )
 
+  def reach(self) -> Reach:
+    return Reach(0, (self.window - 1) * self.dilation + 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class PrefixColumns(Primitive):
@@ -105,6 +119,9 @@ class PrefixColumns(Primitive):
   def bounds(self, q: Range, k: Range):
     return k.low + 0 * q.low < self.n, k.high + 0 * q.low < self.n
 
+  def reach(self) -> Reach:
+    return Reach(self.n, 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class PrefixRows(Primitive):
@@ -123,6 +140,9 @@ class PrefixRows(Primitive):
 
   def bounds(self, q: Range, k: Range):
     return q.low + 0 * k.low < self.n, q.high + 0 * k.low < self.n
+
+  def reach(self) -> Reach:
+    return Reach(self.n, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +169,9 @@ class GlobalTokens(Primitive):
   def bounds(self, q: Range, k: Range):
     some = (q.low < self.n) | (k.low < self.n)
     return some, (q.high < self.n) | (k.high < self.n)
+
+  def reach(self) -> Reach:
+    return Reach(self.n, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,6 +108,9 @@ class BytesLM(Task):
   def example(self, rng: np.random.Generator) -> Example:
     return self._window(rng, 'train')
 
+  def solve(self, tokens: np.ndarray) -> np.ndarray:
+    raise NotImplementedError('no rule predicts text')
+
   def get(self, seed: int, split: str, index: int) -> Example:
     """A random window of the split's own documents."""
     split_id = check_address(seed, split, index)

@@ -96,6 +96,13 @@ class MQAR(Task):
     weights[queries] = 1
     return Example(tokens=tokens, labels=labels, weights=weights)
 
+  def solve(self, tokens: np.ndarray) -> np.ndarray:
+    """The answer stands after the first occurrence of the key."""
+    answers: dict[int, int] = {}
+    for key, value in zip(tokens[:-1:2], tokens[1::2], strict=True):
+      answers.setdefault(key, value)
+    return np.array([answers.get(token, 0) for token in tokens])
+
   def _filler(self, rng: np.random.Generator, keys: np.ndarray) -> np.ndarray:
     """int32[T] of filler, to be overwritten at pairs and queries."""
     if self.filler == 'zero':

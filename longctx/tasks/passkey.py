@@ -98,6 +98,11 @@ class Passkey(Task):
     weights[query:] = 1
     return Example(tokens=tokens, labels=labels, weights=weights)
 
+  def solve(self, tokens: np.ndarray) -> np.ndarray:
+    """The answer is what stands after KEY."""
+    key = tokens[np.flatnonzero(tokens == KEY)[0] + 1 :][: self.key_length]
+    return np.concatenate([np.zeros(self.seq_len - len(key), int), key])
+
   def _filler(self, rng: np.random.Generator) -> np.ndarray:
     """int32[T] of filler, to be overwritten by everything else."""
     first, last = FIRST_SYMBOL + self.num_symbols, self.vocab_size

@@ -68,3 +68,10 @@ class SelectiveCopying(Task):
     weights = np.zeros(T, np.float32)
     weights[T - n :] = 1
     return Example(tokens=tokens, labels=labels, weights=weights)
+
+  def solve(self, tokens: np.ndarray) -> np.ndarray:
+    """Marker i asks for the i-th token that is neither noise nor marker."""
+    marker = self.num_symbols + 1
+    symbols = tokens[(tokens > 0) & (tokens < marker)]
+    asked = tokens == marker
+    return np.where(asked, symbols[np.cumsum(asked) - 1], 0)

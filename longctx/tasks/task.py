@@ -77,6 +77,17 @@ class Task(abc.ABC):
   def example(self, rng: np.random.Generator) -> Example:
     """Draws one example, of whichever split."""
 
+  @abc.abstractmethod
+  def solve(self, tokens: Int32[np.ndarray, ' T']) -> Int32[np.ndarray, ' T']:
+    """Answers from the tokens alone: the proof that the ceiling is reached.
+
+    Returns:
+      What logits[t] should predict; counts only where the weight is above 0.
+
+    Raises:
+      NotImplementedError: no rule answers this task.
+    """
+
   def get(self, seed: int, split: str, index: int) -> Example:
     """Example `index` of a split: the same on any host and in any order.
 

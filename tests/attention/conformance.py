@@ -14,7 +14,12 @@ from flax import nnx
 
 from longctx import parallel
 from longctx.analysis import leak_probe
-from longctx.attention import VARIANTS, AttentionConfig, make_attention
+from longctx.attention import (
+  VARIANTS,
+  AttentionConfig,
+  decoding,
+  make_attention,
+)
 from longctx.layouts import SequenceLayout
 from longctx.masks import Causal, SlidingWindow
 from longctx.parallel import Placement
@@ -233,6 +238,34 @@ def check_read(variant: str):
   )
 
 
+def check_decode(variant: str):
+  """Chunks and single tokens, of which rows read different numbers."""
+  settings = dict(short_conv=3) if has(variant, 'short_conv') else {}
+  graph, params = make_layer(variant, **settings)
+  layer = nnx.merge(graph, params)
+  plan = layer.plan(T)
+  assert sum(cell.nbytes() for cell in plan) == layer.state_bytes(T, 'float32')
+
+  @functools.partial(jax.jit, compiler_options=FAST)
+  def extend(x, cells, lengths, new):
+    return layer.extend(x, plan=plan, cells=cells, lengths=lengths, new=new)
+
+  x, out = np.asarray(make_input()), np.full((B, T, D), np.nan)
+  cells, lengths = decoding.empty(plan, B), np.zeros(B, int)
+  for counts in ([5, 2], [3, 5], [0, 1], [2, 5], [1, 0], [1, 0], [1, 0]):
+    width = 5 if max(counts) > 1 else 1
+    new = np.arange(width) < np.array(counts)[:, None]
+    # What is not a row's own is never to be seen.
+    tokens = np.full((B, width, D), 7, x.dtype)
+    rows, columns = np.nonzero(new)
+    tokens[new] = x[rows, lengths[rows] + columns]
+    y, cells = extend(tokens, cells, jnp.asarray(lengths), jnp.asarray(new))
+    out[rows, lengths[rows] + columns] = y[new]
+    lengths = lengths + counts
+  assert (lengths == T).all()
+  assert_close([out], oracle(variant, **settings)[:1])
+
+
 def check_gqa(variant: str):
   make_layer(variant, gqa=True)
   if has(variant, 'gqa'):
@@ -335,6 +368,7 @@ CHECKS = {
   'extremes': check_extremes,
   'second_derivative': check_second_derivative,
   'read': check_read,
+  'decode': check_decode,
   'gqa': check_gqa,
   'rope': functools.partial(check_positions, positions='rope'),
   'alibi': functools.partial(check_positions, positions='alibi'),

@@ -143,8 +143,7 @@ def test_compressed_keys_turn_with_the_positions_of_their_blocks():
 
 def test_moba_counts_what_it_keeps_and_does():
   layer = make_layer('moba(block_size=4, top_k=2)')
-  # 21 keys and values, and six means of keys.
-  assert layer.state_bytes(21, 'float32') == 4 * K * (21 * (H + V) + 6 * H)
+  assert layer.state_bytes(21, 'float32') == 4 * K * 21 * (H + V)
   before = [t // 4 for t in range(21)]
   pairs = [min(n, 1) * 4 + t % 4 + 1 for t, n in enumerate(before)]
   mixing = 2 * N * ((H + V) * sum(pairs) + H * sum(before)) + 21 * K * H
@@ -155,9 +154,8 @@ def test_moba_counts_what_it_keeps_and_does():
 
 def test_nsa_counts_what_it_keeps_and_does():
   layer = make_layer(tiny_layer('nsa'))
-  # All tokens, the blocks from 0, 2, …, 16 on, those of tokens 18 to 20 that
-  # the next block begins with, and the window.
-  slots = 21 + 9 + 3 + 3
+  # All tokens to compress, all to select, and the window.
+  slots = 21 + 21 + 3
   assert layer.state_bytes(21, 'bfloat16') == 2 * slots * K * (H + V)
   compressed = [max(0, (t + 1 - 4) // 2 + 1) for t in range(21)]
   selected = [min(t // 4, 2) * 4 + t % 4 + 1 for t in range(21)]
@@ -177,7 +175,7 @@ def test_costs_grow_as_learned_sparsity_says():
   assert nsa.mixing_flops(T) < full.mixing_flops(T) / 10
   # Sparse in what it reads, not in what it keeps.
   for layer in (moba, nsa):
-    assert layer.state_bytes(T, 'float32') > full.state_bytes(T, 'float32')
+    assert layer.state_bytes(T, 'float32') >= full.state_bytes(T, 'float32')
 
 
 @pytest.mark.parametrize(

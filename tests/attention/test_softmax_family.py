@@ -440,10 +440,10 @@ def test_differential_has_the_parameters_and_state_of_full_attention():
   assert differential.mixing_flops(T) == 2 * N * (H + 2 * V) * pairs
 
 
-def test_forgetting_keeps_a_sum_per_key_and_head():
+def test_forgetting_keeps_a_sum_per_key_and_head_and_the_last_one():
   layer, full = (make_layer(name) for name in ('forgetting', 'full'))
   extra = layer.state_bytes(T, 'bfloat16') - full.state_bytes(T, 'bfloat16')
-  assert extra == T * N * 4
+  assert extra == (T + 1) * N * 4
 
 
 @pytest.mark.parametrize(

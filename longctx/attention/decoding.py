@@ -1,0 +1,333 @@
+"""What a layer keeps between tokens, derived from how it mixes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from longctx.attention.context import Context, biased
+from longctx.attention.recurrence import Recurrence
+from longctx.masks import Mask, Reach
+from longctx.ops import delta_rule, linear_attention
+from longctx.ops import dot_product_attention as softmax
+from longctx.ops import short_conv as convolution
+from longctx.typing import Array, Bool, Float, Int, Shaped
+
+# Where there is no token: later than any query, which causal masks exclude.
+NOWHERE = 2**30
+
+
+class Cell(NamedTuple):
+  """One thing that a layer keeps of each row.
+
+  Attributes:
+    shape: of a row's numbers.
+    dtype: of them.
+    reach: which tokens have a slot, the first axis of `shape`; None where the
+      numbers are a state that all tokens pass through.
+    is_sum: whether they are sums, which are float32 at least in any model.
+  """
+
+  shape: tuple[int, ...]
+  dtype: str
+  reach: Reach | None = None
+  is_sum: bool = False
+
+  def nbytes(self, dtype: str | None = None) -> int:
+    """Bytes of one row, in another dtype of the model if one is given."""
+    if dtype is None or self.is_sum:
+      dtype = self.dtype
+    return int(np.prod(self.shape)) * jnp.dtype(dtype).itemsize
+
+
+Plan = tuple[Cell, ...]
+Cells = tuple[Array, ...]
+
+
+def empty(plan: Plan, batch_size: int) -> Cells:
+  """Cells of rows that have not read a token."""
+  return tuple(jnp.zeros((batch_size, *c.shape), c.dtype) for c in plan)
+
+
+class Tape:
+  """Hands the calls of a layer their cells in order, and takes the new ones.
+
+  Without cells it writes the plan.
+
+  Attributes:
+    plan: one entry per cell.
+    cells: what was kept, replaced as the calls come.
+    reads_later: masks, among those of the calls, that are not causal.
+  """
+
+  def __init__(
+    self,
+    *,
+    capacity: int | None = None,
+    plan: Plan = (),
+    cells: Cells | None = None,
+  ):
+    self.capacity = capacity
+    self.is_planning = cells is None
+    self.plan = list(plan)
+    self.cells = list(cells or ())
+    self.reads_later: list[Mask] = []
+    # Arrays that the layer has handed in, with their places and what was read
+    # there, for masks that read the same keys. They are held, so that no other
+    # array takes their identity.
+    self.known: list[tuple[Array, int, Any]] = []
+    self._place = 0
+
+  def state(
+    self, shape: tuple[int, ...], dtype: Any, *, is_sum: bool = False
+  ) -> int:
+    """The place of the next state."""
+    if self.is_planning:
+      dtype = jnp.dtype(dtype).name
+      self.plan.append(Cell(tuple(shape), dtype, is_sum=is_sum))
+    return self._next()
+
+  def slots(
+    self, x: Array, reach: Reach, *, is_sum: bool = False
+  ) -> tuple[int, Any]:
+    """The place of the slots of an array, and what was last read of them."""
+    for known, place, found in self.known:
+      if known is not x:
+        continue
+      if self.is_planning:
+        reach = self.plan[place].reach.union(reach)
+        self.plan[place] = self._cell(x, reach, is_sum)
+      return place, found
+    if self.is_planning:
+      self.plan.append(self._cell(x, reach, is_sum))
+    return self._next(), None
+
+  def _cell(self, x: Array, reach: Reach, is_sum: bool) -> Cell:
+    shape = (reach.slots(self.capacity), *x.shape[2:])
+    return Cell(shape, jnp.dtype(x.dtype).name, reach, is_sum)
+
+  def _next(self) -> int:
+    self._place += 1
+    return self._place - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodingContext(Context):
+  """The next tokens of each row, after those that cells remember.
+
+  Attributes:
+    tape: the layer's cells.
+    lengths: tokens that each row has read before.
+    new: which of the tokens are a row's own, the first ones; None: all.
+  """
+
+  tape: Tape
+  lengths: Int[Array, ' B']
+  new: Bool[Array, 'B T'] | None = None
+
+  def document_positions(self, T: int) -> Int[Array, 'B T']:
+    return self.positions
+
+  def natural_length(self, T: int) -> int | None:
+    # Asked for when the length is decided; an endless one is above any limit.
+    if not self.tape.is_planning:
+      return None
+    return self.tape.capacity or NOWHERE
+
+  def cumulative_sum(self, x: Float[Array, 'B T N']) -> Float[Array, 'B T N']:
+    place = self.tape.state(x.shape[2:], x.dtype, is_sum=True)
+    sums = jnp.cumsum(self._own(x), axis=1)
+    if self.tape.is_planning:
+      return sums
+    sums = self.tape.cells[place][:, None] + sums
+    self.tape.cells[place] = sums[:, -1]
+    return sums
+
+  def short_conv(
+    self, x: Float[Array, 'B T E'], kernel: Float[Array, 'W E']
+  ) -> Float[Array, 'B T E']:
+    before = kernel.shape[0] - 1
+    place = self.tape.state((before, x.shape[2]), x.dtype)
+    kernel = kernel.astype(x.dtype)
+    if self.tape.is_planning:
+      return convolution.short_conv(x, kernel)[0]
+    tail = self.tape.cells[place]
+    out, last = convolution.short_conv(x, kernel, initial_state=tail)
+    if self.new is not None:
+      inputs = jnp.concatenate([tail, x], axis=1)
+      cut = functools.partial(lax.dynamic_slice_in_dim, slice_size=before)
+      last = jax.vmap(cut)(inputs, self.counts(x.shape[1]))
+    self.tape.cells[place] = last
+    return out
+
+  def recur(
+    self,
+    recurrence: Recurrence,
+    q: Float[Array, 'B T N P'],
+    k: Float[Array, 'B T K P'],
+    v: Float[Array, 'B T K V'],
+    *,
+    beta: Float[Array, 'B T N'] | None = None,
+    log_decay: Float[Array, 'B T N'] | Float[Array, 'B T N P'] | None = None,
+  ) -> Float[Array, 'B Q N V']:
+    dtype = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
+    place = self.tape.state(recurrence.state_shape, dtype, is_sum=True)
+    state = None
+    if not self.tape.is_planning:
+      state = self.tape.cells[place]
+    # A token that is not the row's own adds nothing, and nothing fades by it.
+    k, beta, log_decay = map(self._own, (k, beta, log_decay))
+    implementation = self.implementation
+    if implementation is None and q.shape[1] == 1:
+      # The equation itself, where a chunk would be mostly padding.
+      implementation = 'reference'
+    common = dict(
+      log_decay=log_decay,
+      scale=recurrence.scale,
+      initial_state=state,
+      chunk_size=min(recurrence.chunk_size, q.shape[1]),
+      implementation=implementation,
+    )
+    if recurrence.delta:
+      out, state = delta_rule.gated_delta_rule(q, k, v, beta, **common)
+    else:
+      out, state = linear_attention.linear_attention(
+        q, k, v, normalize=recurrence.normalize, **common
+      )
+    if not self.tape.is_planning:
+      self.tape.cells[place] = state
+    return self.at_read(out)
+
+  def dot_product_attention(
+    self,
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B T K H'],
+    v: Float[Array, 'B T _ V'],
+    *,
+    mask: Mask,
+    q_bias: Float[Array, '#B T N'] | None = None,
+    k_bias: Float[Array, '#B T N'] | None = None,
+    **options: Any,
+  ) -> Any:
+    reach = mask.reach()
+    if not mask.is_causal:
+      self.tape.reads_later.append(mask)
+    if k_bias is not None:
+      k_bias = jnp.broadcast_to(k_bias, (k.shape[0], *k_bias.shape[1:]))
+      k_bias, _ = self._keep(k_bias, reach, is_sum=True)
+    k, k_positions = self._keep(k, reach)
+    v, _ = self._keep(v, reach)
+    q, k, v, options = biased(q, k, v, q_bias, k_bias, options)
+    return softmax.dot_product_attention(
+      self.at_read(q),
+      k,
+      v,
+      mask=mask,
+      q_positions=self.at_read(self.positions),
+      k_positions=k_positions,
+      block_sizes=self.block_sizes,
+      implementation=self.implementation,
+      **options,
+    )
+
+  def with_all_keys(
+    self,
+    op: Callable[..., Any],
+    q: Float[Array, 'B T N H'],
+    *keys: Float[Array, 'B T K _'],
+    per_head: Mapping[str, Any] | None = None,
+    shared: Mapping[str, Any] | None = None,
+    **options: Any,
+  ) -> Any:
+    kept = [self._keep(x, Reach(0, None)) for x in keys]
+    return op(
+      self.at_read(q),
+      *(x for x, _ in kept),
+      q_positions=self.at_read(self.positions),
+      k_positions=kept[0][1],
+      implementation=self.implementation,
+      **(per_head or {}),
+      **(shared or {}),
+      **options,
+    )
+
+  def counts(self, T: int) -> Int[Array, ' B']:
+    """How many of the T tokens are each row's own."""
+    if self.new is None:
+      return jnp.full(self.lengths.shape, T)
+    return self.new.sum(1)
+
+  def _own(self, x: Shaped[Array, 'B T ...'] | None):
+    """x with zeros where a token is not the row's own."""
+    if x is None or self.new is None:
+      return x
+    new = self.new.reshape(*self.new.shape, *[1] * (x.ndim - 2))
+    return jnp.where(new, x, 0)
+
+  def _keep(
+    self, x: Shaped[Array, 'B T ...'], reach: Reach, *, is_sum: bool = False
+  ) -> tuple[Shaped[Array, 'B S ...'], Int[Array, 'B S']]:
+    """Puts tokens into their slots; returns all to be read, with positions.
+
+    Slot s < columns is that of token s, the others are used in turn. A single
+    token is read from its slot, as is any number where none pushes out another.
+    More are read beside the slots that were there before.
+    """
+    place, found = self.tape.slots(x, reach, is_sum=is_sum)
+    if found is None:
+      found = x, self.positions
+      if not self.tape.is_planning:
+        found = self._write(x, place)
+      self.tape.known.append((x, place, found))
+    return found
+
+  def _write(
+    self, x: Shaped[Array, 'B T ...'], place: int
+  ) -> tuple[Shaped[Array, 'B S ...'], Int[Array, 'B S']]:
+    cell, slots = self.tape.plan[place], self.tape.cells[place]
+    S, T = slots.shape[1], x.shape[1]
+    columns = min(cell.reach.columns, S)
+    ring = S - columns
+    positions = self.positions
+    if self.new is not None:
+      positions = jnp.where(self.new, positions, NOWHERE)
+    end = self.lengths + self.counts(T)
+    slot = positions
+    if ring:
+      turn = columns + (positions - columns) % ring
+      slot = jnp.where(positions < columns, positions, turn)
+    # Tokens that others of the same call push out are not written at all.
+    stay = (positions < columns) | (positions >= end[:, None] - ring)
+    slot = jnp.where(stay & (positions < NOWHERE), slot, S)
+    rows = jnp.arange(x.shape[0])[:, None]
+    written = slots.at[rows, slot].set(x.astype(slots.dtype), mode='drop')
+    self.tape.cells[place] = written
+    if T == 1 or cell.reach.window is None:
+      return written, _slot_positions(end, columns, S)
+    before = _slot_positions(self.lengths, columns, S)
+    return (
+      jnp.concatenate([slots, x.astype(slots.dtype)], axis=1),
+      jnp.concatenate([before, positions], axis=1),
+    )
+
+
+def _slot_positions(
+  lengths: Int[Array, ' B'], columns: int, S: int
+) -> Int[Array, 'B S']:
+  """Positions of the tokens in S slots, NOWHERE in those not used yet."""
+  slot, last = jnp.arange(S), lengths[:, None] - 1
+  positions = jnp.broadcast_to(slot, (lengths.shape[0], S))
+  if columns < S:
+    newest = last - (last - slot) % (S - columns)
+    positions = jnp.where(slot < columns, slot, newest)
+  used = (positions >= jnp.where(slot < columns, 0, columns)) & (
+    positions <= last
+  )
+  return jnp.where(used, positions, NOWHERE)
