@@ -8,8 +8,8 @@ import pathlib
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['MPLBACKEND'] = 'Agg'
 
-# Compiling is most of the suite's time, and its programs are small: code that is
-# not optimized costs a ninth to make. What XLA derives from a program (its
+# Compiling is most of the suite's time, and its programs are small: code that
+# is not optimized costs a ninth to make. What XLA derives from a program (its
 # collectives, FLOPs and bytes) stays the same.
 os.environ['XLA_FLAGS'] = ' '.join(
   [

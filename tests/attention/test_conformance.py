@@ -41,7 +41,7 @@ def forget_variant(request):
   ],
 )
 def test_variant_does_what_the_table_says(variant, capability, record_property):
-  record_property('cell', [variant, capability])
+  record_property('cell', f'{variant} {capability}')
   reason = VARIANTS[variant].unsupported.get(capability)
   if reason is None:
     CHECKS[capability](variant)
