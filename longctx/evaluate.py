@@ -4,10 +4,11 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 
 from longctx import config as config_lib
 from longctx import figures, metrics, steps, tasks
@@ -202,22 +203,37 @@ def _write(path: pathlib.Path, rows: list[dict[str, Any]]):
   metrics.write_lines(path, old + rows)
 
 
+class Parameters(NamedTuple):
+  """What a run has learned: `nnx.merge(graph, params)` is the model."""
+
+  graph: nnx.GraphDef
+  params: Any
+  step: int
+
+
+def restore(run: Trained) -> Parameters:
+  """Reads the last checkpoint of a run.
+
+  Raises:
+    CheckpointError: there is none that can be read.
+  """
+  graph, params = steps.abstract_params(run.model)
+  checkpointer = Checkpointer(run.workdir / 'checkpoints', say=metrics.say)
+  try:
+    restored = checkpointer.restore(params=params)
+  finally:
+    checkpointer.close()
+  if restored is None:
+    raise CheckpointError(f'there is no checkpoint in {run.workdir}')
+  return Parameters(graph, restored.params, restored.step)
+
+
 class _Measure:
   """The trained parameters of one run."""
 
   def __init__(self, run: Trained):
     self._run = run
-    graph, params = steps.abstract_params(run.model)
-    checkpointer = Checkpointer(run.workdir / 'checkpoints', say=metrics.say)
-    try:
-      restored = checkpointer.restore(params=params)
-    finally:
-      checkpointer.close()
-    if restored is None:
-      raise CheckpointError(f'there is no checkpoint in {run.workdir}')
-    self._step = restored.step
-    self._params = restored.params
-    self._graph = graph
+    self._graph, self._params, self._step = restore(run)
 
   def __call__(
     self, task: tasks.Task, *, split: str, batches: int, batch_size: int

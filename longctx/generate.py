@@ -1,0 +1,333 @@
+r"""Generation: a prompt is read in chunks, then tokens are drawn one by one.
+
+    python -m longctx.generate --workdir=runs/bytes_lm --prompt='def main('
+    python -m longctx.generate --workdir=runs/bytes_lm --run=full \
+      --max_new=2000 --temperature=0.8 --top_p=0.95 --seed=1 < prompt.txt
+
+continue a text by a model of bytes, and print it as it is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from longctx import cache as cache_lib
+from longctx import cli, evaluate
+from longctx.cache import Cache
+from longctx.model import Transformer
+from longctx.tasks.bytes_lm import BOS, BytesLM
+from longctx.typing import Array, Bool, Float, Int, Key
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+  """How a token is drawn from its logits.
+
+  The filters apply one after the other, in the order given here.
+
+  Attributes:
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_k: draw among the k likeliest; 0: among all.
+    top_p: draw among the likeliest that together have at least this
+      probability (nucleus sampling, arXiv:1904.09751); 1: among all.
+  """
+
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+  def __post_init__(self):
+    if self.temperature < 0:
+      raise ValueError(f'temperature={self.temperature} must not be negative')
+    if self.top_k < 0:
+      raise ValueError(f'top_k={self.top_k} must not be negative')
+    if not 0 < self.top_p <= 1:
+      raise ValueError(f'top_p={self.top_p} must be in (0, 1]')
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def sample(
+  logits: Float[Array, 'B V'], sampling: Sampling, key: Key[Array, '']
+) -> Int[Array, ' B']:
+  """Draws a token per row; equal logits count as equally likely."""
+  if not sampling.temperature:
+    return logits.argmax(-1)
+  logits = logits / sampling.temperature
+  V = logits.shape[-1]
+  if 0 < sampling.top_k < V:
+    least = lax.top_k(logits, sampling.top_k)[0][:, -1:]
+    logits = jnp.where(logits < least, -jnp.inf, logits)
+  if sampling.top_p < 1:
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    p = jax.nn.softmax(ordered)
+    # A token stays if those before it have not reached top_p yet.
+    kept = (jnp.cumsum(p, -1) - p < sampling.top_p).sum(-1, keepdims=True)
+    least = jnp.take_along_axis(ordered, kept - 1, -1)
+    logits = jnp.where(logits < least, -jnp.inf, logits)
+  return jax.random.categorical(key, logits)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stream:
+  """Rows that are being written.
+
+  Attributes:
+    cache: of what was read.
+    logits: of each row's next token.
+    ended: rows that have drawn a stop token.
+    count: tokens drawn so far.
+  """
+
+  cache: Cache
+  logits: Float[Array, 'B V']
+  ended: Bool[Array, ' B']
+  count: Int[Array, '']
+
+
+class Prompts(NamedTuple):
+  """Prompts of several lengths, each at the beginning of its row."""
+
+  tokens: Int[np.ndarray, 'B T']
+  lengths: Int[np.ndarray, ' B']
+
+  @classmethod
+  def of(cls, prompts: list[list[int]] | list[np.ndarray]) -> Prompts:
+    """Raises ValueError where a prompt is empty, or there is none."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    if not lengths.size or not lengths.all():
+      raise ValueError(
+        f'prompts have {lengths.tolist()} tokens: each needs one, such as BOS'
+      )
+    tokens = np.zeros((len(prompts), lengths.max()), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+      row[: len(prompt)] = prompt
+    return cls(tokens, lengths)
+
+
+class Generator:
+  """Reads prompts and goes on from them, with two compiled programs.
+
+  One reads `chunk` tokens of every row, the other draws `steps` tokens. Both
+  write into the memory of the cache that they are given, which is gone then.
+  """
+
+  def __init__(
+    self,
+    model: Transformer,
+    *,
+    capacity: int | None = None,
+    chunk: int = 256,
+    sampling: Sampling = GREEDY,
+    stop_tokens: tuple[int, ...] = (),
+    step: int | None = None,
+  ):
+    """Makes a generator.
+
+    Args:
+      model: trained.
+      capacity: the most tokens of a row, its prompt included; None for any
+        number, which takes layers that forget or keep a state.
+      chunk: tokens of a prompt that are read at once.
+      sampling: how tokens are drawn.
+      stop_tokens: tokens that end a row.
+      step: of the training that made the parameters; None: none.
+    """
+    if chunk < 1:
+      raise ValueError(f'{chunk=} must be at least 1')
+    self.capacity = capacity
+    self.chunk = chunk
+    self._config = model.config
+    graph, self._params = nnx.split(model)
+    self._model = model
+
+    @functools.partial(jax.jit, donate_argnames='stream')
+    def read(params, stream, tokens, new):
+      model = nnx.merge(graph, params)
+      logits, cache = cache_lib.extend(
+        model,
+        stream.cache,
+        tokens,
+        new=new,
+        read=cache_lib.last_place(new),
+        step=step,
+      )
+      logits = jnp.where(new.any(1)[:, None], logits[:, 0], stream.logits)
+      return dataclasses.replace(stream, cache=cache, logits=logits)
+
+    @functools.partial(
+      jax.jit, donate_argnames='stream', static_argnames='steps'
+    )
+    def draw(params, stream, key, *, steps):
+      model = nnx.merge(graph, params)
+
+      def one(stream, _):
+        drawn = sample(
+          stream.logits, sampling, jax.random.fold_in(key, stream.count)
+        )
+        tokens = jnp.where(stream.ended, -1, drawn)
+        ended = stream.ended | jnp.isin(drawn, jnp.array(stop_tokens, int))
+        logits, cache = cache_lib.extend(
+          model,
+          stream.cache,
+          drawn[:, None],
+          new=~stream.ended[:, None],
+          step=step,
+        )
+        stream = Stream(
+          cache=cache,
+          logits=logits[:, 0],
+          ended=ended,
+          count=stream.count + 1,
+        )
+        return stream, tokens
+
+      stream, tokens = lax.scan(one, stream, length=steps)
+      return stream, tokens.T
+
+    self._read, self._draw = read, draw
+
+  def start(self, prompts: Prompts) -> Stream:
+    """Reads prompts, a chunk of all rows at a time.
+
+    Raises:
+      ValueError: a prompt is longer than the capacity.
+    """
+    tokens, lengths = prompts
+    self._check(int(lengths.max()), 'the longest prompt')
+    B, T = tokens.shape
+    stream = Stream(
+      cache=cache_lib.init(self._model, batch_size=B, capacity=self.capacity),
+      logits=jnp.zeros((B, self._config.vocab_size), jnp.float32),
+      ended=jnp.zeros(B, bool),
+      count=jnp.int32(0),
+    )
+    tokens = np.pad(tokens, [(0, 0), (0, -T % self.chunk)])
+    for begin in range(0, T, self.chunk):
+      part = slice(begin, begin + self.chunk)
+      new = np.arange(begin, begin + self.chunk) < lengths[:, None]
+      stream = self._read(self._params, stream, tokens[:, part], new)
+    return stream
+
+  def draw(
+    self, stream: Stream, key: Key[Array, ''], steps: int
+  ) -> tuple[Stream, Int[Array, 'B steps']]:
+    """Goes on by `steps` tokens; rows that have ended give -1.
+
+    A token depends on the key and on how many were drawn before it, so that
+    any number at a time gives the same ones.
+
+    Raises:
+      ValueError: a row would be longer than the capacity.
+    """
+    if self.capacity is not None:
+      longest = int(stream.cache.lengths.max()) + steps
+      self._check(longest, 'a row')
+    return self._draw(self._params, stream, key, steps=steps)
+
+  def generate(
+    self,
+    prompts: Prompts,
+    key: Key[Array, ''],
+    *,
+    max_new: int,
+    at_once: int = 32,
+  ) -> Iterator[Int[np.ndarray, 'B _']]:
+    """Yields `at_once` tokens per row at a time until all rows have ended."""
+    stream, left = self.start(prompts), max_new
+    while left > 0 and not stream.ended.all():
+      steps = min(at_once, left)
+      stream, tokens = self.draw(stream, key, steps)
+      left -= steps
+      yield np.asarray(tokens)
+
+  def _check(self, length: int, what: str):
+    if self.capacity is not None and length > self.capacity:
+      raise ValueError(
+        f'{what} has {length} tokens, and capacity={self.capacity}: raise it, '
+        'or take layers with a window or a recurrence and no capacity'
+      )
+
+
+def main(argv: Sequence[str]):
+  """Runs the command line."""
+  parser = argparse.ArgumentParser(
+    prog='python -m longctx.generate',
+    description='Continue a text by a trained model of bytes.',
+    allow_abbrev=False,
+  )
+  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  parser.add_argument('--run', default='', help='where a workdir has several')
+  parser.add_argument('--prompt', help='default: read from the input')
+  parser.add_argument('--max_new', type=int, default=500, help='bytes to draw')
+  parser.add_argument('--temperature', type=float, default=1.0)
+  parser.add_argument('--top_k', type=int, default=0)
+  parser.add_argument('--top_p', type=float, default=1.0)
+  parser.add_argument('--seed', type=int, default=0)
+  args = parser.parse_args(argv)
+  with cli.before_compiling():
+    run = _choose(evaluate.open_workdir(args.workdir), args.run)
+    text = sys.stdin.read() if args.prompt is None else args.prompt
+    if not text:
+      raise ValueError('the prompt is empty: give --prompt a text')
+    if args.max_new < 1:
+      raise ValueError(f'--max_new={args.max_new} must be at least 1')
+    prompts = Prompts.of([[BOS, *text.encode()]])
+    sampling = Sampling(
+      temperature=args.temperature, top_k=args.top_k, top_p=args.top_p
+    )
+    graph, params, step = evaluate.restore(run)
+    generator = Generator(
+      nnx.merge(graph, params),
+      capacity=int(prompts.lengths[0]) + args.max_new,
+      sampling=sampling,
+      stop_tokens=(BOS,),
+      step=step,
+    )
+    stream = generator.start(prompts)
+  out = sys.stdout.buffer
+  out.write(text.encode())
+  key = jax.random.key(args.seed)
+  for _ in range(args.max_new):
+    stream, tokens = generator.draw(stream, key, 1)
+    token = int(tokens[0, 0])
+    if token == BOS:
+      break
+    out.write(bytes([token]))
+    out.flush()
+  out.write(b'\n')
+  out.flush()
+
+
+def _choose(runs: list[evaluate.Trained], name: str) -> evaluate.Trained:
+  """The run of that name, which has to be of bytes."""
+  names = [run.name for run in runs]
+  if len(runs) > 1 and not name:
+    raise ValueError(f'--run is missing: one of {", ".join(names)}')
+  if name and name not in names:
+    raise ValueError(f'there is no run {name!r}; known: {", ".join(names)}')
+  run = runs[names.index(name) if name else 0]
+  if not isinstance(run.task, BytesLM):
+    raise ValueError(
+      f'{run.workdir} was trained on {run.config.task["name"]}, and text is '
+      'written by a model of bytes_lm'
+    )
+  return run
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])
