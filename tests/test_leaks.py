@@ -15,7 +15,7 @@ from flax import nnx
 
 from longctx.analysis import leak_probe
 from longctx.attention import VARIANTS
-from longctx.attention.attention import POSITIONS
+from longctx.attention.config import POSITIONS
 from longctx.masks import Causal, PrefixColumns, SlidingWindow
 from longctx.model import Transformer, TransformerConfig
 from longctx.ops import dot_product_attention as dpa

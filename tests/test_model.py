@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from longctx import model as model_lib
-from longctx.attention.attention import POSITIONS
+from longctx.attention.config import POSITIONS
 from longctx.model import Transformer, TransformerConfig, validate
 
 SMALL = TransformerConfig(

@@ -1,7 +1,6 @@
 """The abstract attention layer: parameters, positions, one call into ops."""
 
 import abc
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -11,90 +10,14 @@ from flax import nnx
 
 from longctx import masks
 from longctx.attention.capabilities import CAPABILITIES
+from longctx.attention.config import AttentionConfig
 from longctx.attention.context import Context
 from longctx.attention.decoding import Cells, DecodingContext, Plan, Tape
 from longctx.attention.recurrence import Recurrence
 from longctx.ops.alibi import alibi_slopes
-from longctx.ops.dot_product_attention import BlockSizes
 from longctx.ops.rope import apply_rope
 from longctx.parallel import Placement
 from longctx.typing import Array, Bool, Float, Int, Key
-
-POSITIONS = ('rope', 'alibi', 'learned', 'none')
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-  """What the attention layers of a model share.
-
-  Attributes:
-    d_model: width D of the residual stream.
-    num_heads: query heads N.
-    num_kv_heads: key and value heads K; divides N.
-    head_dim: width H of a query or key head.
-    value_dim: width V of a value head.
-    positions: 'rope' (arXiv:2104.09864) rotates queries and keys, 'alibi'
-      (arXiv:2108.12409) lowers logits by distance; 'learned' (added to the
-      embeddings by the model) and 'none' leave the layer alone.
-    rope_base: base of RoPE's geometric wavelengths.
-    short_conv: width W of a causal depthwise convolution over queries, keys and
-      values, each with its own; 0 for none.
-    attention_dropout: share of the attention weights that training drops.
-    dtype: of the computation; statistics and states are float32.
-    param_dtype: of the parameters.
-    implementation: of the op, by name; None takes the best that fits.
-    block_q: queries per block of softmax attention; None takes a heuristic.
-    block_k: keys per block; likewise.
-  """
-
-  d_model: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  value_dim: int
-  positions: str = 'rope'
-  rope_base: float = 10000.0
-  short_conv: int = 0
-  attention_dropout: float = 0.0
-  dtype: str = 'float32'
-  param_dtype: str = 'float32'
-  implementation: str | None = None
-  block_q: int | None = None
-  block_k: int | None = None
-
-  def __post_init__(self):
-    for name in (
-      'd_model',
-      'num_heads',
-      'num_kv_heads',
-      'head_dim',
-      'value_dim',
-    ):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
-    if self.num_heads % self.num_kv_heads:
-      raise ValueError(
-        f'num_heads={self.num_heads} must be a multiple of '
-        f'num_kv_heads={self.num_kv_heads}'
-      )
-    if self.positions not in POSITIONS:
-      raise ValueError(
-        f'unknown positions {self.positions!r}; known: {", ".join(POSITIONS)}'
-      )
-    if self.positions == 'rope' and self.head_dim % 2:
-      raise ValueError(f'RoPE needs an even head_dim, got {self.head_dim}')
-    if self.short_conv < 0:
-      raise ValueError(f'short_conv={self.short_conv} must be at least 0')
-    if not 0 <= self.attention_dropout < 1:
-      raise ValueError(
-        f'attention_dropout={self.attention_dropout} must be in [0, 1)'
-      )
-
-  @property
-  def block_sizes(self) -> BlockSizes:
-    """Of both passes of softmax attention."""
-    sizes = (self.block_q, self.block_k)
-    return BlockSizes(*sizes, *sizes)
 
 
 class Attention(nnx.Module, abc.ABC):

@@ -287,6 +287,19 @@ def test_final_state_equals_that_of_the_recurrence(decay):
   assert_trees_close(result, exact, **tolerance('float32'))
 
 
+@pytest.mark.parametrize('chunk_size', [1, 7, 64])
+def test_chunks_call_no_library(chunk_size):
+  # Two LAPACK calls at a time can wait for each other's threads for ever.
+  inputs = make_inputs(70, decay='head')
+
+  def loss(inputs):
+    out, _ = run(**inputs, chunk_size=chunk_size, implementation='xla')
+    return out.sum()
+
+  compiled = jax.jit(jax.grad(loss)).lower(inputs).compile()
+  assert 'lapack' not in compiled.as_text()
+
+
 def test_jit_changes_nothing():
   inputs = as_dtype(make_inputs(9, decay='head'), 'float32')
   settings = dict(scale=0.5, chunk_size=4)

@@ -26,9 +26,6 @@ import jax.numpy as jnp
 from longctx.ops.chunks import products, scan_chunks
 from longctx.typing import Array, Float, Int
 
-# Up to this many rows a solver is not slower than another halving.
-_SMALLEST_HALF = 8
-
 
 def gated_delta_rule(
   q: Float[Array, 'B T N P'],
@@ -94,17 +91,16 @@ def _inverse(below):
     [ X B ]    = [ -B^-1 X A^-1    B^-1 ]
 
   in full precision, whatever JAX's default: later rows build on the errors of
-  earlier ones.
+  earlier ones. No solver is called for small matrices either: on CPU (jaxlib
+  0.10) two solves at a time can each wait for the thread that the other holds,
+  and never end where there are two threads.
   """
   C = below.shape[-1]
-  if C % 2 or C <= _SMALLEST_HALF:
-    return jax.lax.linalg.triangular_solve(
-      below,
-      jnp.broadcast_to(jnp.eye(C, dtype=below.dtype), below.shape),
-      left_side=True,
-      lower=True,
-      unit_diagonal=True,
-    )
+  if C <= 2:
+    return jnp.eye(C, dtype=below.dtype) - below
+  if C % 2:
+    one_more = [(0, 0)] * (below.ndim - 2) + [(0, 1), (0, 1)]
+    return _inverse(jnp.pad(below, one_more))[..., :C, :C]
   half = C // 2
   first, rest = below[..., :half, :half], below[..., half:, :half]
   first, second = _inverse(jnp.stack([first, below[..., half:, half:]]))
