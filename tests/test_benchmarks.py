@@ -40,6 +40,17 @@ def test_ring_is_timed_beside_others():
   assert all(line['T'] == 128 * line['devices'] for line in peaks)
 
 
+def test_decoding_is_timed_at_every_context():
+  lines = lines_of('decode.py', '--quick')
+  timed = [line for line in lines if 'seconds' in line]
+  assert [line['context'] for line in timed] == [16] * 3 + [32] * 3
+  assert [line['row_bytes'] for line in timed[3:]] == [4608, 1024, 576]
+  assert ['recompute_ratio' in line for line in timed] == [0, 1, 0] * 2
+  for line in timed:
+    assert 0 < line['seconds_min'] <= line['seconds']
+  assert len([line for line in lines if 'growth' in line]) == 3
+
+
 def test_layers_are_timed_at_every_length():
   lines = lines_of('variants.py', '--quick', '--variants=full,linear', '--hf=0')
   timed = [line for line in lines if 'seconds' in line]
