@@ -2,6 +2,12 @@ r"""Measures a trained workdir, as trained or at other values of its task.
 
 python eval.py --workdir=runs/mqar
 python eval.py --workdir=runs/mqar --sweep=seq_len=64,128,256 --batches=32
+
+With --mode=stream it reads an endless stream in constant memory, full attention
+exchanged for what each policy keeps (longctx/stream.py):
+
+python eval.py --workdir=runs/bytes_lm --mode=stream --tokens=1000000 \
+  --policies=dense,window,recompute,sinks,sinks_text --slots=256 --sinks=4
 """
 
 import pathlib
@@ -9,7 +15,7 @@ import sys
 
 from absl import flags
 
-from longctx import cli, evaluate
+from longctx import cli, evaluate, stream
 from longctx.config import ExperimentConfig
 from longctx.runs import start_devices
 
@@ -26,6 +32,17 @@ _BATCHES = flags.DEFINE_integer(
 _BATCH_SIZE = flags.DEFINE_integer(
   'batch_size', 0, 'rows of a batch; 0: as in validation', lower_bound=0
 )
+_MODE = flags.DEFINE_enum(
+  'mode', 'examples', ['examples', 'stream'], 'what is measured'
+)
+_TOKENS = flags.DEFINE_integer('tokens', 65536, 'of a stream')
+_POLICIES = flags.DEFINE_list(
+  'policies', ['window', 'sinks'], 'what a stream keeps, see longctx/stream.py'
+)
+_SLOTS = flags.DEFINE_integer('slots', 256, 'keys that a layer keeps')
+_SINKS = flags.DEFINE_integer('sinks', 4, 'of them, how many are the first')
+_ROWS = flags.DEFINE_integer('rows', 1, 'streams side by side')
+_RUN = flags.DEFINE_string('run', '', 'of a workdir with several, to stream')
 
 
 def _devices(config: ExperimentConfig) -> int:
@@ -38,6 +55,22 @@ def main(argv: list[str]):
     if not _WORKDIR.value:
       raise ValueError('--workdir=DIR is missing: a folder that train.py wrote')
     workdir = pathlib.Path(_WORKDIR.value)
+    if _MODE.value == 'stream':
+      run = evaluate.choose(evaluate.open_workdir(workdir), _RUN.value)
+      config = stream.StreamConfig(
+        tokens=_TOKENS.value,
+        policies=tuple(_POLICIES.value),
+        slots=_SLOTS.value,
+        sinks=_SINKS.value,
+        rows=_ROWS.value,
+        split=_SPLIT.value,
+      )
+      stream.check(run, config)
+  if _MODE.value == 'stream':
+    with cli.while_running():
+      stream.evaluate_stream(run, config)
+    return
+  with cli.before_compiling():
     sweep = evaluate.parse_sweep(_SWEEP.value)
     runs = evaluate.open_workdir(workdir)
     start_devices(max((r.config for r in runs), key=_devices))

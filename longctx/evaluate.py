@@ -89,6 +89,20 @@ def open_workdir(workdir: pathlib.Path) -> list[Trained]:
   return found
 
 
+def choose(runs: list[Trained], name: str) -> Trained:
+  """The run of that name; of a single run, '' is enough.
+
+  Raises:
+    ValueError: no run has that name.
+  """
+  names = [run.name for run in runs]
+  if len(runs) > 1 and not name:
+    raise ValueError(f'--run is missing: one of {", ".join(names)}')
+  if name and name not in names:
+    raise ValueError(f'there is no run {name!r}; known: {", ".join(names)}')
+  return runs[names.index(name) if name else 0]
+
+
 def swept_tasks(
   run: Trained, sweep: Sweep, *, batch_size: int = 0
 ) -> list[tasks.Task]:

@@ -91,6 +91,39 @@ def training(
   _save(figure, path)
 
 
+def stream(
+  path: pathlib.Path,
+  curves: dict[str, list[dict[str, Any]]],
+  *,
+  trained_at: int,
+):
+  """Loss along a stream, for each way to forget.
+
+  Args:
+    path: of the PNG.
+    curves: the lines of each policy, see `longctx.stream`.
+    trained_at: length in training, marked by a vertical line.
+  """
+  figure, (axis,) = _axes(1)
+  for index, (name, rows) in enumerate(curves.items()):
+    below = len(curves) - 1 - index
+    axis.plot(
+      [row['end'] for row in rows],
+      [row['loss'] for row in rows],
+      color=COLORS[index % len(COLORS)],
+      lw=1.5 + below,
+      marker='o',
+      ms=2 + below,
+      label=name,
+    )
+  axis.axvline(trained_at, color='0.6', lw=1, label=f'trained: {trained_at:,}')
+  axis.set_xscale('log', base=2)
+  axis.set_xlabel('position in the stream')
+  axis.set_ylabel('loss (nats per token)')
+  _legend_below(figure, axis)
+  _save(figure, path)
+
+
 def sweep(
   path: pathlib.Path,
   curves: dict[str, list[dict[str, Any]]],

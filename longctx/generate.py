@@ -280,7 +280,12 @@ def main(argv: Sequence[str]):
   parser.add_argument('--seed', type=int, default=0)
   args = parser.parse_args(argv)
   with cli.before_compiling():
-    run = _choose(evaluate.open_workdir(args.workdir), args.run)
+    run = evaluate.choose(evaluate.open_workdir(args.workdir), args.run)
+    if not isinstance(run.task, BytesLM):
+      raise ValueError(
+        f'{run.workdir} was trained on {run.config.task["name"]}, and text is '
+        'written by a model of bytes_lm'
+      )
     text = sys.stdin.read() if args.prompt is None else args.prompt
     if not text:
       raise ValueError('the prompt is empty: give --prompt a text')
@@ -311,22 +316,6 @@ def main(argv: Sequence[str]):
     out.flush()
   out.write(b'\n')
   out.flush()
-
-
-def _choose(runs: list[evaluate.Trained], name: str) -> evaluate.Trained:
-  """The run of that name, which has to be of bytes."""
-  names = [run.name for run in runs]
-  if len(runs) > 1 and not name:
-    raise ValueError(f'--run is missing: one of {", ".join(names)}')
-  if name and name not in names:
-    raise ValueError(f'there is no run {name!r}; known: {", ".join(names)}')
-  run = runs[names.index(name) if name else 0]
-  if not isinstance(run.task, BytesLM):
-    raise ValueError(
-      f'{run.workdir} was trained on {run.config.task["name"]}, and text is '
-      'written by a model of bytes_lm'
-    )
-  return run
 
 
 if __name__ == '__main__':

@@ -89,7 +89,8 @@ class BytesLM(Task):
       )
     if self.seq_len < 1:
       raise ValueError(f'seq_len={self.seq_len} must be at least 1')
-    for split, text in self._text().items():
+    for split in SPLITS:
+      text = self.text(split)
       if len(text) < self.seq_len + 1:
         raise ValueError(
           f'the {split} split of {self._origin()} has {len(text)} bytes, '
@@ -117,7 +118,7 @@ class BytesLM(Task):
     return self._window(np.random.default_rng([seed, split_id, index]), split)
 
   def _window(self, rng: np.random.Generator, split: str) -> Example:
-    text = self._text()[split]
+    text = self.text(split)
     start = int(rng.integers(len(text) - self.seq_len))
     stream = text[start : start + self.seq_len + 1].astype(np.int32)
     if self.prepend_bos:
@@ -131,12 +132,17 @@ class BytesLM(Task):
     return Example(
       tokens=tokens,
       labels=labels,
-      weights=(labels != BOS).astype(np.float32),
+      weights=self.weights(labels),
       segment_ids=segment_ids,
     )
 
-  def _text(self) -> dict[str, np.ndarray]:
-    return load_text(self.path, self.tfds_name, self.tfds_data_dir)
+  def text(self, split: str) -> np.ndarray:
+    """All tokens of a split, BOS before each document."""
+    return load_text(self.path, self.tfds_name, self.tfds_data_dir)[split]
+
+  def weights(self, labels: np.ndarray) -> np.ndarray:
+    """Where a document begins nothing is predicted."""
+    return (labels != BOS).astype(np.float32)
 
   def _origin(self) -> str:
     return self.tfds_name or self.path or str(stdlib_folder())
