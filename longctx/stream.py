@@ -219,7 +219,7 @@ def evaluate_stream(
 
   Returns:
     The lines of each policy: begin and end of the bucket, loss (nats per scored
-    token), their count, seconds.
+    token) and accuracy, their count, seconds.
   """
   learned = evaluate.restore(run)
   tokens = TokenStream(
@@ -280,9 +280,9 @@ def _read(run, learned, tokens, policy, config) -> list[dict[str, Any]]:
         cache, part = extend(learned.params, cache, piece)
         sums.append(part)
         bar.update(config.chunk)
-      loss, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+      total = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
       seconds = time.perf_counter() - start
-      log.write(begin, stop, loss, count, seconds)
+      log.write(begin, stop, total, seconds)
       log.save(cache, stop)
   return log.lines
 
@@ -314,17 +314,19 @@ def _recompute(run, learned, tokens, policy, config) -> list[dict[str, Any]]:
       for at in np.linspace(first, stop - 1, config.recomputed).astype(int):
         piece = tokens.take(int(at) - config.slots + 1, config.slots)
         sums.append(read(learned.params, piece))
-      loss, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+      total = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
       bar.update(stop - begin)
-      log.write(begin, stop, loss, count, time.perf_counter() - start)
+      log.write(begin, stop, total, time.perf_counter() - start)
   return log.lines
 
 
-def _sums(logits, piece: Piece) -> tuple[jax.Array, jax.Array]:
-  """Nats of all scored tokens, and their weight."""
+def _sums(logits, piece: Piece) -> jax.Array:
+  """Nats of all scored tokens, their weight, and that of right guesses."""
   logp = jax.nn.log_softmax(logits)
   nll = -jnp.take_along_axis(logp, piece.labels[..., None], -1)[..., 0]
-  return (nll * piece.weights).sum(), piece.weights.sum()
+  hit = logits.argmax(-1) == piece.labels
+  scored = jnp.stack([nll, jnp.ones_like(nll), hit]) * piece.weights
+  return scored.sum((1, 2))
 
 
 class _Log:
@@ -366,16 +368,16 @@ class _Log:
     self._flush()
     return cache
 
-  def write(
-    self, begin: int, end: int, loss: float, count: float, seconds: float
-  ):
-    """Adds the line of a bucket; `loss` is the sum over `count` tokens."""
+  def write(self, begin: int, end: int, sums: np.ndarray, seconds: float):
+    """Adds the line of a bucket, from its sums of loss, weight and hits."""
+    loss, count, correct = map(float, sums)
     self.lines.append(
       {
         'policy': self._policy,
         'begin': begin,
         'end': end,
         'loss': loss / max(count, 1e-9),
+        'accuracy': correct / max(count, 1e-9),
         'count': int(count),
         'seconds': seconds,
         'what': self._what,

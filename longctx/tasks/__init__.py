@@ -14,6 +14,7 @@ from longctx.tasks.induction import Induction
 from longctx.tasks.mqar import MQAR
 from longctx.tasks.passkey import Passkey
 from longctx.tasks.selective_copying import SelectiveCopying
+from longctx.tasks.stream_eval import StreamEval
 from longctx.tasks.task import SPLITS, Example, Task
 
 TASKS = {
@@ -23,6 +24,7 @@ TASKS = {
   'mqar': MQAR,
   'passkey': Passkey,
   'selective_copying': SelectiveCopying,
+  'stream_eval': StreamEval,
 }
 
 __all__ = [

@@ -26,6 +26,8 @@ CASES = [
   ('passkey', dict(seq_len=12, vocab_size=14, filler='repeat')),
   ('passkey', dict(seq_len=31, num_symbols=4, key_length=1, depth=1.0)),
   ('selective_copying', dict(seq_len=8, num_symbols=3, num_kept=4)),
+  ('stream_eval', dict(seq_len=37, num_symbols=3, key_length=1, lag=3)),
+  ('stream_eval', dict(num_symbols=4, facts_per_query=1, max_lag=2)),
 ]
 IDS = [
   '-'.join([name, *(f'{k}={v}' for k, v in fields.items())])
@@ -171,6 +173,10 @@ def test_bad_address_is_an_error(address, message):
     ('passkey', dict(vocab_size=13), 'vocab_size >= 14'),
     ('passkey', dict(key_length=11), 'num_symbols=10'),
     ('passkey', dict(depth=1.1), r'must be in \[0, 1\]'),
+    ('stream_eval', dict(lag=257), 'at most 256, after which'),
+    ('stream_eval', dict(lag=-1), 'must not be negative'),
+    ('stream_eval', dict(seq_len=23, lag=3), 'seq_len >= 24'),
+    ('stream_eval', dict(key_length=0), 'key_length=0 must be'),
     ('passkey', dict(filler='grass'), 'known: random, repeat'),
   ],
 )

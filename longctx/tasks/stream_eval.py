@@ -1,0 +1,141 @@
+"""StreamEval: facts without an end, and now and then a question about one."""
+
+import dataclasses
+
+import numpy as np
+
+from longctx.tasks.task import Example, Task, next_token_labels
+
+FACT, QUERY, FIRST_SYMBOL = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamEval(Task):
+  """Keys get values all the time; a query asks for the value of a key.
+
+  After every `facts_per_query` facts comes a query, about a key that got its
+  value `lag` facts before, and then its answer. One symbol per key, two facts
+  per query, lag 2, `F` and `Q` the markers, keys a b c d, values 1 2 3 4:
+
+    position  0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15 16 17
+    tokens    F  a  3  F  c  1  Q  a  3  F  b  1  F  d  4  Q  b  1
+    labels                         3                          1
+    weights   0  0  0  0  0  0  0  1  0  0  0  0  0  0  0  0  1  0
+
+  The task that StreamingLLM (Xiao et al., 2023,
+  https://arxiv.org/abs/2309.17453, section 4.3) calls StreamEval: a line of
+  text per fact, a question every ten lines about the line twenty before. Its
+  data was not published; here facts are tokens, so that a small model learns
+  to answer, and what counts is what it still holds.
+
+  Keys come in an order drawn anew for each example, all of them before one
+  comes again with a new value. Queries about facts that there are not yet are
+  not scored, and ask for the first one.
+
+  Chance is 1 / num_symbols: values are independent and uniform. The ceiling is
+  1: a value stands behind the last mention of its key.
+
+  Attributes:
+    num_symbols: different symbols of keys, and as many different values.
+    key_length: symbols of a key.
+    facts_per_query: facts between two queries.
+    lag: how many facts ago the one that is asked for was told, 1 for the last
+      one; 0 draws it anew for each query.
+    max_lag: the largest lag that is drawn; 0: as many facts as there were.
+  """
+
+  seq_len: int = 256
+  num_symbols: int = 16
+  key_length: int = 2
+  facts_per_query: int = 2
+  lag: int = 0
+  max_lag: int = 0
+
+  def __post_init__(self):
+    for name in ('num_symbols', 'key_length', 'facts_per_query'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+    if self.lag < 0 or self.max_lag < 0:
+      raise ValueError(
+        f'lag={self.lag} and max_lag={self.max_lag} must not be negative'
+      )
+    if max(self.lag, self.max_lag) > self.num_keys:
+      raise ValueError(
+        f'lag={self.lag} and max_lag={self.max_lag} must be at most '
+        f'{self.num_keys}, after which keys come again: raise num_symbols or '
+        'key_length'
+      )
+    blocks = -(-max(self.lag, 1) // self.facts_per_query)
+    shortest = blocks * self.block_len
+    if self.seq_len < shortest:
+      raise ValueError(
+        f'seq_len={self.seq_len} is too short for a query with '
+        f'lag={self.lag}: it needs seq_len >= {shortest}'
+      )
+
+  @property
+  def num_keys(self) -> int:
+    """Different keys."""
+    return self.num_symbols**self.key_length
+
+  @property
+  def block_len(self) -> int:
+    """Tokens of some facts and a query."""
+    return (self.facts_per_query + 1) * (self.key_length + 2)
+
+  @property
+  def vocab_size(self) -> int:
+    return FIRST_SYMBOL + 2 * self.num_symbols
+
+  @property
+  def chance(self) -> float:
+    return 1 / self.num_symbols
+
+  def example(self, rng: np.random.Generator) -> Example:
+    blocks = -(-self.seq_len // self.block_len)
+    per_block = self.facts_per_query
+    facts = blocks * per_block
+    # A key as digits, so that keys beside each other share no symbols more
+    # often than others.
+    order = rng.permutation(self.num_keys)[np.arange(facts) % self.num_keys]
+    digits = self.num_symbols ** np.arange(self.key_length)
+    keys = FIRST_SYMBOL + order[:, None] // digits % self.num_symbols
+    values = rng.integers(self.num_symbols, size=facts)
+    values = FIRST_SYMBOL + self.num_symbols + values
+    told = per_block * (1 + np.arange(blocks))
+    lags = np.full(blocks, self.lag)
+    if not self.lag:
+      most = np.minimum(told, self.max_lag or self.num_keys)
+      lags = rng.integers(1, most + 1)
+    asked = np.maximum(told - lags, 0)
+
+    lines = np.zeros((blocks, per_block + 1, self.key_length + 2), np.int32)
+    lines[:, :-1, 0] = FACT
+    lines[:, :-1, 1:-1] = keys.reshape(blocks, per_block, -1)
+    lines[:, :-1, -1] = values.reshape(blocks, per_block)
+    lines[:, -1, 0] = QUERY
+    lines[:, -1, 1:-1] = keys[asked]
+    lines[:, -1, -1] = values[asked]
+    scored = np.zeros(lines.shape, np.float32)
+    # The answer is predicted at the last symbol of the key.
+    scored[:, -1, -2] = told >= lags
+    tokens = lines.reshape(-1)[: self.seq_len]
+    weights = scored.reshape(-1)[: self.seq_len]
+    # What follows the last token is not there to be scored.
+    weights[-1] = 0
+    return Example(
+      tokens=tokens, labels=next_token_labels(tokens), weights=weights
+    )
+
+  def solve(self, tokens: np.ndarray) -> np.ndarray:
+    """The value behind the last mention of the key."""
+    answers = np.zeros_like(tokens)
+    latest: dict[bytes, int] = {}
+    for begin in np.flatnonzero(tokens < FIRST_SYMBOL):
+      end = begin + 1 + self.key_length
+      key = tokens[begin + 1 : end].tobytes()
+      if end < len(tokens) and tokens[begin] == FACT:
+        latest[key] = tokens[end]
+      if end <= len(tokens) and tokens[begin] == QUERY:
+        answers[end - 1] = latest[key]
+    return answers
