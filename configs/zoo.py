@@ -30,7 +30,7 @@ from configs import default
 from longctx import tasks
 from longctx.attention import VARIANTS
 from longctx.config import from_config_dict
-from longctx.matching import costs, match
+from longctx.matching import cost_of, match
 from longctx.model import TransformerConfig
 
 TASK = tasks.task_defaults('mqar', seq_len=64, vocab_size=256, num_pairs=8)
@@ -105,7 +105,7 @@ def _equal_parameters(models: dict[str, TransformerConfig]) -> dict[str, dict]:
 
 
 def _parameters(model: TransformerConfig) -> int:
-  return costs(model, TASK['seq_len'])['parameters']
+  return cost_of(model, 'parameters', seq_len=TASK['seq_len'])
 
 
 def _equal_states(models: dict[str, TransformerConfig]) -> dict[str, dict]:
@@ -114,7 +114,7 @@ def _equal_states(models: dict[str, TransformerConfig]) -> dict[str, dict]:
   full = dataclasses.replace(full, layers=('full', 'full'))
   changes = {'full': {}}
   for name, model in models.items():
-    once, twice = (costs(model, n)['state_bytes'] for n in (T, 2 * T))
+    once, twice = (cost_of(model, 'state_bytes', seq_len=n) for n in (T, 2 * T))
     if once == twice:
       matched = match(
         model,

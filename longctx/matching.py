@@ -1,6 +1,7 @@
 """Models of equal cost: a width solved for, so that variants compare fairly."""
 
 import dataclasses
+import functools
 
 import jax
 from flax import nnx
@@ -10,24 +11,25 @@ from longctx.model import Transformer, TransformerConfig
 COSTS = ('parameters', 'state_bytes', 'flops')
 
 
-def costs(config: TransformerConfig, seq_len: int) -> dict[str, int]:
+def cost_of(config: TransformerConfig, cost: str, *, seq_len: int) -> int:
   """What a model takes, without making it.
 
   Args:
     config: with the vocabulary resolved.
-    seq_len: tokens of a sequence.
+    cost: 'parameters', their number; 'state_bytes', what decoding keeps for one
+      sequence; 'flops' of a forward pass on it.
+    seq_len: tokens of the sequence.
 
-  Returns:
-    `parameters`, their number; `state_bytes`, what decoding keeps for one
-    sequence of that length; `flops` of a forward pass on it.
+  Raises:
+    ValueError: an unknown name.
   """
+  if cost not in COSTS:
+    raise ValueError(f'unknown {cost=}; known: {", ".join(COSTS)}')
   model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-  _, params = nnx.split(model, nnx.Param)
-  return {
-    'parameters': sum(x.size for x in jax.tree.leaves(params)),
-    'state_bytes': model.state_bytes(seq_len),
-    'flops': model.flops(seq_len),
-  }
+  if cost == 'parameters':
+    _, params = nnx.split(model, nnx.Param)
+    return sum(x.size for x in jax.tree.leaves(params))
+  return getattr(model, cost)(seq_len)
 
 
 def match(
@@ -58,15 +60,14 @@ def match(
   Raises:
     ValueError: there is no such width; the message has the nearest.
   """
-  if cost not in COSTS:
-    raise ValueError(f'unknown {cost=}; known: {", ".join(COSTS)}')
   if vary not in {field.name for field in dataclasses.fields(config)}:
     raise ValueError(f'{vary=} is no field of TransformerConfig')
-  target = costs(like, seq_len)[cost]
+  target = cost_of(like, cost, seq_len=seq_len)
 
+  @functools.cache
   def at(count: int) -> int:
     changed = dataclasses.replace(config, **{vary: count * multiple})
-    return costs(changed, seq_len)[cost]
+    return cost_of(changed, cost, seq_len=seq_len)
 
   # The first width that costs at least the target, by bisection.
   low, high = 0, most // multiple

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from longctx.matching import costs, match
+from longctx.matching import COSTS, cost_of, match
 from longctx.model import TransformerConfig
 
 FULL = TransformerConfig(
@@ -28,18 +28,19 @@ def test_width_is_the_one_that_costs_the_same(cost, vary, multiple):
   matched = match(
     LINEAR, like=like, cost=cost, vary=vary, seq_len=256, multiple=multiple
   )
-  target, found = (costs(m, 256)[cost] for m in (like, matched))
+  target, found = (cost_of(m, cost, seq_len=256) for m in (like, matched))
   assert abs(found - target) <= 0.1 * target
   # No neighbouring width is nearer.
   for step in (-multiple, multiple):
     width = getattr(matched, vary) + step
     if width > 0:
-      other = costs(dataclasses.replace(matched, **{vary: width}), 256)[cost]
+      other = dataclasses.replace(matched, **{vary: width})
+      other = cost_of(other, cost, seq_len=256)
       assert abs(found - target) <= abs(other - target)
 
 
 def test_costs_are_those_of_the_model():
-  found = costs(LINEAR, 256)
+  found = {cost: cost_of(LINEAR, cost, seq_len=256) for cost in COSTS}
   assert found['state_bytes'] == 2 * 2 * 32 * 33 * 4
   # Embedding, four projections and a norm per layer, the last norm.
   assert found['parameters'] == 64 * 64 + 2 * (4 * 64 * 64 + 64) + 64
