@@ -206,11 +206,11 @@ def _decayed_scores(q, k, total, visible):
   if total.shape[-1] == 1:
     gap = _gap(total, jnp.swapaxes(total, -1, -2))
     return _product(q, k) * jnp.exp(jnp.where(visible, gap, -jnp.inf))
-  # As many leading axes as q has, so that halves can be stacked before them.
-  stack = tuple(range(q.ndim - k.ndim))
+  # As many leading axes as q has, and one in front for the halves.
+  stack = tuple(range(1 + q.ndim - k.ndim))
   k = jnp.expand_dims(k, stack)
   total = jnp.expand_dims(total, tuple(1 + axis for axis in stack))
-  return jnp.where(visible, _decayed_products(q, k, total), 0)
+  return jnp.where(visible, _decayed_products(q[None], k, total)[0], 0)
 
 
 def _decayed_products(q, k, total):
@@ -219,6 +219,10 @@ def _decayed_products(q, k, total):
   The chunk is halved again and again: where i lies in the second half and j in
   the first, both are scaled to the last step m of the first half,
   L_i - L_m <= 0 and L_m - L_j <= 0, and a matrix product is left.
+
+  Halves lie along one axis, the first of q and k and the second of `total`: an
+  axis for each halving would be more than the eight that XLA's CPU library
+  takes (jaxlib 0.10 reads beyond them).
   """
   C = q.shape[-2]
   if C % 2 or C <= _SMALLEST_HALF:
@@ -234,9 +238,12 @@ def _decayed_products(q, k, total):
     q2 * jnp.exp(_gap(total2, middle)), k1 * jnp.exp(_gap(middle, total1))
   )
   # Both halves in one call, so that the program grows with log C only.
-  first, second = _decayed_products(
-    jnp.stack([q1, q2]), jnp.stack([k1, k2]), jnp.stack([total1, total2], 1)
+  halves = _decayed_products(
+    jnp.concatenate([q1, q2]),
+    jnp.concatenate([k1, k2]),
+    jnp.concatenate([total1, total2], axis=1),
   )
+  first, second = jnp.split(halves, 2)
   above = jnp.zeros_like(below)
   return jnp.block([[first, above], [below, second]])
 

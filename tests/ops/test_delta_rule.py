@@ -105,6 +105,7 @@ def case(T, dtype='float32', *, chunk_size=16, segments=False, **kwargs):
     case(37, N=4, K=1, decay='head', segments=True),
     case(37, N=4, K=2, decay='channel', segments=True, chunk_size=12),
     case(70, decay='head', chunk_size=32),
+    case(70, decay='channel', chunk_size=64),
     case(37, decay='channel', dtype='float64'),
     case(37, decay='head', segments=True, dtype='bfloat16'),
     case(37, N=4, K=2, beta=0.0),

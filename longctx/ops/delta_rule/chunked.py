@@ -96,14 +96,21 @@ def _inverse(below):
   and never end where there are two threads.
   """
   C = below.shape[-1]
+  # One leading axis, along which halves lie, whatever their number.
+  return _inverse_of_all(below.reshape(-1, C, C)).reshape(below.shape)
+
+
+def _inverse_of_all(below):
+  C = below.shape[-1]
   if C <= 2:
     return jnp.eye(C, dtype=below.dtype) - below
   if C % 2:
-    one_more = [(0, 0)] * (below.ndim - 2) + [(0, 1), (0, 1)]
-    return _inverse(jnp.pad(below, one_more))[..., :C, :C]
+    one_more = jnp.pad(below, [(0, 0), (0, 1), (0, 1)])
+    return _inverse_of_all(one_more)[:, :C, :C]
   half = C // 2
-  first, rest = below[..., :half, :half], below[..., half:, :half]
-  first, second = _inverse(jnp.stack([first, below[..., half:, half:]]))
+  first, rest = below[:, :half, :half], below[:, half:, :half]
+  halves = jnp.concatenate([first, below[:, half:, half:]])
+  first, second = jnp.split(_inverse_of_all(halves), 2)
   product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
   rest = -product(product(second, rest), first)
   return jnp.block([[first, jnp.zeros_like(rest)], [rest, second]])
