@@ -18,8 +18,10 @@ tokens; those that keep keys and values are left out.
 Windows, blocks and strides are a quarter of the sequence or less, so that what
 they leave out shows.
 
-Expected: no figures have been measured yet; `python studies/zoo/run.py` trains
-three seeds and tabulates medians and ranges.
+Expected: studies/zoo/README.md has three seeds of all variants. Attention to
+every key 0.999 by step 200, Based 0.98, DeltaNet 0.93, a window of 16 about
+0.45, elu+1 0.12; variants that begin by forgetting fast have not learned yet.
+About 20 minutes a seed on two CPU cores (AMD EPYC).
 """
 
 import dataclasses

@@ -115,11 +115,14 @@ def table(entries):
   for entry in entries:
     accuracy, steps = entry['accuracy'], entry['steps_to_90']
     low, high = f'{accuracy["low"]:.3f}', f'{accuracy["high"]:.3f}'
-    never = lambda step: '-' if step is None else f'{step:.0f}'
+    never = lambda step: 'never' if step is None else f'{step:.0f}'
+    reached = f'{never(steps["median"])} ({never(steps["low"])} to '
+    reached += f'{never(steps["high"])})'
+    if steps['low'] is None:
+      reached = 'never'
     lines.append(
       f'| `{entry["variant"]}` | {accuracy["median"]:.3f} ({low} to {high}) | '
-      f'{never(steps["median"])} ({never(steps["low"])} to '
-      f'{never(steps["high"])}) | {entry["parameters"]:,} | '
+      f'{reached} | {entry["parameters"]:,} | '
       f'{entry["state_bytes"]:,} | '
       f'{entry["tokens_per_second"]["median"]:,.0f} |'
     )
