@@ -24,7 +24,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,7 @@ from longctx import cache as cache_lib
 from longctx import evaluate, figures, metrics, steps
 from longctx.attention import parse_layer
 from longctx.model import TransformerConfig
-from longctx.tasks import Task
-from longctx.tasks.bytes_lm import BytesLM
+from longctx.token_stream import Piece, TokenStream
 
 # What stands in for a layer `full`; None leaves it.
 POLICIES = {
@@ -119,69 +118,23 @@ def with_policy(
   layer = layer.format(
     slots=config.slots, sinks=config.sinks, rest=config.slots - config.sinks
   )
-  layers = tuple(
-    layer if parse_layer(text)[0] == 'full' else text for text in model.layers
-  )
+  name, own = parse_layer(layer)
+
+  def exchange(text: str) -> str:
+    kept, arguments = parse_layer(text)
+    if kept != 'full':
+      return text
+    # What a layer has of its own, such as its positions, stays.
+    both = {**arguments, **own}
+    return f'{name}({", ".join(f"{k}={v!r}" for k, v in both.items())})'
+
+  layers = tuple(map(exchange, model.layers))
   if layers == model.layers:
     raise ValueError(
       f"policy {policy!r} stands in for layers 'full', and the model has "
       f"{', '.join(model.layers)}: take 'trained'"
     )
   return dataclasses.replace(model, layers=layers)
-
-
-class Piece(NamedTuple):
-  """Some tokens of a stream, [rows, count] each, as in `tasks.Example`."""
-
-  tokens: np.ndarray
-  labels: np.ndarray
-  weights: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenStream:
-  """A split of a task without an end, addressable by position.
-
-  Text is read from `rows` places on and begins anew where it ends. Of any other
-  task it is one example after another.
-  """
-
-  task: Task
-  split: str
-  seed: int
-  rows: int
-
-  def take(self, begin: int, count: int) -> Piece:
-    """Tokens at positions begin, …, begin + count - 1."""
-    if isinstance(self.task, BytesLM):
-      return self._take_text(begin, count)
-    T = self.task.seq_len
-    indices = range(begin // T, -(-(begin + count) // T))
-    rows = [
-      [
-        self.task.get(self.seed, self.split, self.rows * index + row)
-        for index in indices
-      ]
-      for row in range(self.rows)
-    ]
-    inside = slice(begin % T, begin % T + count)
-
-    def join(name):
-      joined = [
-        np.concatenate([getattr(e, name) for e in examples])[inside]
-        for examples in rows
-      ]
-      return np.stack(joined)
-
-    return Piece(join('tokens'), join('labels'), join('weights'))
-
-  def _take_text(self, begin: int, count: int) -> Piece:
-    text = self.task.text(self.split)
-    starts = np.arange(self.rows) * (len(text) // self.rows)
-    places = starts[:, None] + begin + np.arange(count + 1)
-    taken = text[places % len(text)].astype(np.int32)
-    labels = taken[:, 1:]
-    return Piece(taken[:, :-1], labels, self.task.weights(labels))
 
 
 def check(run: evaluate.Trained, config: StreamConfig) -> None:

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from longctx import evaluate, metrics, runs, steps, stream, train
-from longctx.stream import StreamConfig, TokenStream, evaluate_stream
+from longctx.stream import StreamConfig, evaluate_stream
+from longctx.token_stream import TokenStream
 from tests.tiny import tiny_config
 
 CONFIG = StreamConfig(
@@ -63,6 +64,16 @@ def test_buckets_are_the_losses_under_the_mask(run, policy):
     np.testing.assert_allclose(row['loss'], part.mean(), rtol=1e-4)
     assert row['count'] == part.size
   assert (run.workdir / 'figures' / 'stream.png').stat().st_size > 5000
+
+
+def test_a_layer_keeps_the_arguments_of_its_own(run):
+  layers = ("full(positions='none')", 'linear')
+  model = dataclasses.replace(run.model, layers=layers)
+  changed = stream.with_policy(model, 'window', CONFIG)
+  assert changed.layers == (
+    "sliding_window(positions='none', window=6)",
+    'linear',
+  )
 
 
 def test_windows_read_anew_know_nothing_of_what_left(run):
