@@ -380,7 +380,8 @@ def _line(policy: str, rows: list[dict[str, Any]], config: StreamConfig) -> str:
   parts = [
     f'{name} {mean(part):.4f}'
     for name, part in (
-      (f'loss to {config.slots:,}', early),
+      ('loss', rows),
+      (f'to {config.slots:,}', early),
       (f'from {2 * config.slots:,}', late),
       ('last half', late[len(late) // 2 :]),
     )

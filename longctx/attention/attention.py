@@ -127,9 +127,10 @@ class Attention(nnx.Module, abc.ABC):
       capacity: the most tokens of a row; None for any number.
 
     Raises:
-      NotImplementedError: the layer reads later tokens.
+      NotImplementedError: the layer reads later tokens, or lacks 'decode'.
       ValueError: there is no end, and the layer reads all tokens.
     """
+    self.require('decode')
     plan, reads_later = self._trace(capacity)
     if reads_later:
       raise NotImplementedError(
