@@ -6,9 +6,11 @@
 
 Prints JSON lines. Per scheme and layout, and beside them for `one_device` (the
 same attention without a mesh), `torch` (its `scaled_dot_product_attention`, a
-flash attention, when torch is installed) and `dense` (the equation, every score
-held, as long as that takes at most 8 GB), all on the same causal sequence,
-forward and forward + backward:
+flash attention, when torch is installed), `ringattention` (the reference JAX
+implementation of arXiv:2310.01889 on the same devices, after `pip install
+einops` and `pip install --no-deps ringattention`) and `dense` (the equation,
+every score held, as long as that takes at most 8 GB), all on the same causal
+sequence, forward and forward + backward:
 
     seconds, seconds_min   median and least of `--repeats` calls; all take turns
                            in one process, so that a busy machine slows all of
@@ -17,7 +19,8 @@ forward and forward + backward:
                            median; forward + backward counts 3.5 forward passes
                            (7 products of which the forward has 2)
     torch_seconds_ratio    PyTorch's time over this one's (above 1: faster)
-    dense_seconds_ratio    likewise
+    ringattention_seconds_ratio, dense_seconds_ratio
+                           likewise
     temp_bytes             what the compiler sets aside on each device, beside
                            inputs and outputs
 
@@ -31,7 +34,9 @@ share the cores of one machine, and what is sent is a copy in memory.
 
 import argparse
 import functools
+import importlib.util
 import json
+import pathlib
 import statistics
 import time
 
@@ -52,7 +57,10 @@ except ImportError:
   torch = None
 
 PASSES = ('forward', 'forward+backward')
-OTHERS = ('one_device', 'dense', 'torch')
+OTHERS = ('one_device', 'dense', 'torch', 'ringattention')
+
+# Queries and keys per chunk of the reference: as long as our blocks.
+CHUNK = 512
 
 # Bytes for every score, beyond which the dense softmax is left out: forward +
 # backward at 8192 tokens and 8 heads takes 12 GB.
@@ -163,6 +171,8 @@ def prepare_other(args, name, pass_, arrays):
   """(call, temp_bytes) of what there is to compare with."""
   if name == 'torch':
     return _prepare_torch(args, pass_, arrays), None
+  if name == 'ringattention':
+    return _prepare_ringattention(args, pass_, arrays)
   implementation = 'reference' if name == 'dense' else None
   attend = functools.partial(
     dot_product_attention, implementation=implementation
@@ -192,6 +202,65 @@ def _prepare_torch(args, pass_, arrays):
   return lambda: torch.autograd.grad(attend(*inputs), inputs, out_bar)
 
 
+def _load_ringattention():
+  """The reference's module, or None where it is not installed.
+
+  Importing its package fails, since it asks for `jax.lib.xla_bridge`.
+  """
+  spec = importlib.util.find_spec('ringattention')
+  if spec is None or importlib.util.find_spec('einops') is None:
+    return None
+  path = pathlib.Path(spec.origin).with_name('ringattention_jax.py')
+  spec = importlib.util.spec_from_file_location('ringattention_jax', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def _prepare_ringattention(args, pass_, arrays):
+  mesh = parallel.make_mesh(seq=args.devices)
+  chunk = min(CHUNK, args.length // args.devices)
+  options = dict(
+    causal_block_size=1,
+    query_chunk_size=chunk,
+    key_chunk_size=chunk,
+    deterministic=True,
+    dropout_rng=None,
+    attn_pdrop=0.0,
+    dtype=jnp.float32,
+    policy=jax.checkpoint_policies.nothing_saveable,
+    precision=None,
+    prevent_cse=False,
+  )
+  ring_attention = _load_ringattention().ring_attention
+
+  @functools.partial(
+    jax.shard_map,
+    mesh=mesh,
+    in_specs=P(None, 'seq'),
+    out_specs=P(None, 'seq'),
+    check_vma=False,
+  )
+  def attend(q, k, v):
+    return ring_attention(q, k, v, None, None, None, 'seq', True, options)
+
+  sharding = NamedSharding(mesh, P(None, 'seq'))
+  arrays = [jax.device_put(x.astype(args.dtype), sharding) for x in arrays]
+  program = jax.jit(with_backward(attend, pass_)).lower(*arrays).compile()
+  call = lambda: jax.block_until_ready(program(*arrays))
+  return call, program.memory_analysis().temp_size_in_bytes
+
+
+def _is_there(args, name):
+  """Whether there is such a thing to compare with here."""
+  if name == 'torch':
+    return torch is not None
+  if name == 'ringattention':
+    # It has as many key heads as query heads.
+    return args.kv_heads == args.heads and _load_ringattention() is not None
+  return bool(name)
+
+
 def time_in_turns(calls, repeats):
   """Seconds per call, {name: [repeats]}, after one call of each to warm up."""
   seconds = {name: [] for name in calls}
@@ -215,7 +284,7 @@ def run_pass(args, pass_):
     if scheme and name
   }
   for other in args.others:
-    if other and (other != 'torch' or torch is not None):
+    if _is_there(args, other):
       case = prepare_other(args, other, pass_, arrays)
       if other != 'dense' or case[1] <= DENSE_MOST:
         prepared[other, None] = case
@@ -229,13 +298,13 @@ def run_pass(args, pass_):
     line = {'scheme': scheme, 'layout': name, 'pass': pass_, 'T': args.length}
     line |= dict(B=args.batch, N=args.heads, K=args.kv_heads, H=args.head_dim)
     line |= dict(
-      devices=args.devices if name else 1,
+      devices=args.devices if name or scheme == 'ringattention' else 1,
       dtype=args.dtype,
       seconds=round(median, 6),
       seconds_min=round(min(seconds[scheme, name]), 6),
       useful_gflops_per_s=round(flops / median / 1e9, 1),
     )
-    for other in ('torch', 'dense'):
+    for other in ('torch', 'ringattention', 'dense'):
       if (other, None) in medians and other != scheme:
         ratio = medians[other, None] / median
         line[f'{other}_seconds_ratio'] = round(ratio, 3)

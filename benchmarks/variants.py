@@ -15,7 +15,8 @@ measured only so):
     peak_bytes             arguments, results and what the compiler sets aside
     hf_seconds_ratio       time of Hugging Face's LongformerSelfAttention, where
                            torch and transformers are installed, over this one's
-                           (above 1: faster)
+                           (above 1: faster); its module ends before the
+                           projection out, as ours does with `--out=0`
 
 then, per variant and pass, `doubling`, time(2T) over time(T) of least times,
 and `memory_doubling`; both are 2 where the cost is linear in T.
@@ -75,6 +76,7 @@ def parse_arguments(argv):
   parser.add_argument('--repeats', type=int, default=3)
   parser.add_argument('--most_quadratic', type=int, default=8192)
   parser.add_argument('--hf', type=int, default=1, help='0: leave it out')
+  parser.add_argument('--out', type=int, default=1, help='0: no projection out')
   parser.add_argument('--quick', action='store_true', help='seconds, T <= 256')
   args = parser.parse_args(argv)
   if args.quick:
@@ -92,6 +94,13 @@ def parse_arguments(argv):
   return args
 
 
+class Same(nnx.Module):
+  """No projection."""
+
+  def __call__(self, x):
+    return x
+
+
 def make_layer(args, layer):
   config = AttentionConfig(
     d_model=args.d_model,
@@ -102,7 +111,10 @@ def make_layer(args, layer):
     positions='none',
     dtype=args.dtype,
   )
-  return make_attention(layer, config, rngs=nnx.Rngs(0))
+  module = make_attention(layer, config, rngs=nnx.Rngs(0))
+  if not args.out:
+    module.out = Same()
+  return module
 
 
 def is_quadratic(module, T):
