@@ -42,6 +42,17 @@ class Axes:
       names = (names,) if names else ()
     return math.prod(self.mesh.shape[name] for name in names)
 
+  @property
+  def sharing(self) -> int:
+    """Devices that share the caches of one machine, as virtual ones do."""
+    if isinstance(self.mesh, AbstractMesh):
+      return 1
+    devices = list(self.mesh.devices.flat)
+    if devices[0].platform != 'cpu':
+      return 1
+    first = devices[0].process_index
+    return sum(device.process_index == first for device in devices)
+
   def index(self, names: str | tuple[str, ...] | None):
     """Inside of `shard_map`: which of them this device is."""
     return lax.axis_index(names) if names else 0

@@ -1,8 +1,8 @@
 """Ring attention: keys and values visit the devices that read them.
 
 Every device holds the queries, keys and values of its tokens. Keys and values
-travel along the chains of a `Schedule`; at every stop the device adds their
-share, merged by (out, lse) in float32. Ring Attention (arXiv:2310.01889), with
+travel along the chains of a `Schedule`; at every stop the device goes on from
+what it has summed so far, in float32. Ring Attention (arXiv:2310.01889), with
 the hops, their direction and what travels derived from the mask.
 
 The backward pass sends keys and values again, with the gradients that they have
@@ -177,22 +177,24 @@ def _forward(device: '_Device', q, k, v):
     out, lse = device.put((out, lse), merge(*own, *part))
 
   for chain, arrived in zip(schedule.chains, arriving, strict=True):
+    part = device.part(schedule.travelling, queries, arrived)
 
-    def stop(hop, out, lse, arrived, chain=chain):
+    def stop(hop, sums, arrived, chain=chain, part=part):
       keys = device.arrived(chain, arrived, hop)
-      part = device.forward(schedule.travelling, queries, keys)
-      return merge(out, lse, *part)
+      extras = device.extras(queries, keys)
+      return blockwise.add(part, queries.q, keys.k, keys.v, extras, sums)
 
     def body(carry, hop, chain=chain, stop=stop):
-      arrived, out, lse = carry
+      arrived, sums = carry
       # On its way before the work that it will overlap with.
       following = device.shift(arrived, chain.pairs)
-      return (following, *stop(hop, out, lse, arrived)), None
+      return (following, stop(hop, sums, arrived)), None
 
+    sums = blockwise.resume(part, out, lse)
     if chain.hops > 1:
       hops = jnp.arange(1, chain.hops)
-      (arrived, out, lse), _ = lax.scan(body, (arrived, out, lse), hops)
-    out, lse = stop(chain.hops, out, lse, arrived)
+      (arrived, sums), _ = lax.scan(body, (arrived, sums), hops)
+    out, lse = blockwise.finish(part, stop(chain.hops, sums, arrived))
   return out, lse
 
 
@@ -217,32 +219,39 @@ def _backward(device: '_Device', q, k, v, lse, dout, delta):
 
   for chain, arrived in zip(schedule.chains, arriving, strict=True):
     everyone = device.neighbours(chain.direction)
+    part = device.part(schedule.travelling, queries, arrived)
 
-    def stop(hop, dq, arrived, chain=chain):
+    def stop(hop, sums, arrived, chain=chain, part=part):
       keys = device.arrived(chain, arrived, hop)
-      part = device.backward(schedule.travelling, queries, keys, bars)
-      return dq + part[0], part[1:]
+      extras = device.extras(queries, keys)
+      sums, *share = blockwise.add_gradients(
+        part, queries.q, keys.k, keys.v, extras, *bars, sums
+      )
+      return sums, tuple(share)
 
     def body(carry, hop, chain=chain, stop=stop, everyone=everyone):
-      arrived, collected, dq = carry
+      arrived, collected, sums = carry
       following = device.shift(arrived, chain.pairs)
       collected = device.shift(collected, everyone)
-      dq, part = stop(hop, dq, arrived)
-      return (following, jax.tree.map(jnp.add, collected, part), dq), None
+      sums, share = stop(hop, sums, arrived)
+      return (following, jax.tree.map(jnp.add, collected, share), sums), None
 
     collected = None
+    sums = blockwise.no_queries(part, q, dq.dtype)
     if chain.hops > 1:
       zeros = (
         jnp.zeros_like(dk[:, : chain.length]),
         jnp.zeros_like(dv[:, : chain.length]),
       )
-      carry, _ = lax.scan(body, (arrived, zeros, dq), jnp.arange(1, chain.hops))
-      arrived, collected, dq = carry
+      carry = (arrived, zeros, sums)
+      carry, _ = lax.scan(body, carry, jnp.arange(1, chain.hops))
+      arrived, collected, sums = carry
       collected = device.shift(collected, everyone)
-    dq, part = stop(chain.hops, dq, arrived)
+    sums, share = stop(chain.hops, sums, arrived)
+    dq += blockwise.join_queries(part, sums)
     if collected is not None:
-      part = jax.tree.map(jnp.add, collected, part)
-    home = device.shift(part, device.neighbours(-chain.direction * chain.hops))
+      share = jax.tree.map(jnp.add, collected, share)
+    home = device.shift(share, device.neighbours(-chain.direction * chain.hops))
     dk = dk.at[:, chain.start : chain.stop].add(home[0])
     dv = dv.at[:, chain.start : chain.stop].add(home[1])
   return dq, dk, dv
@@ -252,19 +261,19 @@ class _Device:
   """One device's view: who it is, and what it does with parts."""
 
   def __init__(self, spec: Spec, extras: Extras):
-    self.spec, self.extras = spec, extras
+    self.spec, self.given = spec, extras
     self.ring = spec.ring
     self.me = lax.axis_index(spec.axis)
 
   def queries(self, q) -> Queries:
-    indices = self.extras.indices
+    indices = self.given.indices
     positions = indices.q_positions
     if positions is None:
       positions = self.ring.positions(self.me)[None]
     return Queries(q, positions, indices.q_segment_ids)
 
   def keys(self, k, v) -> Keys:
-    indices = self.extras.indices
+    indices = self.given.indices
     return Keys(k, v, indices.k_positions, indices.k_segment_ids)
 
   def neighbours(self, offset: int) -> tuple[tuple[int, int], ...]:
@@ -289,16 +298,17 @@ class _Device:
 
   def forward(self, mask: Mask, queries: Queries, keys: Keys):
     """(out, lse) of some queries and keys, unrounded."""
-    spec, extras = self._part(mask, queries, keys)
+    spec, extras = self.part(mask, queries, keys), self.extras(queries, keys)
     return blockwise.forward(spec, queries.q, keys.k, keys.v, extras)
 
   def backward(self, mask: Mask, queries: Queries, keys: Keys, bars):
     """Their share of (dq, dk, dv), unrounded."""
-    spec, extras = self._part(mask, queries, keys)
+    spec, extras = self.part(mask, queries, keys), self.extras(queries, keys)
     return blockwise.backward(spec, queries.q, keys.k, keys.v, extras, *bars)
 
-  def _part(self, mask: Mask, queries: Queries, keys: Keys):
-    spec = blockwise.make_spec(
+  def part(self, mask: Mask, queries: Queries, keys: Keys) -> blockwise.Spec:
+    """How some queries read some keys."""
+    return blockwise.make_spec(
       queries.q,
       keys.k,
       mask=mask,
@@ -309,16 +319,18 @@ class _Device:
         self.spec.block_sizes or BlockSizes(), piece=self.ring.piece
       ),
     )
+
+  def extras(self, queries: Queries, keys: Keys) -> blockwise.Extras:
+    """Where they are, and what else has no gradient."""
     positions = keys.positions
     if positions is None:
       positions = self.ring.positions(self.me)[None]
     indices = Indices(
       queries.positions, positions, queries.segment_ids, keys.segment_ids
     )
-    extras = blockwise.Extras(
-      indices, self.extras.alibi_slopes, self.extras.dropout
+    return blockwise.Extras(
+      indices, self.given.alibi_slopes, self.given.dropout
     )
-    return spec, extras
 
   def broadcast_keys(self, keys: Keys, n: int) -> Keys:
     """The first n keys of the sequence, on every device."""

@@ -255,6 +255,8 @@ def _local(plan: _Plan, q, k, v, call: dict[str, Any]):
       first_batch_row=axes.index(axes.data) * q.shape[0],
       first_head=axes.index(axes.heads) * q.shape[2],
     )
+  sizes = call['block_sizes'] or BlockSizes()
+  call['block_sizes'] = dataclasses.replace(sizes, sharing=axes.sharing)
   if plan.few:
     return _few_queries(plan, q, k, v, call)
   if plan.scheme == 'all_gather':

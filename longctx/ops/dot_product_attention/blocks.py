@@ -17,6 +17,11 @@ SCORES_TOGETHER = 2**20
 # The cost of a row or column of a block, and of a step, in scores.
 EDGE, STEP = 64, 2**17
 
+# Scores of a head below which XLA's products keep to one core (jaxlib 0.10,
+# head dimension 64). It costs so much more where a device has several cores;
+# where devices share them, it is what is not kept to one that does.
+ON_ONE_CORE, SLOWER = 2**17, 1.8
+
 # Positions on which a mask is sampled to choose block sizes.
 COUNTED = 4096
 
@@ -36,6 +41,8 @@ class BlockSizes:
     heads: (batch row, key head) pairs computed together.
     piece: sizes left to the heuristic divide it: positions jump at multiples of
       this many tokens, and a block across a jump could not be left out.
+    sharing: devices that share the caches of one machine, as virtual ones do;
+      the heuristic then takes fewer heads together.
   """
 
   block_q: int | None = None
@@ -44,6 +51,7 @@ class BlockSizes:
   block_k_backward: int | None = None
   heads: int | None = None
   piece: int | None = None
+  sharing: int = 1
 
   def __post_init__(self):
     for name, size in dataclasses.asdict(self).items():
@@ -214,12 +222,12 @@ def make_tiling(
   best, least = None, None
   for block_q in _candidates(fixed_q, T, sizes.piece):
     for block_k in _candidates(fixed_k, S, sizes.piece):
-      together = SCORES_TOGETHER // (G * block_q * block_k)
+      together = SCORES_TOGETHER // (sizes.sharing * G * block_q * block_k)
       together = sizes.heads or max(1, min(together, 64))
       heads = _divisor(K, together)
       rows = _divisor(B, together // K) if heads == K else 1
       tiling = Tiling(*shape, block_q, block_k, rows, heads)
-      cost = _cost(mask, tiling)
+      cost = _cost(mask, tiling, sizes.sharing)
       if least is None or (cost, -block_q, -block_k) < least:
         best, least = tiling, (cost, -block_q, -block_k)
   return best
@@ -234,7 +242,7 @@ def _candidates(fixed: int | None, length: int, piece: int | None) -> set[int]:
   return {b for b in sizes if piece % b == 0} if piece < length else sizes
 
 
-def _cost(mask: Mask, tiling: Tiling) -> float:
+def _cost(mask: Mask, tiling: Tiling, sharing: int) -> float:
   t = tiling
   T, S = min(t.T, COUNTED), min(t.S, COUNTED)
   block_q, block_k = min(t.block_q, T), min(t.block_k, S)
@@ -243,6 +251,8 @@ def _cost(mask: Mask, tiling: Tiling) -> float:
   # Scores beyond the cache cost about twice as much.
   held = t.X * t.G * t.block_q * t.block_k
   area *= 2 if held > SCORES_TOGETHER else 1
+  on_one_core = t.G * t.block_q * t.block_k < ON_ONE_CORE
+  area *= SLOWER if on_one_core == (sharing == 1) else 1
   return float(np.count_nonzero(kinds) * t.groups * (t.X * area + STEP))
 
 

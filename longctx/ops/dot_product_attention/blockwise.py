@@ -19,6 +19,7 @@ they lie in memory.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +149,20 @@ def _attend_bwd(spec: Spec, residuals, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+class Sums(NamedTuple):
+  """What queries have found in the keys that they have seen, by block.
+
+  Attributes:
+    values: the values, weighted relative to the peak.
+    peak: the largest logit, where the normalizer needs one.
+    total: the sum of what a weight is divided by, relative to the peak.
+  """
+
+  values: Float[Array, 'blocks X R V']
+  peak: Float[Array, 'blocks X R']
+  total: Float[Array, 'blocks X R']
+
+
 def forward(
   spec: Spec,
   q: Float[Array, 'B T N H'],
@@ -158,55 +172,101 @@ def forward(
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
   """(out, lse) over the keys given, both in the dtype of the sums.
 
-  Parts over disjoint sets of keys are put together by `ops.merge`.
+  Parts over disjoint sets of keys are put together by `ops.merge`, or go on
+  from each other's `Sums`.
   """
   t = spec.forward
   dtype = jnp.promote_types(q.dtype, jnp.float32)
+  shape = (t.groups * t.nq, t.X, t.G * t.block_q)
+  sums = Sums(
+    jnp.zeros((*shape, v.shape[-1]), dtype),
+    jnp.full(shape, spec.normalizer.least_peak or 0, dtype),
+    jnp.zeros(shape, dtype),
+  )
+  return finish(spec, add(spec, q, k, v, extras, vary_like(sums, q, k, v)))
+
+
+def resume(
+  spec: Spec, out: Float[Array, 'B T N V'], lse: Float[Array, 'B T N']
+) -> Sums:
+  """The sums that `finish` makes these of, to go on from."""
+  t, least = spec.forward, spec.normalizer.least_peak
+  peak = jnp.zeros_like(lse) if least is None else jnp.maximum(lse, least)
+  # Any peak will do, so it has no derivative; lse has it by the total.
+  peak = lax.stop_gradient(peak)
+  total = jnp.exp(lse - peak)
+  shape = (t.groups * t.nq, t.X, t.G * t.block_q)
+  values, peak, total = (
+    t.split_q(x).reshape(*shape, -1)
+    for x in (out * total[..., None], peak[..., None], total[..., None])
+  )
+  return Sums(values, peak[..., 0], total[..., 0])
+
+
+def finish(
+  spec: Spec, sums: Sums
+) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
+  """(out, lse) of all the keys that were seen."""
+  some = sums.total > 0
+  total = jnp.where(some, sums.total, 1)
+  lse = jnp.where(some, sums.peak + jnp.log(total), -jnp.inf)
+  join = spec.forward.join_q
+  return join(sums.values / total[..., None]), join(lse[..., None])[..., 0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def add(
+  spec: Spec,
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K V'],
+  extras: Extras,
+  sums: Sums,
+) -> Sums:
+  """The sums over these keys too."""
+  t = spec.forward
+  dtype = sums.total.dtype
   q_blocks, k_blocks, v_blocks = t.split_q(q), t.split_k(k), t.split_k(v)
   work = Work(spec, t, extras, by_column=False)
-  normalizer, V, R = spec.normalizer, v.shape[-1], t.G * t.block_q
+  normalizer = spec.normalizer
 
-  def row(n):
+  def row(place):
+    n, sums = place
     g, i = n // t.nq, n % t.nq
     q_i = q_blocks[g, i].astype(dtype) * spec.scale
 
-    def step(j, carry, *, masked):
-      acc, peak, total = carry
+    def step(j, sums, *, masked):
+      values, peak, total = sums
       k_j, v_j = (x[g, j].astype(dtype) for x in (k_blocks, v_blocks))
       z = jnp.einsum('XRH,XSH->XRS', q_i, k_j)
       z, _ = work.logits(z, g, i, j, masked=masked)
       if normalizer.least_peak is not None:
         new_peak = jnp.maximum(peak, z.max(-1))
         decay = jnp.exp(peak - new_peak)
-        acc, peak, total = acc * decay[..., None], new_peak, total * decay
+        values, peak, total = values * decay[..., None], new_peak, total * decay
       weight, term = _weight_and_term(normalizer.terms(z, peak[..., None]))
       total += term.sum(-1)
       weight = work.dropped(weight, g, i, j)
-      acc += jnp.einsum('XRS,XSV->XRV', weight, v_j)
-      return acc, peak, total
+      values += jnp.einsum('XRS,XSV->XRV', weight, v_j)
+      return Sums(values, peak, total)
 
-    carry = (
-      jnp.zeros((t.X, R, V), dtype),
-      jnp.full((t.X, R), normalizer.least_peak or 0, dtype),
-      jnp.zeros((t.X, R), dtype),
-    )
-    acc, peak, total = work.visit(g, i, step, vary_like(carry, q, k, v))
-    some = total > 0
-    total = jnp.where(some, total, 1)
-    out = acc / total[..., None]
-    return out, jnp.where(some, peak + jnp.log(total), -jnp.inf)
+    return work.visit(g, i, step, sums)
 
-  out, lse = lax.map(row, jnp.arange(t.groups * t.nq))
-  return t.join_q(out), t.join_q(lse[..., None])[..., 0]
+  return lax.map(row, (jnp.arange(t.groups * t.nq), sums))
 
 
-@forward.defjvp
-def _forward_jvp(spec: Spec, primals, tangents):
-  q, k, v, extras = primals
-  out, lse = forward(spec, *primals)
-  again = functools.partial(second_order.forward, spec, extras, lse)
-  _, tangents = jax.jvp(again, (q, k, v), tangents[:3])
-  return (out, lse), tangents
+@add.defjvp
+def _add_jvp(spec: Spec, primals, tangents):
+  q, k, v, extras, sums = primals
+  found = add(spec, *primals)
+  again = functools.partial(
+    second_order.add, spec, extras, sums.peak, found.peak
+  )
+  # Whatever the peak, what comes of the sums is the same.
+  parts = (q, k, v, sums.values, sums.total)
+  tangents = (*tangents[:3], tangents[4].values, tangents[4].total)
+  _, (values, total) = jax.jvp(again, parts, tangents)
+  return found, Sums(values, jnp.zeros_like(found.peak), total)
 
 
 def _weight_and_term(terms):
@@ -232,7 +292,6 @@ def make_delta(
   return delta - dlse
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def backward(
   spec: Spec,
   q: Float[Array, 'B T N H'],
@@ -250,6 +309,40 @@ def backward(
   With lse and delta of all the keys, the keys given may be a part of them: then
   dq is that part's share, and dk and dv are whole.
   """
+  dq = vary_like(no_queries(spec, q, lse.dtype), q, k, v, dout)
+  dq, dk, dv = add_gradients(spec, q, k, v, extras, lse, dout, delta, dq)
+  return join_queries(spec, dq), dk, dv
+
+
+def no_queries(spec: Spec, q: Float[Array, 'B T N H'], dtype: Any) -> Array:
+  """Zeros for `add_gradients` to go on from, [blocks, X, H, R]."""
+  t = spec.backward
+  shape = (t.groups * t.nq, t.X, q.shape[-1], t.G * t.block_q)
+  return jnp.zeros(shape, dtype)
+
+
+def join_queries(
+  spec: Spec, dq: Float[Array, 'blocks X H R']
+) -> Float[Array, 'B T N H']:
+  """The gradient of the queries, of what `add_gradients` has summed."""
+  return spec.backward.join_q(dq.swapaxes(2, 3) * spec.scale)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def add_gradients(
+  spec: Spec,
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K V'],
+  extras: Extras,
+  lse: Float[Array, 'B T N'],
+  dout: Float[Array, 'B T N V'],
+  delta: Float[Array, 'B T N'],
+  dq: Float[Array, 'blocks X H R'],
+) -> tuple[
+  Float[Array, 'blocks X H R'], Float[Array, 'B S K H'], Float[Array, 'B S K V']
+]:
+  """`backward`, its dq added to the one given, by block and transposed."""
   t = spec.backward
   dtype = lse.dtype
   delta = t.split_q(delta[..., None])[..., 0]
@@ -259,7 +352,7 @@ def backward(
   q_blocks, do_blocks = t.split_q(q), t.split_q(dout)
   k_blocks, v_blocks = t.split_k(k), t.split_k(v)
   work = Work(spec, t, extras, by_column=True)
-  H, V, R = q.shape[-1], v.shape[-1], t.G * t.block_q
+  H, V = q.shape[-1], v.shape[-1]
 
   def column(dq, n):
     g, j = n // t.nk, n % t.nk
@@ -289,17 +382,14 @@ def backward(
     dq, dk, dv = work.visit(g, j, step, carry)
     return dq, (dk, dv)
 
-  dq = jnp.zeros((t.groups * t.nq, t.X, H, R), dtype)
-  dq = vary_like(dq, q, k, v, dout)
   dq, (dk, dv) = lax.scan(column, dq, jnp.arange(t.groups * t.nk))
-  dq = t.join_q(dq.swapaxes(2, 3) * spec.scale)
   return dq, t.join_k(dk), t.join_k(dv)
 
 
-@backward.defjvp
-def _backward_jvp(spec: Spec, primals, tangents):
-  q, k, v, extras, *bars = primals
-  again = functools.partial(second_order.backward, spec, extras)
-  tangents = (*tangents[:3], *tangents[4:])
-  _, tangents = jax.jvp(again, (q, k, v, *bars), tangents)
-  return backward(spec, *primals), tangents
+@add_gradients.defjvp
+def _add_gradients_jvp(spec: Spec, primals, tangents):
+  q, k, v, extras, *bars, _ = primals
+  again = functools.partial(second_order.gradients, spec, extras)
+  *tangents, dq = *tangents[:3], *tangents[4:]
+  _, (share, dk, dv) = jax.jvp(again, (q, k, v, *bars), tuple(tangents))
+  return add_gradients(spec, *primals), (dq + share, dk, dv)

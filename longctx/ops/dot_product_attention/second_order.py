@@ -2,11 +2,11 @@
 
 The loops of `blockwise` run as often as a work list says, and JAX transposes
 only loops whose length it knows. Here one scan visits all the blocks on the
-list, or every block where positions or segments are given. With lse known, no
-sum needs a running maximum: blocks just add up, and each is computed again when
-its derivative is taken. Memory O(T).
+list, or every block where positions or segments are given. With the peak or lse
+known, no sum needs a running maximum: blocks just add up, and each is computed
+again when its derivative is taken. Memory O(T).
 
-For the derivatives of `blockwise.forward` and `blockwise.backward` alone.
+For the derivatives of `blockwise.add` and `blockwise.add_gradients` alone.
 """
 
 import functools
@@ -24,19 +24,20 @@ from longctx.ops.dot_product_attention.work import (
 from longctx.typing import Array, Float
 
 
-def forward(
+def add(
   spec: Spec,
   extras: Extras,
-  lse: Float[Array, 'B T N'],
+  old_peak: Float[Array, 'blocks X R'],
+  peak: Float[Array, 'blocks X R'],
   q: Float[Array, 'B T N H'],
   k: Float[Array, 'B S K H'],
   v: Float[Array, 'B S K V'],
-) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
-  """`blockwise.forward` of q, k and v, given the lse that it found."""
-  t, dtype = spec.forward, lse.dtype
+  values: Float[Array, 'blocks X R V'],
+  total: Float[Array, 'blocks X R'],
+) -> tuple[Float[Array, 'blocks X R V'], Float[Array, 'blocks X R']]:
+  """`blockwise.add`: its values and total, given the peak that it found."""
+  t, dtype = spec.forward, total.dtype
   work = Work(spec, t, extras, by_column=False)
-  lse = lax.stop_gradient(lse)
-  shift = _split_lse(t, lse)
   q_blocks, k_blocks, v_blocks = t.split_q(q), t.split_k(k), t.split_k(v)
 
   def share(g, i, j):
@@ -44,20 +45,17 @@ def forward(
     k_j, v_j = (x[g, j].astype(dtype) for x in (k_blocks, v_blocks))
     z = jnp.einsum('XRH,XSH->XRS', q_i, k_j)
     z, _ = work.logits(z, g, i, j, masked=True)
-    terms = spec.normalizer.terms(z, shift[g, i][..., None])
+    terms = spec.normalizer.terms(z, peak[g * t.nq + i][..., None])
     weight = work.dropped(terms.weight, g, i, j)
     out = jnp.einsum('XRS,XSV->XRV', weight, v_j)
-    return (out, terms.term.sum(-1, keepdims=True)), ()
+    return (out, terms.term.sum(-1)), ()
 
-  (out, total), _ = _sum_over_blocks(work, share, q, k, v)
-  out, total = t.join_q(out), t.join_q(total)
-  some = total > 0
-  total = jnp.where(some, total, 1)
-  lse = jnp.where(some[..., 0], lse + jnp.log(total[..., 0]), -jnp.inf)
-  return out / total, lse
+  (more, more_total), _ = _sum_over_blocks(work, share, q, k, v)
+  decay = jnp.exp(old_peak - peak)
+  return values * decay[..., None] + more, total * decay + more_total
 
 
-def backward(
+def gradients(
   spec: Spec,
   extras: Extras,
   q: Float[Array, 'B T N H'],
@@ -67,9 +65,9 @@ def backward(
   dout: Float[Array, 'B T N V'],
   delta: Float[Array, 'B T N'],
 ) -> tuple[
-  Float[Array, 'B T N H'], Float[Array, 'B S K H'], Float[Array, 'B S K V']
+  Float[Array, 'blocks X H R'], Float[Array, 'B S K H'], Float[Array, 'B S K V']
 ]:
-  """`blockwise.backward`."""
+  """`blockwise.add_gradients` to nothing."""
   t, dtype = spec.backward, lse.dtype
   work = Work(spec, t, extras, by_column=True)
   lse = _split_lse(t, lse)
@@ -84,10 +82,10 @@ def backward(
     queries = (q_i, do_i, lse[g, i], delta[g, i])
     keys = (k_j, v_j, k_j.swapaxes(1, 2))
     dq, dk, dv = work.gradients(g, i, j, queries, keys, masked=True)
-    return (dq.swapaxes(1, 2) * spec.scale,), (dk, dv)
+    return (dq,), (dk, dv)
 
   (dq,), (dk, dv) = _sum_over_blocks(work, share, q, k, v, dout)
-  return t.join_q(dq), t.join_k(dk), t.join_k(dv)
+  return dq, t.join_k(dk), t.join_k(dv)
 
 
 def _split_lse(tiling, lse):
