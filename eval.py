@@ -42,6 +42,14 @@ _POLICIES = flags.DEFINE_list(
 _SLOTS = flags.DEFINE_integer('slots', 256, 'keys that a layer keeps')
 _SINKS = flags.DEFINE_integer('sinks', 4, 'of them, how many are the first')
 _ROWS = flags.DEFINE_integer('rows', 1, 'streams side by side')
+_CHUNK = flags.DEFINE_integer('chunk', 128, 'of a stream, read at once')
+_BUCKET = flags.DEFINE_integer('bucket', 16384, 'positions of a line')
+_DENSE_TOKENS = flags.DEFINE_integer(
+  'dense_tokens', 0, 'end of the dense policy; 0: twice the trained length'
+)
+_RECOMPUTED = flags.DEFINE_integer(
+  'recomputed', 16, 'tokens that the policy recompute scores in a bucket'
+)
 _RUN = flags.DEFINE_string('run', '', 'of a workdir with several, to stream')
 
 
@@ -63,6 +71,10 @@ def main(argv: list[str]):
         slots=_SLOTS.value,
         sinks=_SINKS.value,
         rows=_ROWS.value,
+        chunk=_CHUNK.value,
+        bucket=_BUCKET.value,
+        dense_tokens=_DENSE_TOKENS.value,
+        recomputed=_RECOMPUTED.value,
         split=_SPLIT.value,
       )
       stream.check(run, config)

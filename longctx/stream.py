@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import json
 import os
+import resource
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -172,7 +173,8 @@ def evaluate_stream(
 
   Returns:
     The lines of each policy: begin and end of the bucket, loss (nats per scored
-    token) and accuracy, their count, seconds.
+    token) and accuracy, their count, seconds, and the bytes that the process
+    has held at most so far.
   """
   learned = evaluate.restore(run)
   tokens = TokenStream(
@@ -264,8 +266,10 @@ def _recompute(run, learned, tokens, policy, config) -> list[dict[str, Any]]:
       if first >= stop:
         continue
       start, sums = time.perf_counter(), []
-      for at in np.linspace(first, stop - 1, config.recomputed).astype(int):
-        piece = tokens.take(int(at) - config.slots + 1, config.slots)
+      count = min(config.recomputed, stop - first)
+      for at in np.linspace(first, stop - 1, count).astype(int):
+        oldest = int(at) - config.slots + 1
+        piece = tokens.take(oldest, config.slots, anew=True)
         sums.append(read(learned.params, piece))
       total = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
       bar.update(stop - begin)
@@ -333,6 +337,7 @@ class _Log:
         'accuracy': correct / max(count, 1e-9),
         'count': int(count),
         'seconds': seconds,
+        'peak_memory': _peak_memory(),
         'what': self._what,
       }
     )
@@ -366,6 +371,11 @@ class _Log:
       if row['policy'] != self._policy
     ]
     metrics.write_lines(self._path, others + self.lines)
+
+
+def _peak_memory() -> int:
+  """Bytes that the process has held at most."""
+  return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _line(policy: str, rows: list[dict[str, Any]], config: StreamConfig) -> str:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from longctx.tasks import Task
-from longctx.tasks.bytes_lm import BytesLM
+from longctx.tasks.bytes_lm import BOS, BytesLM
 
 
 class Piece(NamedTuple):
@@ -30,10 +30,20 @@ class TokenStream:
   seed: int
   rows: int
 
-  def take(self, begin: int, count: int) -> Piece:
-    """Tokens at positions begin, …, begin + count - 1."""
+  def take(self, begin: int, count: int, *, anew: bool = False) -> Piece:
+    """Tokens at positions begin, …, begin + count - 1.
+
+    Args:
+      begin: the first position.
+      count: how many.
+      anew: whether a model reads on from nothing, as at position 0: the first
+        token is then BOS where that is how the task's text begins.
+    """
     if isinstance(self.task, BytesLM):
-      return self._take_text(begin, count)
+      piece = self._take_text(begin, count)
+      if self.task.prepend_bos and (anew or begin == 0):
+        piece.tokens[:, 0] = BOS
+      return piece
     T = self.task.seq_len
     indices = range(begin // T, -(-(begin + count) // T))
     rows = [

@@ -10,6 +10,7 @@ from flax import nnx
 
 from longctx import evaluate, metrics, runs, steps, stream, train
 from longctx.stream import StreamConfig, evaluate_stream
+from longctx.tasks.bytes_lm import BOS
 from longctx.token_stream import TokenStream
 from tests.tiny import tiny_config
 
@@ -112,6 +113,14 @@ def test_text_begins_anew_where_it_ends(run):
   first, later = tokens.take(3, 20), tokens.take(3 + length, 20)
   np.testing.assert_array_equal(first.tokens, later.tokens)
   np.testing.assert_array_equal(first.tokens[:, 1:], first.labels[:, :-1])
+
+
+def test_a_stream_begins_with_bos_where_windows_do(run):
+  task = dataclasses.replace(run.task, prepend_bos=True)
+  tokens = TokenStream(task=task, split='test', seed=0, rows=2)
+  for piece in (tokens.take(0, 4), tokens.take(7, 4, anew=True)):
+    assert (piece.tokens[:, 0] == BOS).all()
+  assert (tokens.take(7, 4).tokens != BOS).all()
 
 
 def test_other_tasks_are_read_example_after_example(tmp_path):
