@@ -1,5 +1,6 @@
 """Checkpoints: what is read back is what was written, or it is refused."""
 
+import gc
 import pathlib
 
 import jax
@@ -112,6 +113,14 @@ def test_params_can_be_restored_without_the_optimizer(saved, state, said):
 ignores_abandoned_reads = pytest.mark.filterwarnings(
   'ignore::pytest.PytestUnraisableExceptionWarning'
 )
+
+
+@pytest.fixture(autouse=True)
+def collect_abandoned_reads(request):
+  """Lets them complain now, and not in whatever test comes later."""
+  yield
+  if request.node.get_closest_marker('filterwarnings'):
+    gc.collect()
 
 
 @ignores_abandoned_reads
