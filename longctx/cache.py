@@ -7,6 +7,11 @@
 Which keys, values, sums and states a layer keeps follows from its mask or its
 recurrence (`longctx.attention.decoding`). Shapes never change, so that each
 number of tokens compiles once; rows may be of different lengths.
+
+On a mesh the slots of keys and values are spread over the devices. Those have
+all the queries, read their own slots, and merge what they found by its lse
+(arXiv:2408.04093), whether one token comes or a chunk of a prompt, whose other
+work they divide by its tokens. States are on every device.
 """
 
 from __future__ import annotations
@@ -15,9 +20,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from longctx.attention import decoding
 from longctx.model import Transformer
+from longctx.parallel.axes import Axes, make_axes
 from longctx.typing import Array, Bool, Float, Int
 
 
@@ -31,6 +40,7 @@ class Cache:
     layers: per layer, what it keeps.
     plans: per layer, what that is.
     capacity: the most tokens of a row; None for any number.
+    axes: of the mesh that it is spread over; None: one device.
   """
 
   lengths: Int[Array, ' B']
@@ -39,15 +49,26 @@ class Cache:
     metadata=dict(static=True)
   )
   capacity: int | None = dataclasses.field(metadata=dict(static=True))
+  axes: Axes | None = dataclasses.field(
+    default=None, metadata=dict(static=True)
+  )
 
   @property
   def row_bytes(self) -> int:
-    """Bytes that one row takes, whatever it has read."""
+    """Bytes that one row takes on all devices, whatever it has read.
+
+    A state counts once.
+    """
     return sum(cell.nbytes() for plan in self.plans for cell in plan)
 
 
 def init(
-  model: Transformer, *, batch_size: int, capacity: int | None = None
+  model: Transformer,
+  *,
+  batch_size: int,
+  capacity: int | None = None,
+  mesh: Mesh | None = None,
+  axis: str | tuple[str, ...] = 'seq',
 ) -> Cache:
   """The cache of rows that have not read a token.
 
@@ -56,9 +77,13 @@ def init(
     batch_size: rows B.
     capacity: the most tokens that a row will have; None for any number, which
       takes layers that forget or keep a state.
+    mesh: from `parallel.make_mesh`, to spread the cache over; None: one device.
+    axis: mesh axis of the slots, or several. Rows lie along 'data' and heads
+      along 'model' where the mesh has those and `axis` does not name them.
 
   Raises:
-    ValueError: a capacity below 1, or none where a layer keeps every token.
+    ValueError: a capacity below 1, or none where a layer keeps every token;
+      rows that do not fit the mesh.
     NotImplementedError: a layer reads later tokens.
   """
   if capacity is not None and capacity < 1:
@@ -71,13 +96,26 @@ def init(
       f'{capacity=} must be at most max_positions={config.max_positions}: '
       'learned positions do not extrapolate'
     )
-  plans = tuple(block.attention.plan(capacity) for block in model.blocks)
+  axes, shards = None, 1
+  if mesh is not None:
+    axes = make_axes(mesh, axis)
+    axes.check(batch=batch_size)
+    shards = axes.size(axes.seq)
+  plans = tuple(
+    block.attention.plan(capacity, shards=shards) for block in model.blocks
+  )
   return Cache(
-    lengths=jnp.zeros(batch_size, jnp.int32),
-    layers=tuple(decoding.empty(plan, batch_size) for plan in plans),
+    lengths=jnp.zeros(batch_size, jnp.int32, device=of_rows(axes)),
+    layers=tuple(decoding.empty(plan, batch_size, axes) for plan in plans),
     plans=plans,
     capacity=capacity,
+    axes=axes,
   )
+
+
+def of_rows(axes: Axes | None) -> NamedSharding | None:
+  """Where arrays [B, ...] lie that every device of a row has."""
+  return None if axes is None else NamedSharding(axes.mesh, P(axes.data))
 
 
 def extend(
@@ -104,8 +142,10 @@ def extend(
     read: places on the axis T whose logits are wanted; None: all, Q = T.
     step: of the training that made the parameters; None: none.
   """
-  T = tokens.shape[1]
+  T, axes = tokens.shape[1], cache.axes
   x = model.embed(tokens, positions=cache.lengths[:, None] + jnp.arange(T))
+  if axes is not None and T % axes.size(axes.seq) == 0:
+    x = lax.with_sharding_constraint(x, NamedSharding(axes.mesh, axes.spec()))
   layers = []
   last = len(model.blocks) - 1
   for index, block in enumerate(model.blocks):
@@ -120,6 +160,7 @@ def extend(
         new=new,
         read=wanted,
         step=step,
+        axes=axes,
       )
       layers.append(cells)
       return out
@@ -129,7 +170,23 @@ def extend(
   cache = dataclasses.replace(
     cache, lengths=cache.lengths + counts, layers=tuple(layers)
   )
-  return model.logits(model.norm(x)), cache
+  return model.logits(model.norm(x)), _stay(cache)
+
+
+def _stay(cache: Cache) -> Cache:
+  """Keeps arrays where they were, so that one program serves every call."""
+  axes = cache.axes
+  if axes is None:
+    return cache
+  layers = tuple(
+    tuple(
+      lax.with_sharding_constraint(x, cell.sharding(axes))
+      for x, cell in zip(cells, plan, strict=True)
+    )
+    for cells, plan in zip(cache.layers, cache.plans, strict=True)
+  )
+  lengths = lax.with_sharding_constraint(cache.lengths, of_rows(axes))
+  return dataclasses.replace(cache, lengths=lengths, layers=layers)
 
 
 def last_place(new: Bool[Array, 'B T']) -> Int[Array, 'B 1']:

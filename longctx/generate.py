@@ -22,11 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh
 
 from longctx import cache as cache_lib
-from longctx import cli, evaluate
+from longctx import cli, evaluate, metrics, parallel
 from longctx.cache import Cache
 from longctx.model import Transformer
+from longctx.parallel.axes import make_axes
+from longctx.parallel.parameters import state_shardings
 from longctx.tasks.bytes_lm import BOS, BytesLM
 from longctx.typing import Array, Bool, Float, Int, Key
 
@@ -135,6 +138,8 @@ class Generator:
     sampling: Sampling = GREEDY,
     stop_tokens: tuple[int, ...] = (),
     step: int | None = None,
+    mesh: Mesh | None = None,
+    axis: str | tuple[str, ...] = 'seq',
   ):
     """Makes a generator.
 
@@ -146,14 +151,35 @@ class Generator:
       sampling: how tokens are drawn.
       stop_tokens: tokens that end a row.
       step: of the training that made the parameters; None: none.
+      mesh: that the cache is spread over, see `cache.init`; None: one device.
+      axis: mesh axis of the cache's slots, or several.
     """
     if chunk < 1:
       raise ValueError(f'{chunk=} must be at least 1')
     self.capacity = capacity
     self.chunk = chunk
     self._config = model.config
-    graph, self._params = nnx.split(model)
+    graph, params = nnx.split(model)
     self._model = model
+    self._make_cache = functools.partial(
+      cache_lib.init, model, capacity=capacity, mesh=mesh, axis=axis
+    )
+    axes = None if mesh is None else make_axes(mesh, axis)
+    if axes is not None:
+      heads = axes.size(axes.heads)
+      params = jax.device_put(
+        params, state_shardings(params, mesh, data=1, model=heads)
+      )
+    self._params = params
+    self._place = cache_lib.of_rows(axes)
+
+    def stay(stream):
+      if axes is None:
+        return stream
+      logits, ended = lax.with_sharding_constraint(
+        (stream.logits, stream.ended), self._place
+      )
+      return dataclasses.replace(stream, logits=logits, ended=ended)
 
     @functools.partial(jax.jit, donate_argnames='stream')
     def read(params, stream, tokens, new):
@@ -167,7 +193,8 @@ class Generator:
         step=step,
       )
       logits = jnp.where(new.any(1)[:, None], logits[:, 0], stream.logits)
-      return dataclasses.replace(stream, cache=cache, logits=logits)
+      stream = dataclasses.replace(stream, cache=cache, logits=logits)
+      return stay(stream)
 
     @functools.partial(
       jax.jit, donate_argnames='stream', static_argnames='steps'
@@ -197,7 +224,7 @@ class Generator:
         return stream, tokens
 
       stream, tokens = lax.scan(one, stream, length=steps)
-      return stream, tokens.T
+      return stay(stream), tokens.T
 
     self._read, self._draw = read, draw
 
@@ -211,9 +238,9 @@ class Generator:
     self._check(int(lengths.max()), 'the longest prompt')
     B, T = tokens.shape
     stream = Stream(
-      cache=cache_lib.init(self._model, batch_size=B, capacity=self.capacity),
-      logits=jnp.zeros((B, self._config.vocab_size), jnp.float32),
-      ended=jnp.zeros(B, bool),
+      cache=self._make_cache(batch_size=B),
+      logits=jnp.zeros((B, self._config.vocab_size), device=self._place),
+      ended=jnp.zeros(B, bool, device=self._place),
       count=jnp.int32(0),
     )
     tokens = np.pad(tokens, [(0, 0), (0, -T % self.chunk)])
@@ -278,6 +305,9 @@ def main(argv: Sequence[str]):
   parser.add_argument('--top_k', type=int, default=0)
   parser.add_argument('--top_p', type=float, default=1.0)
   parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument(
+    '--devices', type=int, default=1, help='to spread the cache over'
+  )
   args = parser.parse_args(argv)
   with cli.before_compiling():
     run = evaluate.choose(evaluate.open_workdir(args.workdir), args.run)
@@ -292,6 +322,11 @@ def main(argv: Sequence[str]):
     if args.max_new < 1:
       raise ValueError(f'--max_new={args.max_new} must be at least 1')
     prompts = Prompts.of([[BOS, *text.encode()]])
+    if note := parallel.ensure_devices(args.devices):
+      metrics.say(note)
+    mesh = None
+    if args.devices != 1:
+      mesh = parallel.make_mesh(seq=args.devices)
     sampling = Sampling(
       temperature=args.temperature, top_k=args.top_k, top_p=args.top_p
     )
@@ -302,6 +337,7 @@ def main(argv: Sequence[str]):
       sampling=sampling,
       stop_tokens=(BOS,),
       step=step,
+      mesh=mesh,
     )
     stream = generator.start(prompts)
   out = sys.stdout.buffer

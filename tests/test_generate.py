@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx import runs, train
+from longctx import parallel, runs, train
 from longctx.generate import (
   GREEDY,
   Generator,
@@ -58,6 +58,17 @@ def test_greedy_tokens_are_those_of_the_whole_row(chunk):
   tokens = collect(Generator(model, capacity=7 + NEW, chunk=chunk))
   for row, length, found in zip(*PROMPTS, tokens, strict=True):
     assert found.tolist() == one_by_one(model, row[:length].tolist())
+
+
+@pytest.mark.parametrize(
+  'mesh', [dict(seq=8), dict(data=3, model=2)], ids=['seq', 'data-model']
+)
+def test_a_mesh_draws_the_same_tokens(mesh):
+  mesh = parallel.make_mesh(**mesh)
+  generator = Generator(make_model(), capacity=16, chunk=8, mesh=mesh)
+  np.testing.assert_array_equal(
+    collect(generator), collect(Generator(make_model(), capacity=16))
+  )
 
 
 def test_a_key_draws_the_same_tokens_any_number_at_a_time():
@@ -166,6 +177,8 @@ def test_command_continues_a_text(workdir, capfdbinary):
   assert written[0] == written[1] != written[2]
   assert all(text.startswith(b'ab') for text in written)
   assert len(written[0]) == 2 + 5 + 1
+  main([*command, '--devices=2'])
+  assert capfdbinary.readouterr().out == written[0]
 
 
 @pytest.mark.parametrize(

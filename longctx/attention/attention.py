@@ -17,6 +17,7 @@ from longctx.attention.recurrence import Recurrence
 from longctx.ops.alibi import alibi_slopes
 from longctx.ops.rope import apply_rope
 from longctx.parallel import Placement
+from longctx.parallel.axes import Axes
 from longctx.typing import Array, Bool, Float, Int, Key
 
 
@@ -118,20 +119,23 @@ class Attention(nnx.Module, abc.ABC):
     out = self.finish(out, context.at_read(x))
     return self.out(out.reshape(*out.shape[:2], -1))
 
-  def plan(self, capacity: int | None) -> Plan:
+  def plan(self, capacity: int | None, *, shards: int = 1) -> Plan:
     """What the layer keeps to decode, derived from the calls that it makes.
 
     Nothing is computed, and parameters need no values.
 
     Args:
       capacity: the most tokens of a row; None for any number.
+      shards: devices that slots are spread over, which rounds their number up.
 
     Raises:
       NotImplementedError: the layer reads later tokens, or lacks 'decode'.
       ValueError: there is no end, and the layer reads all tokens.
     """
     self.require('decode')
-    plan, reads_later = self._trace(capacity)
+    if shards > 1:
+      self.require('sharded_decode')
+    plan, reads_later = self._trace(capacity, shards)
     if reads_later:
       raise NotImplementedError(
         f'{type(self).__name__} reads tokens that are not there yet, under '
@@ -149,6 +153,7 @@ class Attention(nnx.Module, abc.ABC):
     new: Bool[Array, 'B T'] | None = None,
     read: Int[Array, 'B Q'] | None = None,
     step: Int[Array, ''] | int | None = None,
+    axes: Axes | None = None,
   ) -> tuple[Float[Array, 'B Q D'], Cells]:
     """Outputs at the next tokens of each row, and what the layer then keeps.
 
@@ -162,6 +167,7 @@ class Attention(nnx.Module, abc.ABC):
       new: which of the T are a row's tokens, the first ones; None: all.
       read: places on the axis T whose outputs are wanted, see `take_read`.
       step: of the training that made the parameters; None: none.
+      axes: of the mesh that the cells are spread over; None: one device.
     """
     tape = Tape(plan=plan, cells=cells)
     context = DecodingContext(
@@ -173,12 +179,15 @@ class Attention(nnx.Module, abc.ABC):
       tape=tape,
       lengths=lengths,
       new=new,
+      axes=axes,
     )
     return self.apply(x, context), tuple(tape.cells)
 
-  def _trace(self, capacity: int | None) -> tuple[Plan, list[masks.Mask]]:
+  def _trace(
+    self, capacity: int | None, shards: int = 1
+  ) -> tuple[Plan, list[masks.Mask]]:
     """The plan, and masks under which the layer reads later tokens."""
-    tape = Tape(capacity=capacity)
+    tape = Tape(capacity=capacity, shards=shards)
     graph, state = nnx.split(self)
 
     def apply(state, x):

@@ -15,6 +15,7 @@ CAPABILITIES = {
   'second_derivative': 'Hessian-vector products are those of the equation',
   'read': 'outputs at a few places alone',
   'decode': 'token by token or chunk by chunk, in rows of any length',
+  'sharded_decode': 'likewise, with what it keeps spread over several devices',
   'gqa': 'query heads that share key heads',
   'rope': 'rotary positions',
   'alibi': 'logits that fall with distance',

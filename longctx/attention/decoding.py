@@ -11,13 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from longctx import parallel
 from longctx.attention.context import Context, biased
 from longctx.attention.recurrence import Recurrence
+from longctx.layouts import SequenceLayout
 from longctx.masks import Mask, Reach
 from longctx.ops import delta_rule, linear_attention
 from longctx.ops import dot_product_attention as softmax
 from longctx.ops import short_conv as convolution
+from longctx.parallel.axes import Axes
 from longctx.typing import Array, Bool, Float, Int, Shaped
 
 # Where there is no token: later than any query, which causal masks exclude.
@@ -46,14 +51,29 @@ class Cell(NamedTuple):
       dtype = self.dtype
     return int(np.prod(self.shape)) * jnp.dtype(dtype).itemsize
 
+  def sharding(self, axes: Axes) -> NamedSharding:
+    """Where the arrays [B, *shape] lie: slots along the sequence's axes.
+
+    What is no slot is on every device that has the row.
+    """
+    if self.reach is None:
+      return NamedSharding(axes.mesh, P(axes.data))
+    splits = self.shape[1] % axes.size(axes.heads) == 0
+    heads = axes.heads if splits else None
+    return NamedSharding(axes.mesh, P(axes.data, axes.seq, heads))
+
 
 Plan = tuple[Cell, ...]
 Cells = tuple[Array, ...]
 
 
-def empty(plan: Plan, batch_size: int) -> Cells:
-  """Cells of rows that have not read a token."""
-  return tuple(jnp.zeros((batch_size, *c.shape), c.dtype) for c in plan)
+def empty(plan: Plan, batch_size: int, axes: Axes | None = None) -> Cells:
+  """Cells of rows that have not read a token, spread over a mesh if any."""
+  places = (None if axes is None else cell.sharding(axes) for cell in plan)
+  return tuple(
+    jnp.zeros((batch_size, *cell.shape), cell.dtype, device=place)
+    for cell, place in zip(plan, places, strict=True)
+  )
 
 
 class Tape:
@@ -62,6 +82,8 @@ class Tape:
   Without cells it writes the plan.
 
   Attributes:
+    capacity: the most tokens of a row; None for any number.
+    shards: the numbers of slots are multiples of it.
     plan: one entry per cell.
     cells: what was kept, replaced as the calls come.
     reads_later: masks, among those of the calls, that are not causal.
@@ -71,10 +93,12 @@ class Tape:
     self,
     *,
     capacity: int | None = None,
+    shards: int = 1,
     plan: Plan = (),
     cells: Cells | None = None,
   ):
     self.capacity = capacity
+    self.shards = shards
     self.is_planning = cells is None
     self.plan = list(plan)
     self.cells = list(cells or ())
@@ -110,7 +134,8 @@ class Tape:
     return self._next(), None
 
   def _cell(self, x: Array, reach: Reach, is_sum: bool) -> Cell:
-    shape = (reach.slots(self.capacity), *x.shape[2:])
+    slots = reach.slots(self.capacity)
+    shape = (slots + -slots % self.shards, *x.shape[2:])
     return Cell(shape, jnp.dtype(x.dtype).name, reach, is_sum)
 
   def _next(self) -> int:
@@ -126,11 +151,13 @@ class DecodingContext(Context):
     tape: the layer's cells.
     lengths: tokens that each row has read before.
     new: which of the tokens are a row's own, the first ones; None: all.
+    axes: of the mesh that the cells are spread over; None: one device.
   """
 
   tape: Tape
   lengths: Int[Array, ' B']
   new: Bool[Array, 'B T'] | None = None
+  axes: Axes | None = None
 
   def document_positions(self, T: int) -> Int[Array, 'B T']:
     return self.positions
@@ -225,7 +252,10 @@ class DecodingContext(Context):
     k, k_positions = self._keep(k, reach)
     v, _ = self._keep(v, reach)
     q, k, v, options = biased(q, k, v, q_bias, k_bias, options)
-    return softmax.dot_product_attention(
+    attend = softmax.dot_product_attention
+    if self.axes is not None:
+      attend = self._attend_on_mesh
+    return attend(
       self.at_read(q),
       k,
       v,
@@ -234,6 +264,35 @@ class DecodingContext(Context):
       k_positions=k_positions,
       block_sizes=self.block_sizes,
       implementation=self.implementation,
+      **options,
+    )
+
+  def _attend_on_mesh(
+    self,
+    q: Float[Array, 'B Q N H'],
+    k: Float[Array, 'B S K H'],
+    v: Float[Array, 'B S K V'],
+    *,
+    k_positions: Int[Array, 'B S'],
+    **options: Any,
+  ) -> Any:
+    """Every device has the queries and reads its slots; parts are merged."""
+    shards = self.axes.size(self.axes.seq)
+    missing = -k.shape[1] % shards
+    k, v = (jnp.pad(x, [(0, 0), (0, missing), (0, 0), (0, 0)]) for x in (k, v))
+    k_positions = jnp.pad(
+      k_positions, [(0, 0), (0, missing)], constant_values=NOWHERE
+    )
+    return parallel.dot_product_attention(
+      q,
+      k,
+      v,
+      k_positions=k_positions,
+      mesh=self.axes.mesh,
+      axis=self.axes.seq,
+      scheme='all_gather',
+      layout=SequenceLayout('contiguous', k.shape[1], shards),
+      in_layout=True,
       **options,
     )
 
