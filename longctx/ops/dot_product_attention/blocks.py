@@ -23,7 +23,7 @@ EDGE, STEP = 64, 2**17
 ON_ONE_CORE, SLOWER = 2**17, 1.8
 
 # Positions on which a mask is sampled to choose block sizes.
-COUNTED = 4096
+COUNTED = 16384
 
 
 @dataclasses.dataclass(frozen=True)
