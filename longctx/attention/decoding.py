@@ -255,15 +255,21 @@ class DecodingContext(Context):
     attend = softmax.dot_product_attention
     if self.axes is not None:
       attend = self._attend_on_mesh
+    q = self.at_read(q)
+    implementation = self.implementation
+    if implementation is None and q.shape[1:3] == (1, k.shape[2]):
+      # The scores of a token fit anywhere, and blocks of one row are all
+      # overhead. Grouped heads would have their keys repeated.
+      implementation = 'reference'
     return attend(
-      self.at_read(q),
+      q,
       k,
       v,
       mask=mask,
       q_positions=self.at_read(self.positions),
       k_positions=k_positions,
       block_sizes=self.block_sizes,
-      implementation=self.implementation,
+      implementation=implementation,
       **options,
     )
 
