@@ -321,6 +321,8 @@ def main(argv: Sequence[str]):
       raise ValueError('the prompt is empty: give --prompt a text')
     if args.max_new < 1:
       raise ValueError(f'--max_new={args.max_new} must be at least 1')
+    if args.devices < 1:
+      raise ValueError(f'--devices={args.devices} must be at least 1')
     prompts = Prompts.of([[BOS, *text.encode()]])
     if note := parallel.ensure_devices(args.devices):
       metrics.say(note)

@@ -187,6 +187,8 @@ def test_command_continues_a_text(workdir, capfdbinary):
     (['--prompt='], 'the prompt is empty'),
     (['--prompt=a', '--run=b'], "there is no run 'b'"),
     (['--prompt=a', '--max_new=0'], '--max_new=0 must be at least 1'),
+    (['--prompt=a', '--devices=0'], '--devices=0 must be at least 1'),
+    (['--prompt=a', '--devices=99'], 'needs 99 devices'),
     (['--prompt=a', '--top_p=2'], 'top_p=2.0 must be in'),
     (['--prompt=a', '--workdir=/nowhere'], '/nowhere is no workdir'),
   ],
