@@ -97,14 +97,22 @@ def ensure_devices(count: int) -> str | None:
 
 
 def _keep_one_heap() -> None:
-  """Tells glibc to serve all threads from one heap.
+  """Tells glibc to serve all threads from one heap, and to keep what is freed.
 
-  Each thread of each virtual device would have its own, whose freed blocks no
-  other thread gets: 9 GB more after one step at a million tokens.
+  Each thread of each virtual device would have its own heap, whose freed blocks
+  no other thread gets: 9 GB more after one step at a million tokens. And every
+  call of a program would fetch its temporary memory from the system and give it
+  back, page by page: a tenth of the time of a ring's pass over 8,192 tokens.
   """
-  arena_max = -8  # M_ARENA_MAX of malloc.h
+  options = (
+    (-8, 1),  # M_ARENA_MAX of malloc.h: heaps
+    (-4, 0),  # M_MMAP_MAX: blocks that come from the system one by one
+    (-1, 2**30),  # M_TRIM_THRESHOLD: bytes kept at the heap's end
+  )
   try:
-    ctypes.CDLL('libc.so.6').mallopt(arena_max, 1)
+    libc = ctypes.CDLL('libc.so.6')
+    for option, value in options:
+      libc.mallopt(option, value)
   except (OSError, AttributeError):
     # Another C library, with other habits.
     return
