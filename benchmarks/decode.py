@@ -37,6 +37,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longctx import cache as cache_lib
+from longctx import parallel
 from longctx.generate import Generator, Stream
 from longctx.model import Transformer, TransformerConfig
 
@@ -241,6 +242,8 @@ def run_context(args, context):
 
 def main(argv=None):
   args = parse_arguments(argv)
+  # As train.py does.
+  parallel.ensure_devices(1)
   least = {context: run_context(args, context) for context in args.contexts}
   low, high = min(args.contexts), max(args.contexts)
   for layer in args.layers:

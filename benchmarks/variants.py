@@ -38,6 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from longctx import parallel
 from longctx.attention import VARIANTS, AttentionConfig, make_attention
 from longctx.masks import Causal
 
@@ -231,6 +232,8 @@ def run_pass(args, pass_):
 
 def main(argv=None):
   args = parse_arguments(argv)
+  # As train.py does.
+  parallel.ensure_devices(1)
   for pass_ in args.passes:
     for layer, costs in run_pass(args, pass_).items():
       doublings = [

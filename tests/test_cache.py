@@ -138,6 +138,33 @@ def test_what_a_token_sends_does_not_grow_with_the_cache():
   assert more <= large.device_bytes - small.device_bytes <= 3 * more
 
 
+@pytest.mark.parametrize(
+  'layer',
+  [
+    'full',
+    'moba(block_size=16, top_k=2)',
+    'nsa(block_size=32, top_n=4, window=32)',
+  ],
+)
+def test_a_token_copies_no_cache(layer):
+  model = make_model(
+    d_model=64, num_heads=2, num_kv_heads=2, short_conv=0, layers=(layer,)
+  )
+  cache = cache_lib.init(model, batch_size=1, capacity=4096)
+
+  def read(layers, lengths, x):
+    before = dataclasses.replace(cache, layers=layers, lengths=lengths)
+    logits, after = cache_lib.extend(model, before, x)
+    return logits, after.layers
+
+  extend = jax.jit(read, donate_argnums=0)
+  token = jnp.zeros((1, 1), jnp.int32)
+  program = extend.lower(cache.layers, cache.lengths, token).compile()
+  memory = program.memory_analysis()
+  keys = max(x.nbytes for x in cache.layers[0])
+  assert memory.temp_size_in_bytes < keys / 2
+
+
 def test_a_mesh_that_rows_do_not_fit_is_refused():
   with pytest.raises(ValueError, match='batch=1 must be a multiple'):
     cache_lib.init(

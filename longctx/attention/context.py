@@ -13,6 +13,7 @@ from longctx.masks import Mask
 from longctx.ops import delta_rule, linear_attention
 from longctx.ops import dot_product_attention as softmax
 from longctx.ops import short_conv as convolution
+from longctx.ops.block_selection import Summary
 from longctx.ops.logit_bias import add_logit_bias
 from longctx.parallel import Placement
 from longctx.typing import Array, Float, Int, Key, Shaped
@@ -158,6 +159,7 @@ class Context:
     *keys: Float[Array, 'B T K _'],
     per_head: Mapping[str, Any] | None = None,
     shared: Mapping[str, Any] | None = None,
+    summarize: Callable[..., tuple[Summary, ...]] | None = None,
     **options: Any,
   ) -> Any:
     """Runs an op whose queries may turn to any key, such as those that choose.
@@ -168,11 +170,14 @@ class Context:
       *keys: keys and values.
       per_head: arguments of `op` with an entry per query head.
       shared: arguments of `op` that are arrays, or trees of them, of a layer.
+      summarize: of `shared` and the options, what the op makes of blocks of
+        keys and a decoder keeps.
       **options: arguments of `op` that are no arrays.
 
     Returns:
       What `op` returns, for the Q queries that are read.
     """
+    del summarize
     where, q_positions = self.placement, self.positions
     if self.read is not None:
       q_positions = self.true_positions(q.shape[1])

@@ -22,6 +22,8 @@ from longctx.masks import Mask, Reach
 from longctx.ops import delta_rule, linear_attention
 from longctx.ops import dot_product_attention as softmax
 from longctx.ops import short_conv as convolution
+from longctx.ops.block_selection import Summary
+from longctx.ops.block_selection.documents import take_blocks
 from longctx.parallel.axes import Axes
 from longctx.typing import Array, Bool, Float, Int, Shaped
 
@@ -257,21 +259,42 @@ class DecodingContext(Context):
       attend = self._attend_on_mesh
     q = self.at_read(q)
     implementation = self.implementation
-    if implementation is None and q.shape[1:3] == (1, k.shape[2]):
+    if implementation is None and q.shape[1] == 1:
       # The scores of a token fit anywhere, and blocks of one row are all
-      # overhead. Grouped heads would have their keys repeated.
-      implementation = 'reference'
-    return attend(
-      q,
-      k,
-      v,
-      mask=mask,
-      q_positions=self.at_read(self.positions),
-      k_positions=k_positions,
-      block_sizes=self.block_sizes,
-      implementation=implementation,
-      **options,
-    )
+      # overhead.
+      implementation = 'side_by_side'
+
+    def read(q, k, v, q_positions, k_positions):
+      return attend(
+        q,
+        k,
+        v,
+        mask=mask,
+        q_positions=q_positions,
+        k_positions=k_positions,
+        block_sizes=self.block_sizes,
+        implementation=implementation,
+        **options,
+      )
+
+    return self._apart(read, q, k, v, self.at_read(self.positions), k_positions)
+
+  def _apart(self, read: Callable[..., Any], *arrays: Array | None) -> Any:
+    """read(*arrays); zeros where no row has a token yet.
+
+    For a single token as a branch, which XLA on CPU does not fuse with what was
+    before: it would write the token twice, for the cache and for the product
+    that reads it, and copy the cache to do so.
+    """
+    if self.positions.shape[1] > 1 or self.axes is not None:
+      return read(*arrays)
+    is_some = (self.lengths + self.counts(self.positions.shape[1]) > 0).any()
+    nothing = jax.eval_shape(read, *arrays)
+
+    def zeros(*_):
+      return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nothing)
+
+    return lax.cond(is_some, read, zeros, *arrays)
 
   def _attend_on_mesh(
     self,
@@ -309,19 +332,67 @@ class DecodingContext(Context):
     *keys: Float[Array, 'B T K _'],
     per_head: Mapping[str, Any] | None = None,
     shared: Mapping[str, Any] | None = None,
+    summarize: Callable[..., tuple[Summary, ...]] | None = None,
     **options: Any,
   ) -> Any:
-    kept = [self._keep(x, Reach(0, None)) for x in keys]
-    return op(
-      self.at_read(q),
-      *(x for x, _ in kept),
-      q_positions=self.at_read(self.positions),
-      k_positions=kept[0][1],
-      implementation=self.implementation,
-      **(per_head or {}),
-      **(shared or {}),
-      **options,
+    options |= {**(per_head or {}), **(shared or {})}
+    options['implementation'] = self.implementation
+    keys = list(keys)
+    if summarize is not None and self.implementation != 'reference':
+      parts = summarize(**options)
+      options['summaries'] = tuple(
+        self._summarize(part, keys[part.key]) for part in parts
+      )
+      for part in parts:
+        if part.replaces:
+          keys[part.key] = None
+    # All are kept, so that the slot of a key is its position.
+    reach = Reach(0, None)
+    kept = [None if x is None else self._keep(x, reach)[0] for x in keys]
+
+    def read(q, q_positions, *kept):
+      return op(q, *kept, q_positions=q_positions, **options)
+
+    arrays = (self.at_read(q), self.at_read(self.positions), *kept)
+    return self._apart(read, *arrays)
+
+  def _summarize(
+    self, summary: Summary, x: Float[Array, 'B T K D']
+  ) -> Float[Array, 'B C K D']:
+    """The vectors of all blocks, of which some are complete by now."""
+    B, T = x.shape[:2]
+    L, stride = summary.length, summary.stride
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    tail_place = self.tape.state((L - 1, *x.shape[2:]), x.dtype)
+    C = 0
+    if self.tape.is_planning:
+      C = max(0, (Reach(0, None).slots(self.tape.capacity) - L) // stride + 1)
+    place = self.tape.state((C, *x.shape[2:]), dtype, is_sum=True)
+    if self.tape.is_planning:
+      return jnp.zeros((B, C, *x.shape[2:]), dtype)
+    # Of token p the index is p - lengths + L - 1.
+    tokens = jnp.concatenate([self.tape.cells[tail_place], x], axis=1)
+    count = self.counts(T)
+    cut = functools.partial(lax.dynamic_slice_in_dim, slice_size=L - 1)
+    self.tape.cells[tail_place] = jax.vmap(cut)(tokens, count)
+    vectors = self.tape.cells[place]
+    C = vectors.shape[1]
+    if not C:
+      return vectors
+    # Those that may become complete: the first ones that were not before.
+    block = jnp.maximum((self.lengths - L) // stride + 1, 0)
+    block = block[:, None] + jnp.arange(T // stride + 1)
+    begin, end = block * stride, (self.lengths + count)[:, None]
+    new = summary.make(
+      take_blocks(tokens, begin - self.lengths[:, None] + L - 1, L).astype(
+        dtype
+      ),
+      begin,
     )
+    block = jnp.where(begin + L <= end, block, C)
+    rows = jnp.arange(B)[:, None]
+    self.tape.cells[place] = vectors.at[rows, block].set(new, mode='drop')
+    return self.tape.cells[place]
 
   def counts(self, T: int) -> Int[Array, ' B']:
     """How many of the T tokens are each row's own."""

@@ -21,7 +21,8 @@ class MixtureOfBlockAttention(Attention):
   attention, which it equals where top_k blocks are all there are.
 
   Time O(T top_k block_size) and O(T² / block_size) for the gates, memory O(T).
-  Decoding keeps every key and value, and takes the means anew for each token.
+  Decoding keeps every key and value, and the mean of each complete block: a
+  token reads those, and the keys of the blocks that it chooses.
 
   Attributes:
     block_size: tokens of a block.
@@ -61,6 +62,7 @@ class MixtureOfBlockAttention(Attention):
       k,
       v,
       per_head=self.logit_options(),
+      summarize=block_selection.moba_summaries,
       block_size=self.block_size,
       top_k=self.top_k,
     )

@@ -33,8 +33,7 @@ class NativeSparseAttention(Attention):
 
   Time O(T² / stride) for compressed, O(T top_n block_size) and O(T window) for
   the other branches, memory O(T). Decoding keeps the keys and values of all
-  tokens for the compressed and for the selected branch, and a window; it
-  compresses anew for each token.
+  tokens for the selected branch, compressed ones, and a window.
 
   Attributes:
     compress_block: tokens of a compressed block, l.
@@ -142,6 +141,7 @@ class NativeSparseAttention(Attention):
         compress_k=self.compress_key.weights(),
         compress_v=self.compress_value.weights(),
       ),
+      summarize=block_selection.nsa_summaries,
       rope_base=config.rope_base if config.positions == 'rope' else None,
       stride=self.stride,
       block_size=self.block_size,

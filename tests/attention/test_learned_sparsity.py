@@ -143,7 +143,9 @@ def test_compressed_keys_turn_with_the_positions_of_their_blocks():
 
 def test_moba_counts_what_it_keeps_and_does():
   layer = make_layer('moba(block_size=4, top_k=2)')
-  assert layer.state_bytes(21, 'float32') == 4 * K * 21 * (H + V)
+  # All tokens, five means, and what the next mean is made of.
+  kept = 21 * (H + V) + 5 * H + 3 * H
+  assert layer.state_bytes(21, 'float32') == 4 * K * kept
   before = [t // 4 for t in range(21)]
   pairs = [min(n, 1) * 4 + t % 4 + 1 for t, n in enumerate(before)]
   mixing = 2 * N * ((H + V) * sum(pairs) + H * sum(before)) + 21 * K * H
@@ -154,9 +156,10 @@ def test_moba_counts_what_it_keeps_and_does():
 
 def test_nsa_counts_what_it_keeps_and_does():
   layer = make_layer(tiny_layer('nsa'))
-  # All tokens to compress, all to select, and the window.
-  slots = 21 + 21 + 3
-  assert layer.state_bytes(21, 'bfloat16') == 2 * slots * K * (H + V)
+  # All tokens to select, the window, the compressed ones in float32, and what
+  # the next one is made of.
+  kept = 2 * (21 + 3) + 4 * 9 + 2 * 3
+  assert layer.state_bytes(21, 'bfloat16') == kept * K * (H + V)
   compressed = [max(0, (t + 1 - 4) // 2 + 1) for t in range(21)]
   selected = [min(t // 4, 2) * 4 + t % 4 + 1 for t in range(21)]
   window = [min(t + 1, 3) for t in range(21)]

@@ -7,10 +7,23 @@ import numpy as np
 from longctx.masks import Causal
 from longctx.ops.block_selection import blockwise, reference
 from longctx.ops.block_selection.compression import Compression
+from longctx.ops.block_selection.summaries import (
+  Summary,
+  moba_summaries,
+  nsa_summaries,
+)
 from longctx.ops.dot_product_attention import Dropout, resolve
 from longctx.typing import Array, Float, Int, Key
 
-__all__ = ['IMPLEMENTATIONS', 'Compression', 'moba', 'nsa']
+__all__ = [
+  'IMPLEMENTATIONS',
+  'Compression',
+  'Summary',
+  'moba',
+  'moba_summaries',
+  'nsa',
+  'nsa_summaries',
+]
 
 # Arguments of every implementation.
 SHARED = (
@@ -42,6 +55,7 @@ def moba(
   scale: float | None = None,
   alibi_slopes: Float[Array, ' N'] | Float[np.ndarray, ' N'] | None = None,
   dropout: tuple[float, Key[Array, '']] | Dropout | None = None,
+  summaries: tuple[Float[Array, 'B C K H'], ...] | None = None,
   implementation: str | None = None,
   return_lse: bool = False,
 ) -> Result:
@@ -75,6 +89,9 @@ def moba(
     scale: of the products q · k; H**-0.5 when None.
     alibi_slopes: per head; of the logits, not of the gates.
     dropout: (rate, key) of the weights, as in `ops.dot_product_attention`.
+    summaries: of the blocks from the first on, where a decoder keeps those of
+      `moba_summaries` for keys at their natural positions; None: made here.
+      Those that are not complete yet may be anything.
     implementation: 'reference' (memory B N T S), 'xla', or None for the best.
     return_lse: whether to return lse too.
 
@@ -99,6 +116,9 @@ def moba(
     alibi_slopes=alibi_slopes,
     dropout=dropout,
   )
+  call |= _kept(
+    summaries, implementation, moba_summaries(block_size=block_size)
+  )
   out, lse = _implementation(implementation).moba(
     q, k, v, block_size=block_size, top_k=top_k, **call
   )
@@ -108,8 +128,8 @@ def moba(
 
 def nsa(
   q: Float[Array, 'B T N H'],
-  k_compressed: Float[Array, 'B S K H'],
-  v_compressed: Float[Array, 'B S K V'],
+  k_compressed: Float[Array, 'B S K H'] | None,
+  v_compressed: Float[Array, 'B S K V'] | None,
   k_selected: Float[Array, 'B S K H'],
   v_selected: Float[Array, 'B S K V'],
   *,
@@ -126,6 +146,7 @@ def nsa(
   q_segment_ids: Integers | None = None,
   k_segment_ids: Integers | None = None,
   scale: float | None = None,
+  summaries: tuple[Float[Array, 'B C K _'], ...] | None = None,
   implementation: str | None = None,
   return_lse: bool = False,
 ) -> tuple[Result, Result]:
@@ -147,8 +168,9 @@ def nsa(
 
   Args:
     q: queries, rotated where positions are.
-    k_compressed: keys for the compression, not rotated.
-    v_compressed: values for it.
+    k_compressed: keys for the compression, not rotated; None where summaries
+      are given.
+    v_compressed: values for it, likewise.
     k_selected: keys of the selected branch, rotated where positions are.
     v_selected: values of it.
     compress_k: φ of the keys, of blocks of L tokens.
@@ -165,6 +187,8 @@ def nsa(
     q_segment_ids: of the queries.
     k_segment_ids: of the keys.
     scale: of the products, in both branches.
+    summaries: compressed keys and values that a decoder keeps, as in `moba`,
+      of `nsa_summaries`.
     implementation: 'reference', 'xla' or None.
     return_lse: whether a branch is (out, lse).
 
@@ -186,7 +210,12 @@ def nsa(
       f'{top_n=} must be at least {num_initial=} + {num_local=}, which are '
       'always read'
     )
-  call, _ = (
+  pairs = [(k_selected, v_selected)]
+  if summaries is None:
+    pairs.append((k_compressed, v_compressed))
+    if k_selected.shape != k_compressed.shape:
+      raise ValueError(f'{k_selected.shape=} must be {k_compressed.shape=}')
+  call, *_ = (
     _resolve(
       q,
       k,
@@ -197,13 +226,12 @@ def nsa(
       k_segment_ids=k_segment_ids,
       scale=scale,
     )
-    for k, v in ((k_selected, v_selected), (k_compressed, v_compressed))
+    for k, v in pairs
   )
-  if k_selected.shape != k_compressed.shape:
-    raise ValueError(f'{k_selected.shape=} must be {k_compressed.shape=}')
+  v_width = v_selected if v_compressed is None else v_compressed
   for name, weights, width in (
     ('compress_k', compress_k, q.shape[-1]),
-    ('compress_v', compress_v, v_compressed.shape[-1]),
+    ('compress_v', compress_v, v_width.shape[-1]),
   ):
     F = weights.outer.shape[0]
     shapes = tuple(w.shape for w in weights)
@@ -212,6 +240,13 @@ def nsa(
         f'{name} has {shapes=}, which must be (L, H), (L, H, F) and (F, H) '
         f'with {L=} and H={width}'
       )
+  parts = nsa_summaries(
+    compress_k=compress_k,
+    compress_v=compress_v,
+    stride=stride,
+    rope_base=rope_base,
+  )
+  call |= _kept(summaries, implementation, parts)
   branches = _implementation(implementation).nsa(
     q,
     k_compressed,
@@ -257,6 +292,26 @@ def _resolve(
     **dict.fromkeys(('alibi_slopes', 'dropout')) | call,
   )
   return {name: call[name] for name in (*SHARED, *own)}
+
+
+def _kept(
+  summaries: tuple[Array, ...] | None,
+  implementation: str | None,
+  expected: tuple[Summary, ...],
+) -> dict[str, Any]:
+  """The argument of an implementation, which the equation has no use for."""
+  if summaries is not None and len(summaries) != len(expected):
+    raise ValueError(
+      f'{len(summaries)=} must be {len(expected)}, one for each of {expected}'
+    )
+  if implementation != 'reference':
+    return dict(summaries=summaries)
+  if summaries is not None:
+    raise NotImplementedError(
+      "implementation='reference' makes summaries itself: give none, or take "
+      "implementation='xla'"
+    )
+  return {}
 
 
 def _implementation(name: str | None) -> Any:

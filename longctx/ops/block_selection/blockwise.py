@@ -11,16 +11,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from longctx.ops.block_selection.compression import Compression, compress
+from longctx.ops.block_selection import gathered, tiles
+from longctx.ops.block_selection.compression import Compression
 from longctx.ops.block_selection.documents import (
   Documents,
   complete_blocks,
   locate,
   take_blocks,
 )
-from longctx.ops.block_selection.tiles import Extras, attend
+from longctx.ops.block_selection.summaries import (
+  Summary,
+  moba_summaries,
+  nsa_summaries,
+)
+from longctx.ops.block_selection.tiles import Extras
 from longctx.ops.dot_product_attention.dropout import Dropout
-from longctx.ops.rope import apply_rope
 from longctx.typing import Array, Bool, Float, Int
 
 # Scores held at once: 4 MB in float32, and those of a few queries at least.
@@ -42,6 +47,7 @@ def moba(
   scale: float,
   alibi_slopes: Float[Array, ' N'] | None,
   dropout: Dropout | None,
+  summaries: tuple[Array, ...] | None,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
   """MoBA; arguments as in the reference, memory O(T).
 
@@ -60,9 +66,13 @@ def moba(
     k_segment_ids=k_segment_ids,
   )
   k, v = documents.sort(k), documents.sort(v)
-  blocks = complete_blocks(documents, S, length=block_size, stride=block_size)
-  means = lax.stop_gradient(take_blocks(k, blocks, block_size))
-  means = means.astype(dtype).mean(2)
+  (summary,) = moba_summaries(block_size=block_size)
+  if summaries is None:
+    blocks = complete_blocks(documents, S, length=block_size, stride=block_size)
+    means = _summarize(summary, lax.stop_gradient(k), blocks, None, dtype)
+  else:
+    (means,) = summaries
+    blocks = _kept_blocks(summary, means)
   own = _own_block(documents, block_size)
 
   def choose(q, first, own):
@@ -90,23 +100,15 @@ def moba(
       alibi_slopes,
       dropout,
     )
-  return attend(
-    q,
-    k,
-    v,
-    begin,
-    documents.last,
-    block_size=block_size,
-    aligned=documents.begin is None,
-    scale=scale,
-    extras=extras,
+  return _attend(
+    q, k, v, begin, documents, block_size=block_size, scale=scale, extras=extras
   )
 
 
 def nsa(
   q: Float[Array, 'B T N H'],
-  k_compressed: Float[Array, 'B S K H'],
-  v_compressed: Float[Array, 'B S K V'],
+  k_compressed: Float[Array, 'B S K H'] | None,
+  v_compressed: Float[Array, 'B S K V'] | None,
   k_selected: Float[Array, 'B S K H'],
   v_selected: Float[Array, 'B S K V'],
   *,
@@ -123,6 +125,7 @@ def nsa(
   q_segment_ids: Int[Array, 'B T'] | None,
   k_segment_ids: Int[Array, 'B S'] | None,
   scale: float,
+  summaries: tuple[Array, ...] | None,
 ) -> tuple[
   tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']],
   tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']],
@@ -146,7 +149,6 @@ def nsa(
     k_segment_ids=k_segment_ids,
   )
   blocks = complete_blocks(documents, S, length=block_size, stride=block_size)
-  summaries = complete_blocks(documents, S, length=L, stride=stride)
   own = _own_block(documents, block_size)
   # Local blocks begin after `near`, initial ones before `far`.
   near = own - num_local * block_size
@@ -159,19 +161,27 @@ def nsa(
   begin = jnp.stack(fixed, axis=-1)[:, :, None]
   begin = jnp.broadcast_to(begin, (B, T, K, begin.shape[-1]))
 
-  kc, vc = (
-    compress(take_blocks(documents.sort(x), summaries, L).astype(dtype), w)
-    for x, w in ((k_compressed, compress_k), (v_compressed, compress_v))
+  parts = nsa_summaries(
+    compress_k=compress_k,
+    compress_v=compress_v,
+    stride=stride,
+    rope_base=rope_base,
   )
-  if rope_base is not None:
+  if summaries is None:
+    starts = complete_blocks(documents, S, length=L, stride=stride)
     k_pos = jnp.arange(S)[None] if k_positions is None else k_positions
     k_pos = jnp.broadcast_to(documents.sort(k_pos), (B, S))
-    at = take_blocks(k_pos, summaries, 1)[..., 0]
-    kc = apply_rope(kc, at, base=rope_base)
-  before = jax.vmap(jnp.searchsorted)(summaries, blocks)
+    kc, vc = (
+      _summarize(part, documents.sort(x), starts, k_pos, dtype)
+      for part, x in zip(parts, (k_compressed, v_compressed), strict=True)
+    )
+  else:
+    kc, vc = summaries
+    starts = _kept_blocks(parts[0], kc)
+  before = jax.vmap(jnp.searchsorted)(starts, blocks)
 
   def read(q, first, last, near, far):
-    ok = _between(summaries, first, last - L + 2)
+    ok = _between(starts, first, last - L + 2)
     out, lse, p = _compressed_attention(q, kc, vc, ok, scale)
     importance = _importance(p, before, L, block_size, stride)
     past = _between(blocks, far, near + 1)[:, :, None]
@@ -182,20 +192,61 @@ def nsa(
   out, lse, chosen = _map_queries(
     read,
     (q, documents.first, documents.last, near, far),
-    scores=B * N * summaries.shape[1],
+    scores=B * N * starts.shape[1],
   )
   begin = jnp.concatenate([begin, chosen], axis=-1)
-  selected = attend(
+  selected = _attend(
     q,
     documents.sort(k_selected),
     documents.sort(v_selected),
     begin,
-    documents.last,
+    documents,
     block_size=block_size,
-    aligned=documents.begin is None,
     scale=scale,
   )
   return (out, lse), selected
+
+
+def _summarize(
+  summary: Summary,
+  x: Float[Array, 'B S K D'],
+  begin: Int[Array, 'B C'],
+  positions: Int[Array, 'B S'] | None,
+  dtype: Any,
+) -> Float[Array, 'B C K D']:
+  """The vectors of blocks that begin at these places of sorted keys."""
+  blocks = take_blocks(x, begin, summary.length).astype(dtype)
+  first = begin
+  if positions is not None:
+    first = take_blocks(positions, begin, 1)[..., 0]
+  return summary.make(blocks, first)
+
+
+def _kept_blocks(
+  summary: Summary, vectors: Float[Array, 'B C K D']
+) -> Int[Array, 'B C']:
+  """Where the blocks of kept vectors begin, complete yet or not."""
+  B, C = vectors.shape[:2]
+  return jnp.broadcast_to(jnp.arange(C) * summary.stride, (B, C))
+
+
+def _attend(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K V'],
+  begin: Int[Array, 'B T M n'],
+  documents: Documents,
+  *,
+  block_size: int,
+  scale: float,
+  extras: Extras | None = None,
+) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
+  """Softmax attention to the blocks that begin at these places, -1 for none."""
+  common = dict(block_size=block_size, scale=scale, extras=extras)
+  if q.shape[1] == 1 and (extras is None or extras.dropout is None):
+    return gathered.attend(q, k, v, begin, documents.last, **common)
+  aligned = documents.begin is None
+  return tiles.attend(q, k, v, begin, documents.last, aligned=aligned, **common)
 
 
 def _compressed_attention(

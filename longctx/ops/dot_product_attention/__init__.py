@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from longctx.masks import Causal, Mask
-from longctx.ops.dot_product_attention import blockwise, reference
+from longctx.ops.dot_product_attention import (
+  blockwise,
+  reference,
+  side_by_side,
+)
 from longctx.ops.dot_product_attention.blocks import BlockSizes
 from longctx.ops.dot_product_attention.dropout import Dropout, make_dropout
 from longctx.ops.dot_product_attention.normalizers import NORMALIZERS
@@ -24,6 +28,7 @@ __all__ = [
 
 IMPLEMENTATIONS = {
   'reference': reference.dot_product_attention,
+  'side_by_side': side_by_side.dot_product_attention,
   'xla': blockwise.dot_product_attention,
 }
 
@@ -98,9 +103,9 @@ def dot_product_attention(
       implementation or block sizes. Batch rows and heads are counted in the
       arrays given; a `Dropout` also says where those begin in larger ones.
     block_sizes: for blockwise implementations; None for heuristics.
-    implementation: 'reference' (memory B N T S), 'xla' (memory linear in T and
-      S, that of second derivatives too) or None for the best that supports the
-      call.
+    implementation: 'reference' (memory B N T S), 'side_by_side' (the same, for
+      few queries), 'xla' (memory linear in T and S, that of second derivatives
+      too) or None for the best that supports the call.
     return_lse: whether to return lse too.
 
   Returns:

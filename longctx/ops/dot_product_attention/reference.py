@@ -1,5 +1,8 @@
 """Dot-product attention as its equation: the oracle."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -8,6 +11,32 @@ from longctx.ops.dot_product_attention.blocks import BlockSizes
 from longctx.ops.dot_product_attention.dropout import Dropout, keep_factor
 from longctx.ops.dot_product_attention.normalizers import Normalizer
 from longctx.typing import Array, Float, Int
+
+
+class Products(NamedTuple):
+  """The two products of attention.
+
+  Attributes:
+    scores: (q [B, T, N, H], k [B, S, K, H]) -> q · k [B, N, T, S].
+    mix: (weight [B, N, T, S], v [B, S, K, V]) -> Σ_s weight v [B, T, N, V].
+  """
+
+  scores: Callable[[Array, Array], Array]
+  mix: Callable[[Array, Array], Array]
+
+
+def _scores(
+  q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H']
+) -> Float[Array, 'B N T S']:
+  k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+  return jnp.einsum('BTNH,BSNH->BNTS', q, k)
+
+
+def _mix(
+  weight: Float[Array, 'B N T S'], v: Float[Array, 'B S K V']
+) -> Float[Array, 'B T N V']:
+  v = jnp.repeat(v, weight.shape[1] // v.shape[2], axis=2)
+  return jnp.einsum('BNTS,BSNV->BTNV', weight, v)
 
 
 def dot_product_attention(
@@ -27,6 +56,7 @@ def dot_product_attention(
   normalizer: Normalizer,
   dropout: Dropout | None,
   block_sizes: BlockSizes | None,
+  products: Products = Products(_scores, _mix),
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
   """The sum over the allowed keys, with every score held: memory B N T S.
 
@@ -38,19 +68,21 @@ def dot_product_attention(
   Arguments and errors are those of `longctx.ops.dot_product_attention`, with
   the defaults filled in and positions given a batch axis of B or 1.
 
+  Args:
+    products: how the two products are computed.
+
   Returns:
     out in the dtype of q, lse = log D in float32 (float64 for float64 inputs).
   """
   del block_sizes
   B, T, N, _ = q.shape
-  S, K = k.shape[1:3]
+  S = k.shape[1]
   dtype = jnp.promote_types(q.dtype, jnp.float32)
   q_pos = jnp.arange(T)[None] if q_positions is None else q_positions
   k_pos = jnp.arange(S)[None] if k_positions is None else k_positions
   q_pos, k_pos = q_pos[:, None, :, None], k_pos[:, None, None, :]
-  k, v = (jnp.repeat(x.astype(dtype), N // K, axis=2) for x in (k, v))
 
-  z = jnp.einsum('BTNH,BSNH->BNTS', q.astype(dtype), k) * scale
+  z = products.scores(q.astype(dtype), k.astype(dtype)) * scale
   if logits_soft_cap is not None:
     z = logits_soft_cap * jnp.tanh(z / logits_soft_cap)
   if alibi_slopes is not None:
@@ -84,5 +116,5 @@ def dot_product_attention(
       q_positions=q_pos,
       k_positions=k_pos,
     )
-  out = jnp.einsum('BNTS,BSNV->BTNV', weight / total, v)
+  out = products.mix(weight / total, v.astype(dtype))
   return out.astype(q.dtype), lse[..., 0].swapaxes(1, 2)
