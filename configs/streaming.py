@@ -26,8 +26,8 @@ def get_config() -> ConfigDict:
   config.model.num_heads = 4
   config.model.mlp_dim = 512
 
-  config.steps = 3000
-  config.batch_size = 16
+  config.steps = 1500
+  config.batch_size = 8
   config.optimizer.learning_rate = 3e-3
   config.optimizer.warmup_steps = 100
 

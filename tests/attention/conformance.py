@@ -330,6 +330,9 @@ def check_packing(variant: str):
 
 def check_mesh(variant: str, *, capability: str):
   """All at once: packed documents, grouped heads, dropout, a convolution."""
+  if capability == 'contiguous' and has(variant, 'model'):
+    # The same layout, with other axes beside it: a program for both.
+    capability = 'model'
   axes, scheme, layout = MESHES[capability]
   expected = on_mesh(variant, None)
   module = nnx.merge(*make_layer(variant))
