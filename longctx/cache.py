@@ -5,7 +5,7 @@
     logits, cache = extend(model, cache, next_tokens)   # [2, 1]
 
 Which keys, values, sums and states a layer keeps follows from its mask or its
-recurrence (`longctx.attention.decoding`). Shapes never change, so that each
+recurrence (`longctx.attention.cells`). Shapes never change, so that each
 number of tokens compiles once; rows may be of different lengths.
 
 On a mesh the slots of keys and values are spread over the devices. Those have
@@ -24,7 +24,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longctx.attention import decoding
+from longctx.attention import cells
 from longctx.model import Transformer
 from longctx.parallel.axes import Axes, make_axes
 from longctx.typing import Array, Bool, Float, Int
@@ -44,10 +44,8 @@ class Cache:
   """
 
   lengths: Int[Array, ' B']
-  layers: tuple[decoding.Cells, ...]
-  plans: tuple[decoding.Plan, ...] = dataclasses.field(
-    metadata=dict(static=True)
-  )
+  layers: tuple[cells.Cells, ...]
+  plans: tuple[cells.Plan, ...] = dataclasses.field(metadata=dict(static=True))
   capacity: int | None = dataclasses.field(metadata=dict(static=True))
   axes: Axes | None = dataclasses.field(
     default=None, metadata=dict(static=True)
@@ -106,7 +104,7 @@ def init(
   )
   return Cache(
     lengths=jnp.zeros(batch_size, jnp.int32, device=of_rows(axes)),
-    layers=tuple(decoding.empty(plan, batch_size, axes) for plan in plans),
+    layers=tuple(cells.empty(plan, batch_size, axes) for plan in plans),
     plans=plans,
     capacity=capacity,
     axes=axes,

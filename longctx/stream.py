@@ -20,9 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
-import resource
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -30,13 +27,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from flax import nnx
 
 from longctx import cache as cache_lib
 from longctx import evaluate, figures, metrics, steps
 from longctx.attention import parse_layer
 from longctx.model import TransformerConfig
+from longctx.stream_log import StreamLog
 from longctx.token_stream import Piece, TokenStream
 
 # What stands in for a layer `full`; None leaves it.
@@ -212,7 +209,7 @@ def _read(run, learned, tokens, policy, config) -> list[dict[str, Any]]:
     batch_size=config.rows,
     capacity=end if policy == 'dense' else None,
   )
-  log = _Log(run, policy, config, learned.step)
+  log = _open_log(run, policy, config, learned.step)
   cache = log.resume(cache)
 
   @functools.partial(jax.jit, donate_argnames='cache')
@@ -244,7 +241,7 @@ def _read(run, learned, tokens, policy, config) -> list[dict[str, Any]]:
 
 def _recompute(run, learned, tokens, policy, config) -> list[dict[str, Any]]:
   """The lines of windows that are read anew."""
-  log = _Log(run, policy, config, learned.step)
+  log = _open_log(run, policy, config, learned.step)
   log.resume(None)
   graph = learned.graph
 
@@ -277,6 +274,17 @@ def _recompute(run, learned, tokens, policy, config) -> list[dict[str, Any]]:
   return log.lines
 
 
+def _open_log(
+  run: evaluate.Trained, policy: str, config: StreamConfig, step: int
+) -> StreamLog:
+  """The log of a policy, which goes on where its settings are the same."""
+  what = dataclasses.asdict(config)
+  del what['tokens'], what['policies']
+  if policy == 'dense':
+    what['end'] = _end(run, policy, config)
+  return StreamLog(run.workdir, policy, {**what, 'step': step})
+
+
 def _sums(logits, piece: Piece) -> jax.Array:
   """Nats of all scored tokens, their weight, and that of right guesses."""
   logp = jax.nn.log_softmax(logits)
@@ -284,98 +292,6 @@ def _sums(logits, piece: Piece) -> jax.Array:
   hit = logits.argmax(-1) == piece.labels
   scored = jnp.stack([nll, jnp.ones_like(nll), hit]) * piece.weights
   return scored.sum((1, 2))
-
-
-class _Log:
-  """The lines of a policy in stream.jsonl, and where its stream stands."""
-
-  def __init__(
-    self, run: evaluate.Trained, policy: str, config: StreamConfig, step: int
-  ):
-    self._path = run.workdir / 'stream.jsonl'
-    self._state = run.workdir / 'stream' / f'{policy}.npz'
-    self._policy = policy
-    what = dataclasses.asdict(config)
-    del what['tokens'], what['policies']
-    if policy == 'dense':
-      what['end'] = _end(run, policy, config)
-    self._what = json.dumps({**what, 'step': step}, sort_keys=True)
-    self.position = 0
-    self.lines: list[dict[str, Any]] = []
-
-  def resume(self, cache: cache_lib.Cache | None) -> cache_lib.Cache | None:
-    """The cache where the stream stopped, or the empty one that is given."""
-    rows = [
-      row
-      for row in metrics.read_lines(self._path)
-      if row['policy'] == self._policy and row['what'] == self._what
-    ]
-    if cache is None:
-      self.position = max((row['end'] for row in rows), default=0)
-    elif self._state.exists():
-      with np.load(self._state) as saved:
-        if str(saved['what']) == self._what:
-          self.position = int(saved['position'])
-          leaves, tree = jax.tree.flatten(cache)
-          names = [f'leaf{index}' for index in range(len(leaves))]
-          cache = jax.tree.unflatten(
-            tree, [jnp.asarray(saved[name]) for name in names]
-          )
-    self.lines = [row for row in rows if row['end'] <= self.position]
-    self._flush()
-    return cache
-
-  def write(self, begin: int, end: int, sums: np.ndarray, seconds: float):
-    """Adds the line of a bucket, from its sums of loss, weight and hits."""
-    loss, count, correct = map(float, sums)
-    self.lines.append(
-      {
-        'policy': self._policy,
-        'begin': begin,
-        'end': end,
-        'loss': loss / max(count, 1e-9),
-        'accuracy': correct / max(count, 1e-9),
-        'count': int(count),
-        'seconds': seconds,
-        'peak_memory': _peak_memory(),
-        'what': self._what,
-      }
-    )
-    self._flush()
-
-  def save(self, cache: cache_lib.Cache, position: int):
-    """Keeps the cache, to go on from here."""
-    self._state.parent.mkdir(exist_ok=True)
-    leaves = {
-      f'leaf{index}': np.asarray(leaf)
-      for index, leaf in enumerate(jax.tree.leaves(cache))
-    }
-    half = self._state.with_suffix('.tmp.npz')
-    np.savez(half, position=position, what=self._what, **leaves)
-    os.replace(half, self._state)
-
-  def progress(self, end: int) -> tqdm.tqdm:
-    return tqdm.tqdm(
-      desc=self._policy,
-      total=end,
-      initial=min(self.position, end),
-      unit='token',
-      unit_scale=True,
-      disable=None,
-    )
-
-  def _flush(self):
-    others = [
-      row
-      for row in metrics.read_lines(self._path)
-      if row['policy'] != self._policy
-    ]
-    metrics.write_lines(self._path, others + self.lines)
-
-
-def _peak_memory() -> int:
-  """Bytes that the process has held at most."""
-  return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _line(policy: str, rows: list[dict[str, Any]], config: StreamConfig) -> str:

@@ -12,7 +12,8 @@ from jax import lax
 
 from longctx import cache as cache_lib
 from longctx import parallel
-from longctx.attention import AttentionConfig, decoding, make_attention
+from longctx.attention import AttentionConfig, make_attention
+from longctx.attention.cells import empty
 from longctx.model import Transformer, TransformerConfig
 from longctx.parallel.hlo import program_cost
 
@@ -235,7 +236,7 @@ def test_sinks_and_window_stream_for_100_000_tokens():
     (cells, lengths), out = lax.scan(one, (cells, lengths), x.swapaxes(0, 1))
     return cells, lengths, out.swapaxes(0, 1)
 
-  cells, lengths = decoding.empty(plan, 1), jnp.zeros(1, jnp.int32)
+  cells, lengths = empty(plan, 1), jnp.zeros(1, jnp.int32)
   found, alive = [], set()
   for part in np.split(x, tokens // at_once, axis=1):
     cells, lengths, out = read(cells, lengths, part)

@@ -10,9 +10,10 @@ from flax import nnx
 
 from longctx import masks
 from longctx.attention.capabilities import CAPABILITIES
+from longctx.attention.cells import Cells, Plan, Tape
 from longctx.attention.config import AttentionConfig
 from longctx.attention.context import Context
-from longctx.attention.decoding import Cells, DecodingContext, Plan, Tape
+from longctx.attention.decoding import DecodingContext
 from longctx.attention.recurrence import Recurrence
 from longctx.ops.alibi import alibi_slopes
 from longctx.ops.rope import apply_rope
@@ -162,7 +163,7 @@ class Attention(nnx.Module, abc.ABC):
     Args:
       x: inputs at T more tokens, of which a row may use fewer.
       plan: of the layer.
-      cells: what it kept, at first `decoding.empty(plan, B)`.
+      cells: what it kept, at first `cells.empty(plan, B)`.
       lengths: tokens that each row has read before.
       new: which of the T are a row's tokens, the first ones; None: all.
       read: places on the axis T whose outputs are wanted, see `take_read`.

@@ -1,20 +1,18 @@
-"""What a layer keeps between tokens, derived from how it mixes them."""
+"""How a layer mixes the next tokens with those that its cells remember."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from longctx import parallel
+from longctx.attention.cells import Tape
 from longctx.attention.context import Context, biased
 from longctx.attention.recurrence import Recurrence
 from longctx.layouts import SequenceLayout
@@ -29,120 +27,6 @@ from longctx.typing import Array, Bool, Float, Int, Shaped
 
 # Where there is no token: later than any query, which causal masks exclude.
 NOWHERE = 2**30
-
-
-class Cell(NamedTuple):
-  """One thing that a layer keeps of each row.
-
-  Attributes:
-    shape: of a row's numbers.
-    dtype: of them.
-    reach: which tokens have a slot, the first axis of `shape`; None where the
-      numbers are a state that all tokens pass through.
-    is_sum: whether they are sums, which are float32 at least in any model.
-  """
-
-  shape: tuple[int, ...]
-  dtype: str
-  reach: Reach | None = None
-  is_sum: bool = False
-
-  def nbytes(self, dtype: str | None = None) -> int:
-    """Bytes of one row, in another dtype of the model if one is given."""
-    if dtype is None or self.is_sum:
-      dtype = self.dtype
-    return int(np.prod(self.shape)) * jnp.dtype(dtype).itemsize
-
-  def sharding(self, axes: Axes) -> NamedSharding:
-    """Where the arrays [B, *shape] lie: slots along the sequence's axes.
-
-    What is no slot is on every device that has the row.
-    """
-    if self.reach is None:
-      return NamedSharding(axes.mesh, P(axes.data))
-    splits = self.shape[1] % axes.size(axes.heads) == 0
-    heads = axes.heads if splits else None
-    return NamedSharding(axes.mesh, P(axes.data, axes.seq, heads))
-
-
-Plan = tuple[Cell, ...]
-Cells = tuple[Array, ...]
-
-
-def empty(plan: Plan, batch_size: int, axes: Axes | None = None) -> Cells:
-  """Cells of rows that have not read a token, spread over a mesh if any."""
-  places = (None if axes is None else cell.sharding(axes) for cell in plan)
-  return tuple(
-    jnp.zeros((batch_size, *cell.shape), cell.dtype, device=place)
-    for cell, place in zip(plan, places, strict=True)
-  )
-
-
-class Tape:
-  """Hands the calls of a layer their cells in order, and takes the new ones.
-
-  Without cells it writes the plan.
-
-  Attributes:
-    capacity: the most tokens of a row; None for any number.
-    shards: the numbers of slots are multiples of it.
-    plan: one entry per cell.
-    cells: what was kept, replaced as the calls come.
-    reads_later: masks, among those of the calls, that are not causal.
-  """
-
-  def __init__(
-    self,
-    *,
-    capacity: int | None = None,
-    shards: int = 1,
-    plan: Plan = (),
-    cells: Cells | None = None,
-  ):
-    self.capacity = capacity
-    self.shards = shards
-    self.is_planning = cells is None
-    self.plan = list(plan)
-    self.cells = list(cells or ())
-    self.reads_later: list[Mask] = []
-    # Arrays that the layer has handed in, with their places and what was read
-    # there, for masks that read the same keys. They are held, so that no other
-    # array takes their identity.
-    self.known: list[tuple[Array, int, Any]] = []
-    self._place = 0
-
-  def state(
-    self, shape: tuple[int, ...], dtype: Any, *, is_sum: bool = False
-  ) -> int:
-    """The place of the next state."""
-    if self.is_planning:
-      dtype = jnp.dtype(dtype).name
-      self.plan.append(Cell(tuple(shape), dtype, is_sum=is_sum))
-    return self._next()
-
-  def slots(
-    self, x: Array, reach: Reach, *, is_sum: bool = False
-  ) -> tuple[int, Any]:
-    """The place of the slots of an array, and what was last read of them."""
-    for known, place, found in self.known:
-      if known is not x:
-        continue
-      if self.is_planning:
-        reach = self.plan[place].reach.union(reach)
-        self.plan[place] = self._cell(x, reach, is_sum)
-      return place, found
-    if self.is_planning:
-      self.plan.append(self._cell(x, reach, is_sum))
-    return self._next(), None
-
-  def _cell(self, x: Array, reach: Reach, is_sum: bool) -> Cell:
-    slots = reach.slots(self.capacity)
-    shape = (slots + -slots % self.shards, *x.shape[2:])
-    return Cell(shape, jnp.dtype(x.dtype).name, reach, is_sum)
-
-  def _next(self) -> int:
-    self._place += 1
-    return self._place - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,9 @@ from longctx.analysis import leak_probe
 from longctx.attention import (
   VARIANTS,
   AttentionConfig,
-  decoding,
   make_attention,
 )
+from longctx.attention.cells import empty
 from longctx.layouts import SequenceLayout
 from longctx.masks import Causal, SlidingWindow
 from longctx.parallel import Placement
@@ -264,7 +264,7 @@ def check_decode(variant: str, *, mesh: tuple[int, int, int] | None = None):
     )
 
   x, out = np.asarray(make_input()), np.full((B, T, D), np.nan)
-  cells, lengths = decoding.empty(plan, B, axes), np.zeros(B, int)
+  cells, lengths = empty(plan, B, axes), np.zeros(B, int)
   for counts in ([5, 2], [3, 5], [0, 1], [2, 5], [1, 0], [1, 0], [1, 0]):
     width = 5 if max(counts) > 1 else 1
     new = np.arange(width) < np.array(counts)[:, None]
