@@ -20,6 +20,9 @@ has read `context` tokens of `--batch` rows and goes on greedily:
 
 then, per layer, `growth`: time at the longest context over the shortest.
 
+The process keeps memory that is freed, as `longctx.generate` does; with
+`--keep=0` it has what Python gives it, which slows PyTorch and not us.
+
 Weights and caches are random or zero: time does not depend on them.
 """
 
@@ -67,6 +70,9 @@ def parse_arguments(argv):
     '--recompute', type=int, default=1, help='0: leave it out'
   )
   parser.add_argument('--torch', type=int, default=1, help='0: leave it out')
+  parser.add_argument(
+    '--keep', type=int, default=1, help='0: give freed memory back'
+  )
   parser.add_argument('--quick', action='store_true', help='seconds')
   args = parser.parse_args(argv)
   if args.quick:
@@ -242,8 +248,8 @@ def run_context(args, context):
 
 def main(argv=None):
   args = parse_arguments(argv)
-  # As train.py does.
-  parallel.ensure_devices(1)
+  if args.keep:
+    parallel.ensure_devices(1)
   least = {context: run_context(args, context) for context in args.contexts}
   low, high = min(args.contexts), max(args.contexts)
   for layer in args.layers:

@@ -21,6 +21,9 @@ measured only so):
 then, per variant and pass, `doubling`, time(2T) over time(T) of least times,
 and `memory_doubling`; both are 2 where the cost is linear in T.
 
+The process keeps memory that is freed, as train.py does; with `--keep=0` it has
+what Python gives it, which slows PyTorch more than us.
+
 Variants whose cost is quadratic stop at `--most_quadratic` tokens: those whose
 mask allows more than a quarter of what full attention reads at the length.
 """
@@ -78,6 +81,9 @@ def parse_arguments(argv):
   parser.add_argument('--most_quadratic', type=int, default=8192)
   parser.add_argument('--hf', type=int, default=1, help='0: leave it out')
   parser.add_argument('--out', type=int, default=1, help='0: no projection out')
+  parser.add_argument(
+    '--keep', type=int, default=1, help='0: give freed memory back'
+  )
   parser.add_argument('--quick', action='store_true', help='seconds, T <= 256')
   args = parser.parse_args(argv)
   if args.quick:
@@ -232,8 +238,8 @@ def run_pass(args, pass_):
 
 def main(argv=None):
   args = parse_arguments(argv)
-  # As train.py does.
-  parallel.ensure_devices(1)
+  if args.keep:
+    parallel.ensure_devices(1)
   for pass_ in args.passes:
     for layer, costs in run_pass(args, pass_).items():
       doublings = [

@@ -1,14 +1,15 @@
 r"""A language model of bytes to stream with: it begins every window with BOS.
 
-Text is that of configs/bytes_lm.py. The anchor at the beginning becomes an
-attention sink; studies/streaming measures what the model loses without it.
+Text is that of configs/bytes_lm.py. studies/streaming measures what the model
+loses without its first tokens, and why that is nothing at this size.
 
   python train.py --config=configs/streaming.py
-  python eval.py --workdir=runs/streaming --mode=stream --tokens=16384 \
-    --policies=dense,recompute,window,sinks,sinks_text --rows=8
+  python eval.py --workdir=runs/streaming --mode=stream --tokens=2048 \
+    --dense_tokens=2048 --recomputed=2048 --rows=8 --bucket=2048 \
+    --policies=dense,recompute,window,sinks,sinks_text
 
-Expected: 1.14 nats per byte after 1,200 steps (training loss, one seed); the
-whole run has not been measured. What streams show is in studies/streaming.
+Expected: 1.17 to 1.21 nats per byte on the test split after 1,500 steps, 67% of
+bytes right, in five to six minutes on two CPU cores (seeds 0, 1 and 2).
 """
 
 from ml_collections import ConfigDict

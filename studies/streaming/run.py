@@ -6,9 +6,9 @@
 
 Trains configs/streaming.py from each seed, then reads the test split by
 `eval.py --mode=stream`: a short stream under every policy, each token of it
-scored, and for the first seed an endless one under `sinks`. All of it can be stopped and started
-again. Writes results.json, table.md and streams.png beside this file; the runs
-themselves go to runs/streaming.
+scored, and for the first seed an endless one under `sinks`. All of it can be
+stopped and started again. Writes results.json, table.md and streams.png beside
+this file; the runs themselves go to runs/streaming.
 """
 
 import argparse
