@@ -399,3 +399,19 @@ def test_what_does_not_fit_is_refused(op, changes, message):
   )
   with pytest.raises(ValueError, match=message):
     op(**arrays | SETTINGS[op] | changes)
+
+
+@pytest.mark.parametrize(
+  ('options', 'error', 'message'),
+  [
+    (dict(k_positions=jnp.arange(9)), ValueError, 'leave out k_positions'),
+    (dict(implementation='reference'), NotImplementedError, 'give none'),
+  ],
+)
+def test_summaries_that_do_not_fit_the_call_are_refused(
+  options, error, message
+):
+  arrays = {n: jnp.asarray(x) for n, x in make_arrays(moba, 9).items()}
+  summaries = (jnp.zeros((B, 2, 2, H)),)
+  with pytest.raises(error, match=message):
+    moba(**arrays, block_size=4, top_k=2, summaries=summaries, **options)

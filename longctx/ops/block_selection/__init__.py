@@ -1,5 +1,6 @@
 """Attention to the few blocks of keys that each query chooses."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,7 @@ def moba(
     dropout=dropout,
   )
   call |= _kept(
-    summaries, implementation, moba_summaries(block_size=block_size)
+    summaries, implementation, moba_summaries(block_size=block_size), call
   )
   out, lse = _implementation(implementation).moba(
     q, k, v, block_size=block_size, top_k=top_k, **call
@@ -212,6 +213,8 @@ def nsa(
     )
   pairs = [(k_selected, v_selected)]
   if summaries is None:
+    if k_compressed is None or v_compressed is None:
+      raise ValueError('give k_compressed and v_compressed, or summaries')
     pairs.append((k_compressed, v_compressed))
     if k_selected.shape != k_compressed.shape:
       raise ValueError(f'{k_selected.shape=} must be {k_compressed.shape=}')
@@ -246,7 +249,7 @@ def nsa(
     stride=stride,
     rope_base=rope_base,
   )
-  call |= _kept(summaries, implementation, parts)
+  call |= _kept(summaries, implementation, parts, call)
   branches = _implementation(implementation).nsa(
     q,
     k_compressed,
@@ -298,11 +301,20 @@ def _kept(
   summaries: tuple[Array, ...] | None,
   implementation: str | None,
   expected: tuple[Summary, ...],
+  call: Mapping[str, Any],
 ) -> dict[str, Any]:
   """The argument of an implementation, which the equation has no use for."""
   if summaries is not None and len(summaries) != len(expected):
     raise ValueError(
       f'{len(summaries)=} must be {len(expected)}, one for each of {expected}'
+    )
+  moved = [
+    name for name in ('k_positions', 'k_segment_ids') if call[name] is not None
+  ]
+  if summaries is not None and moved:
+    raise ValueError(
+      'summaries are of keys at their natural positions in one document: leave '
+      f'out {" and ".join(moved)}, or the summaries'
     )
   if implementation != 'reference':
     return dict(summaries=summaries)
