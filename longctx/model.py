@@ -264,7 +264,7 @@ class Transformer(nnx.Module):
     sums = functools.partial(cross_entropy_sums, chunk=self.config.logits_chunk)
     if placement is not None and read is None:
       sums = placement.sum_over_tokens(sums)
-    return sums(self._head(), x, labels, weights)
+    return sums(self.head_matrix(), x, labels, weights)
 
   def embed(
     self,
@@ -332,7 +332,7 @@ class Transformer(nnx.Module):
 
   def logits(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
     """The head: float32 logits from the normed outputs of `hidden`."""
-    return project(x, self._head())
+    return project(x, self.head_matrix())
 
   def state_bytes(self, seq_len: int, dtype: str = 'float32') -> int:
     """Bytes that decoding keeps for one sequence, all layers together."""
@@ -347,7 +347,8 @@ class Transformer(nnx.Module):
     layers = [block.attention for block in self.blocks]
     return head + sum(layer.flops(seq_len) + mlp for layer in layers)
 
-  def _head(self) -> Float[Array, 'D V']:
+  def head_matrix(self) -> Float[Array, 'D V']:
+    """From normed activations to logits: the embedding's transpose if tied."""
     if self.config.tied_head:
       return self.embedding[...].T
     return self.head[...]

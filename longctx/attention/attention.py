@@ -115,10 +115,16 @@ class Attention(nnx.Module, abc.ABC):
     self, x: Float[Array, 'B T D'], context: Context
   ) -> Float[Array, 'B Q D']:
     """Applies the layer to tokens wherever they are."""
+    out = self.head_outputs(x, context)
+    return self.out(out.reshape(*out.shape[:2], -1))
+
+  def head_outputs(
+    self, x: Float[Array, 'B T D'], context: Context
+  ) -> Float[Array, 'B Q N V']:
+    """What each head found, before the projection that adds the heads up."""
     q, k, v = self.project(x, context)
     out = self.mix(q, k, v, x=x, context=context)
-    out = self.finish(out, context.at_read(x))
-    return self.out(out.reshape(*out.shape[:2], -1))
+    return self.finish(out, context.at_read(x))
 
   def plan(self, capacity: int | None, *, shards: int = 1) -> Plan:
     """What the layer keeps to decode, derived from the calls that it makes.

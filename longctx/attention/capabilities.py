@@ -21,6 +21,7 @@ CAPABILITIES = {
   'alibi': 'logits that fall with distance',
   'dropout': 'of attention weights, the same ones on any mesh',
   'short_conv': 'a convolution over queries, keys and values',
+  'analysis': 'what a token gets of each other, for the scores of heads',
   'packing': 'documents in a row that do not read each other',
   'ring': 'the sequence on several devices, by this scheme or its state scan',
   'ulysses': 'likewise',

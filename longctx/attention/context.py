@@ -134,10 +134,7 @@ class Context:
     q_positions = positions
     if self.read is not None and positions is None:
       q_positions = self.true_positions(T)
-    attend = softmax.dot_product_attention
-    if self.placement is not None:
-      attend = self.placement.dot_product_attention
-    return attend(
+    return self.attend(
       self.at_read(q),
       k,
       v,
@@ -151,6 +148,12 @@ class Context:
       implementation=self.implementation,
       **options,
     )
+
+  def attend(self, *arrays: Any, **call: Any) -> Any:
+    """The op of softmax attention, where the tokens are."""
+    if self.placement is not None:
+      return self.placement.dot_product_attention(*arrays, **call)
+    return softmax.dot_product_attention(*arrays, **call)
 
   def with_all_keys(
     self,
@@ -241,6 +244,19 @@ class Context:
       )
     # The state passes every place, whichever are read.
     return self.at_read(out)
+
+  def values(
+    self, own: Float[Array, '... V'], given: Float[Array, '... V']
+  ) -> Float[Array, '... V']:
+    """What a layer mixes where it makes values itself.
+
+    Args:
+      own: the layer's, of a branch or of no token.
+      given: those that would be in their place, were `mix` given all values, as
+        analysis does.
+    """
+    del given
+    return own
 
   def short_conv(
     self, x: Float[Array, 'B T E'], kernel: Float[Array, 'W E']

@@ -114,9 +114,10 @@ class LongformerAttention(Attention):
       order = np.argsort(np.concatenate([heads for heads, _ in self.of_heads]))
       out = jnp.concatenate(parts, axis=2)[:, :, order]
     if self.of_globals is not None:
-      q, k, v = self.to_heads(
+      q, k, own = self.to_heads(
         self.query_global(x), self.key_global(x), self.value_global(x), context
       )
+      v = context.values(own, v)
       q, k = self.rotate(q, context), self.rotate(k, context)
       # Rows that either of both masks leaves without keys are 0 there.
       out = out + context.dot_product_attention(

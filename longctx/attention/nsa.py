@@ -49,6 +49,10 @@ class NativeSparseAttention(Attention):
   # Their order: compressed, selected, window.
   branches = 3
   unsupported: ClassVar = {
+    'analysis': (
+      'compressed values pass a hidden layer, so that outputs are no weighted '
+      'sums of them: analyse other layers'
+    ),
     'alibi': (
       'a compressed block lies at no one distance: take rope, learned or no '
       'positions'

@@ -83,6 +83,10 @@ class SinkTokenAttention(Attention):
     B, Q, N, H = q.shape
     by_key_head = q.astype(wide).reshape(B, Q, config.num_kv_heads, -1, H)
     z = jnp.einsum('BQKGH,MKH->BQKGM', by_key_head, sink_key) * H**-0.5
+    # Of no token.
+    sink_value = context.values(
+      sink_value, jnp.zeros((*sink_value.shape[:2], v.shape[-1]), wide)
+    )
     out = jnp.einsum('BQKGM,MKV->BQKGV', jax.nn.softmax(z), sink_value)
     lse = jax.nn.logsumexp(z, axis=-1)
     out, _ = merge(*tokens, out.reshape(B, Q, N, -1), lse.reshape(B, Q, N))

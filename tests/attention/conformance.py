@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from longctx import parallel
-from longctx.analysis import leak_probe
+from longctx.analysis import leak_probe, probes
 from longctx.attention import (
   VARIANTS,
   AttentionConfig,
@@ -310,6 +310,28 @@ def check_short_conv(variant: str):
   assert_close(run(make_input(), {}), oracle(variant, short_conv=3))
 
 
+def check_analysis(variant: str):
+  """Outputs are sums of values by the attention that probes find."""
+  graph, params = make_layer(variant)
+
+  @functools.partial(jax.jit, compiler_options=FAST)
+  def run(params, x):
+    layer, context = nnx.merge(graph, params), probes.GivenValues()
+    found = probes.weighted_sums(layer, x, jnp.eye(T)[None], context)
+    q, k, v = layer.project(x, context)
+    out = layer.mix(q, k, v, x=x, context=context)
+    v = v.reshape(B, T, -1, out.shape[-1])
+    v = jnp.repeat(v, out.shape[2] // v.shape[2], axis=2)
+    return found, jnp.einsum('BTNS,BSNV->BTNV', found, v), out
+
+  found, summed, out = run(params, make_input())
+  assert_close([summed], [out])
+  layer = nnx.merge(graph, params)
+  mask = Causal() if layer.recurrence else layer.mask
+  allowed = leak_probe.allowed_pairs(mask, T)
+  assert not found.swapaxes(2, 3)[:, ~allowed].any()
+
+
 def check_packing(variant: str):
   run = program(variant)
   x, ids = make_input(), jnp.asarray(SEGMENTS)
@@ -405,6 +427,7 @@ CHECKS = {
   'alibi': functools.partial(check_positions, positions='alibi'),
   'dropout': check_dropout,
   'short_conv': check_short_conv,
+  'analysis': check_analysis,
   'packing': check_packing,
   **{name: functools.partial(check_mesh, capability=name) for name in MESHES},
 }

@@ -39,6 +39,9 @@ def _mix(
   return jnp.einsum('BNTS,BSNV->BTNV', weight, v)
 
 
+PRODUCTS = Products(_scores, _mix)
+
+
 def dot_product_attention(
   q: Float[Array, 'B T N H'],
   k: Float[Array, 'B S K H'],
@@ -56,7 +59,7 @@ def dot_product_attention(
   normalizer: Normalizer,
   dropout: Dropout | None,
   block_sizes: BlockSizes | None,
-  products: Products = Products(_scores, _mix),
+  products: Products = PRODUCTS,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
   """The sum over the allowed keys, with every score held: memory B N T S.
 

@@ -1,0 +1,255 @@
+"""The analysis of one run: what its heads do, and what it is without them."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from longctx import tasks
+from longctx.analysis import model_scores, sequences, walk
+from longctx.layouts import SequenceLayout
+from longctx.model import TransformerConfig
+from longctx.parallel import Placement
+from longctx.typing import Array, Float
+
+# A head that gives this much of its attention to what a score asks for is said
+# to be of that kind.
+FOUND = 0.3
+KINDS = {
+  'induction': 'prefix_matching',
+  'previous_token': 'previous_token',
+  'sink': 'first_token',
+}
+
+# Parts of a sequence whose losses are told apart.
+PARTS = 16
+
+
+class Analyzer:
+  """Measures the heads of a model on rows of its task, and on repeats.
+
+  Rows are the first ones of the validation split, the same at every call; the
+  repeats are of symbols that occur in them. Programs are compiled once.
+
+  Args:
+    graph: of the model, see `steps.abstract_params`.
+    model: its config.
+    task: what it is trained on.
+    rows: sequences to look at; a mesh rounds them up.
+    seed: of the task's examples.
+    placement: where they lie on a mesh; None: on one device.
+    with_logits: as in `heads.attention_scores`.
+  """
+
+  def __init__(
+    self,
+    graph: nnx.GraphDef,
+    model: TransformerConfig,
+    task: tasks.Task,
+    *,
+    rows: int = 8,
+    seed: int = 0,
+    placement: Placement | None = None,
+    with_logits: bool = True,
+  ):
+    self.graph, self.model, self.task = graph, model, task
+    self.placement = placement
+    if placement is not None and placement.axes.data is not None:
+      rows += -rows % placement.mesh.shape['data']
+    examples = [task.get(seed, 'validation', i).arrays() for i in range(rows)]
+    self.batch = {
+      key: np.stack([example[key] for example in examples])
+      for key in examples[0]
+    }
+    self.repeats = self._make_repeats(rows)
+    self._with_logits = with_logits
+    self._scores = jax.jit(self._score)
+    self._ablated = jax.jit(self._ablate)
+
+  def _make_repeats(self, rows: int) -> sequences.Sequences | None:
+    tokens = self.batch['tokens']
+    same = (tokens[:, 0] == tokens[0, 0]).all()
+    try:
+      return sequences.repeated(
+        np.unique(tokens),
+        rows=rows,
+        seq_len=tokens.shape[1],
+        first=int(tokens[0, 0]) if same else None,
+      )
+    except ValueError:
+      # A task of a symbol or two has nothing to match.
+      return None
+
+  def measure(self, params: Any, step: int) -> dict[str, Any]:
+    """Scores as JSON values; those of heads as [layer][head].
+
+    Args:
+      params: of the model.
+      step: of the update that made them.
+
+    Returns:
+      What `heads` and `model_scores` give, None for what a layer has not;
+      `sink_rate` over all heads; `icl_score`, the loss of a token at 500/512 of
+      the length minus that at 50/512 (nats, Olsson et al.); and
+      `loss_by_position`, of scored tokens in 16 parts.
+    """
+    found = jax.device_get(self._scores(params, np.int32(step)))
+    layers = found.pop('layers')
+    names = dict.fromkeys(name for scores in layers for name in scores)
+    row = {
+      name: [_plain(scores.get(name)) for scores in layers] for name in names
+    }
+    rates = [scores['sink_rate'] for scores in layers if 'sink_rate' in scores]
+    row['sink_rate_by_head'] = row.pop('sink_rate', [])
+    row['sink_rate'] = _plain(np.concatenate(rates).mean() if rates else None)
+    return {**row, **{name: _plain(value) for name, value in found.items()}}
+
+  def _score(self, params: Any, step: Array) -> dict[str, Any]:
+    model = nnx.merge(self.graph, params)
+    batch, placement = self.batch, self.placement
+    layers, hidden = model_scores.of_sequences(
+      model,
+      batch['tokens'],
+      segment_ids=batch.get('segment_ids'),
+      step=step,
+      placement=placement,
+      with_logits=self._with_logits,
+    )
+    if self.repeats is not None:
+      of_repeats = model_scores.of_repeats(
+        model,
+        **dataclasses.asdict(self.repeats),
+        step=step,
+        placement=self._placed_for(self.repeats.tokens.shape[1]),
+      )
+      layers = [a | b for a, b in zip(layers, of_repeats, strict=True)]
+    if placement is not None:
+      hidden = placement.layout.restore(hidden)
+    return {'layers': layers, **self._losses(model, hidden)}
+
+  def _placed_for(self, seq_len: int) -> Placement | None:
+    """The mesh, with a layout of another length."""
+    if self.placement is None:
+      return None
+    layout = self.placement.layout
+    layout = SequenceLayout(layout.name, seq_len, layout.num_shards)
+    return dataclasses.replace(self.placement, layout=layout)
+
+  def _losses(
+    self, model: Any, hidden: Float[Array, 'B T D']
+  ) -> dict[str, Array]:
+    tokens, T = self.batch['tokens'], self.batch['tokens'].shape[1]
+    following = np.roll(tokens, -1, axis=1)
+    of_next = walk.token_losses(model, hidden, jnp.asarray(following))
+    late, early = (round(T * place / 512) for place in (500, 50))
+    near = max(1, T // 64)
+    around = lambda at: of_next[:, max(0, at - near) : min(T - 1, at + near)]
+    losses = walk.token_losses(model, hidden, jnp.asarray(self.batch['labels']))
+    weights = np.asarray(self.batch['weights'])
+    part = np.arange(T) * PARTS // T
+    by_part = []
+    for index in range(PARTS):
+      where = weights * (part == index)
+      total = where.sum()
+      loss = jnp.sum(losses * where) / max(total, 1e-9)
+      by_part.append(loss if total else jnp.nan)
+    return {
+      'icl_score': around(late).mean() - around(early).mean(),
+      'loss_by_position': jnp.stack([jnp.asarray(x) for x in by_part]),
+    }
+
+  def ablate(self, params: Any, step: int) -> dict[str, Any]:
+    """What the task's rows are answered like without the heads found.
+
+    Args:
+      params: of the model.
+      step: of the update that made them.
+
+    Returns:
+      `accuracy` and `loss` of the model as it is; per kind in KINDS, where a
+      head's score is above 0.3, `heads` [[layer, head]] with `accuracy` and
+      `loss` when they are all silent, and `mean_accuracy` and `mean_loss` when
+      they say what they say on average; `each`, accuracy without each head
+      alone, as [layer][head].
+    """
+    scores = self.measure(params, step)
+    sizes = self._heads(params)
+    everyone = [np.ones(size, np.float32) for size in sizes]
+    run = functools.partial(self._ablated, params, np.int32(step))
+    row = self._answers(run(everyone, False))
+    for kind, name in KINDS.items():
+      gates = [gate.copy() for gate in everyone]
+      for layer, values in enumerate(scores.get(name, [])):
+        if values is not None:
+          gates[layer][np.array(values) > FOUND] = 0
+      silent = [
+        [layer, int(head)]
+        for layer, gate in enumerate(gates)
+        for head in np.flatnonzero(gate == 0)
+      ]
+      if silent:
+        zero = self._answers(run(gates, False))
+        mean = self._answers(run(gates, True))
+        mean = {f'mean_{key}': value for key, value in mean.items()}
+        row[kind] = {'heads': silent, **zero, **mean}
+    row['each'] = []
+    for layer, size in enumerate(sizes):
+      accuracies = []
+      for head in range(size):
+        gates = [gate.copy() for gate in everyone]
+        gates[layer][head] = 0
+        accuracies.append(self._answers(run(gates, False))['accuracy'])
+      row['each'].append(accuracies)
+    return row
+
+  def _heads(self, params: Any) -> list[int]:
+    """Heads of each layer, which a layer's string may have changed."""
+
+    def means(params):
+      model = nnx.merge(self.graph, params)
+      return walk.head_means(model, jnp.zeros((1, 2), jnp.int32), step=1)
+
+    return [mean.shape[0] for mean in jax.eval_shape(means, params)]
+
+  def _ablate(self, params, step, gates, use_means) -> dict[str, Array]:
+    model = nnx.merge(self.graph, params)
+    place = model_scores.placer(self.placement)
+    batch = {key: place(value) for key, value in self.batch.items()}
+    options = dict(
+      segment_ids=batch.get('segment_ids'),
+      step=step,
+      placement=self.placement,
+    )
+    means = walk.head_means(model, batch['tokens'], **options)
+    means = [jnp.where(use_means, mean, 0) for mean in means]
+    hidden = walk.ablated(model, batch['tokens'], gates, means, **options)
+    logits = model.logits(hidden)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    labels, weights = batch['labels'], batch['weights']
+    picked = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
+    hit = jnp.argmax(logits, -1) == labels
+    total = jnp.maximum(weights.sum(), 1e-9)
+    return {
+      'accuracy': jnp.sum(hit * weights) / total,
+      'loss': jnp.sum((lse - picked) * weights) / total,
+    }
+
+  def _answers(self, found: dict[str, Array]) -> dict[str, float]:
+    return {name: _plain(value) for name, value in found.items()}
+
+
+def _plain(value: Any) -> Any:
+  """As JSON has it: lists, floats, and None for what is no number."""
+  if value is None:
+    return None
+  if isinstance(value, list):
+    return [_plain(entry) for entry in value]
+  value = np.asarray(value)
+  if value.ndim:
+    return [_plain(entry) for entry in value]
+  return float(value) if math.isfinite(float(value)) else None
