@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 from typing import Any
 
+from longctx.tasks.bigram_backcopy import BigramBackcopy
 from longctx.tasks.bytes_lm import BytesLM
 from longctx.tasks.copying import Copying
 from longctx.tasks.induction import Induction
@@ -18,6 +19,7 @@ from longctx.tasks.stream_eval import StreamEval
 from longctx.tasks.task import SPLITS, Example, Task
 
 TASKS = {
+  'bigram_backcopy': BigramBackcopy,
   'bytes_lm': BytesLM,
   'copying': Copying,
   'induction': Induction,

@@ -1,0 +1,232 @@
+"""BigramBackcopy: a chain of bigrams that some tokens interrupt with a copy."""
+
+import bisect
+import dataclasses
+import functools
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int64
+
+from longctx.tasks.task import Example, Task
+
+BOS = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BigramBackcopy(Task):
+  """Bigrams, but after a trigger comes the token before it once more.
+
+  BOS is 0, symbols are 1 ... V - 1. A symbol is followed by one that its row of
+  a fixed matrix draws, unless it is a trigger: what follows a trigger is a copy
+  of the token before it. T = 8, the only trigger 5:
+
+    position  0   1  2  3  4  5  6  7
+    tokens    BOS 9  2  5  2  7  5  7
+    labels    9   2  5  2  7  5  7  4
+    weights   1   1  1  1  1  1  1  1
+
+  The labels 2 at position 3 and 7 at position 6 are copies; all others are
+  draws. Every prediction is scored, that of the first symbol too. A head that
+  copies from the token before has work at triggers alone, and rests elsewhere,
+  which one does by attending to BOS.
+
+  Paper: Active-Dormant Attention Heads (Guo et al., 2024,
+  https://arxiv.org/abs/2410.13835): bigrams of characters of Shakespeare, 64
+  of them and BOS, T = 256, the 3 most frequent symbols as triggers, one layer
+  with one head. Here the rows are drawn once from a Dirichlet distribution,
+  and the triggers are the most frequent symbols of the stationary distribution
+  of those bigrams. As in the published code, the first symbol is drawn from
+  that distribution without its triggers, so the token before a trigger is
+  always a symbol, and never a trigger itself.
+
+  Chance, `ceiling` and `optimal_loss` are exact expectations at this length, by
+  the forward recursion of the process. Chance is the share of the most frequent
+  label. The ceiling is the accuracy of the likeliest next symbol: a trigger's
+  is certain, the others' are the largest entries of their rows.
+
+  Attributes:
+    vocab_size: V, BOS included. The paper: 65.
+    num_triggers: how many symbols are triggers, the most frequent ones.
+    concentration: of the symmetric Dirichlet distribution of a row: the smaller
+      it is, the fewer successors a symbol has.
+    chain_seed: draws the rows. They are the same for all seeds of examples and
+      all splits.
+  """
+
+  seq_len: int = 64
+  vocab_size: int = 48
+  num_triggers: int = 3
+  concentration: float = 0.08
+  chain_seed: int = 0
+
+  def __post_init__(self):
+    if self.seq_len < 1:
+      raise ValueError(f'seq_len={self.seq_len} must be at least 1')
+    if self.num_triggers < 0 or self.chain_seed < 0:
+      raise ValueError(
+        f'num_triggers={self.num_triggers} and chain_seed={self.chain_seed} '
+        'must not be negative'
+      )
+    smallest = self.num_triggers + 3
+    if self.vocab_size < smallest:
+      raise ValueError(
+        f'vocab_size={self.vocab_size} is too small for num_triggers='
+        f'{self.num_triggers}: BOS and two symbols that are no triggers need '
+        f'vocab_size >= {smallest}'
+      )
+    if not 0 < self.concentration < np.inf:
+      raise ValueError(
+        f'concentration={self.concentration} must be positive and finite'
+      )
+    # A chain that cannot be used is refused now.
+    _ = self._chain
+
+  @property
+  def bigrams(self) -> Float64[np.ndarray, 'V V']:
+    """P(next | current); BOS draws the first symbol. Triggers ignore theirs."""
+    return self._chain.bigrams
+
+  @property
+  def triggers(self) -> Int64[np.ndarray, ' k']:
+    """The trigger tokens, in ascending order."""
+    return self._chain.triggers
+
+  def is_trigger(self, tokens: np.ndarray) -> Bool[np.ndarray, '...']:
+    """Where the next token is a copy of the one before: shape of tokens."""
+    return np.isin(tokens, self.triggers)
+
+  @property
+  def chance(self) -> float:
+    return float(self._expected.label_counts.max()) / self.seq_len
+
+  @property
+  def ceiling(self) -> float:
+    draws, copies = self._expected.draws, self._expected.copies
+    return float(draws @ self.bigrams.max(axis=1) + copies) / self.seq_len
+
+  @property
+  def optimal_loss(self) -> float:
+    """Entropy of the process, in nats per scored token: the least loss."""
+    p = self.bigrams
+    surprise = -np.log(p, out=np.zeros_like(p), where=p > 0)
+    entropy = (p * surprise).sum(axis=1)
+    return float(self._expected.draws @ entropy) / self.seq_len
+
+  def example(self, rng: np.random.Generator) -> Example:
+    chain = self._chain
+    rows, is_trigger = chain.cumulative, set(chain.triggers.tolist())
+    before, current = BOS, BOS
+    stream = [BOS]
+    for u in rng.random(self.seq_len).tolist():
+      if current in is_trigger:
+        before, current = current, before
+      else:
+        before, current = current, bisect.bisect_right(rows[current], u)
+      stream.append(current)
+    tokens = np.array(stream, np.int32)
+    weights = np.ones(self.seq_len, np.float32)
+    return Example(tokens=tokens[:-1], labels=tokens[1:], weights=weights)
+
+  def solve(self, tokens: np.ndarray) -> np.ndarray:
+    """The token before a trigger, the likeliest successor of the others."""
+    likeliest = self.bigrams.argmax(axis=1)[tokens]
+    return np.where(self.is_trigger(tokens), np.roll(tokens, 1), likeliest)
+
+  @property
+  def _chain(self) -> '_Chain':
+    return _make_chain(
+      self.vocab_size, self.num_triggers, self.concentration, self.chain_seed
+    )
+
+  @property
+  def _expected(self) -> '_Expected':
+    return _expect(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chain:
+  """What is drawn once: rows, their cumulative sums and the triggers."""
+
+  bigrams: np.ndarray
+  cumulative: list[list[float]]
+  triggers: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Expected:
+  """Expected counts of an example.
+
+  Attributes:
+    draws: float64[V], how often the label after a token is drawn from its row.
+    copies: how many labels are copies.
+    label_counts: float64[V], how often a token is a label.
+  """
+
+  draws: np.ndarray
+  copies: float
+  label_counts: np.ndarray
+
+
+@functools.lru_cache(maxsize=16)
+def _make_chain(
+  vocab_size: int, num_triggers: int, concentration: float, chain_seed: int
+) -> _Chain:
+  rng = np.random.default_rng(chain_seed)
+  n = vocab_size - 1
+  rows = rng.dirichlet(np.full(n, concentration), size=n)
+  stationary = _stationary(rows)
+  triggers = np.sort(np.argsort(-stationary, kind='stable')[:num_triggers])
+  start = stationary.copy()
+  start[triggers] = 0
+  if not start.sum() > 1e-9:
+    raise ValueError(
+      f'{concentration=} and {chain_seed=} draw a chain that stays at '
+      f'triggers with {num_triggers=}: raise concentration or take another '
+      'chain_seed'
+    )
+  bigrams = np.zeros((vocab_size, vocab_size))
+  bigrams[BOS, 1:] = start / start.sum()
+  bigrams[1:, 1:] = rows
+  cumulative = bigrams.cumsum(axis=1)
+  # The last sum is 1 to the last bit, so that every draw falls below it.
+  cumulative /= cumulative[:, -1:]
+  triggers += 1
+  bigrams.flags.writeable = triggers.flags.writeable = False
+  return _Chain(bigrams, cumulative.tolist(), triggers)
+
+
+def _stationary(rows: np.ndarray) -> np.ndarray:
+  """Where the chain is after very many steps from a uniform start."""
+  # A chain that may stay where it is has the same stationary distribution and
+  # no period. Squaring 40 times makes 2**40 steps.
+  power = (rows + np.eye(len(rows))) / 2
+  for _ in range(40):
+    power = power @ power
+    power /= power.sum(axis=1, keepdims=True)
+  return power.mean(axis=0)
+
+
+@functools.lru_cache(maxsize=16)
+def _expect(task: BigramBackcopy) -> _Expected:
+  """Runs the process forward in probability, exactly.
+
+  A trigger is never beside another, so the pair of the last two tokens is
+  either a symbol that draws or a trigger together with the symbol before it,
+  which is what will be copied.
+  """
+  p = task.bigrams
+  is_trigger = task.is_trigger(np.arange(task.vocab_size))
+  to_symbols = np.where(is_trigger, 0, p)
+  to_triggers = np.where(is_trigger, p, 0).sum(axis=1)
+  at_symbol = np.zeros(task.vocab_size)
+  at_symbol[BOS] = 1
+  to_copy = np.zeros(task.vocab_size)
+  draws, copied = np.zeros_like(at_symbol), np.zeros_like(at_symbol)
+  for _ in range(task.seq_len):
+    draws += at_symbol
+    copied += to_copy
+    at_symbol, to_copy = (
+      at_symbol @ to_symbols + to_copy,
+      at_symbol * to_triggers,
+    )
+  return _Expected(draws, float(copied.sum()), draws @ p + copied)
