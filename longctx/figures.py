@@ -9,14 +9,15 @@ from matplotlib.figure import Figure
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 
 
-def _axes(columns: int) -> tuple[Figure, Any]:
+def axes(columns: int) -> tuple[Figure, Any]:
+  """A figure and its plots, side by side."""
   # A Figure of its own: pyplot would keep a global list, and look for a screen.
   figure = Figure(figsize=(5.5 * columns, 4), layout='constrained', dpi=120)
-  axes = figure.subplots(1, columns, squeeze=False)[0]
-  for axis in axes:
+  found = figure.subplots(1, columns, squeeze=False)[0]
+  for axis in found:
     axis.spines[['top', 'right']].set_visible(False)
     axis.grid(alpha=0.25)
-  return figure, axes
+  return figure, found
 
 
 def _limits(axis: Any, chance: float, ceiling: float):
@@ -30,7 +31,8 @@ def _limits(axis: Any, chance: float, ceiling: float):
   axis.set_ylabel('accuracy')
 
 
-def _legend_below(figure: Figure, axis: Any):
+def legend_below(figure: Figure, axis: Any):
+  """The labels of a plot, below all plots."""
   # Inside the axes it would cover curves that nobody can foresee.
   handles, labels = axis.get_legend_handles_labels()
   figure.legend(
@@ -43,7 +45,8 @@ def _legend_below(figure: Figure, axis: Any):
   )
 
 
-def _save(figure: Figure, path: pathlib.Path):
+def save(figure: Figure, path: pathlib.Path):
+  """Writes a PNG, and the folder that it lies in."""
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path)
 
@@ -61,7 +64,7 @@ def training(
     curves: the lines of each run's metrics.jsonl, by name.
     results: each run's results.json, for its test accuracy and chance.
   """
-  figure, (accuracy, loss) = _axes(2)
+  figure, (accuracy, loss) = axes(2)
   for index, (name, rows) in enumerate(curves.items()):
     color = COLORS[index % len(COLORS)]
     for split, style in (('train', 0.35), ('validation', 1.0)):
@@ -84,11 +87,11 @@ def training(
   first = next(iter(results.values()))
   _limits(accuracy, first['chance'], first['ceiling'])
   accuracy.set_title('validation (dots) and training (thin)', fontsize=10)
-  _legend_below(figure, accuracy)
+  legend_below(figure, accuracy)
   loss.set_ylabel('loss (nats per scored token)')
   for axis in (accuracy, loss):
     axis.set_xlabel('step')
-  _save(figure, path)
+  save(figure, path)
 
 
 def stream(
@@ -104,7 +107,7 @@ def stream(
     curves: the lines of each policy, see `longctx.stream`.
     trained_at: length in training, marked by a vertical line.
   """
-  figure, (axis,) = _axes(1)
+  figure, (axis,) = axes(1)
   for index, (name, rows) in enumerate(curves.items()):
     below = len(curves) - 1 - index
     axis.plot(
@@ -120,8 +123,8 @@ def stream(
   axis.set_xscale('log', base=2)
   axis.set_xlabel('position in the stream')
   axis.set_ylabel('loss (nats per token)')
-  _legend_below(figure, axis)
-  _save(figure, path)
+  legend_below(figure, axis)
+  save(figure, path)
 
 
 def sweep(
@@ -139,7 +142,7 @@ def sweep(
     parameter: the task's field that was swept.
     trained_at: its value in training, marked by a vertical line.
   """
-  figure, (axis,) = _axes(1)
+  figure, (axis,) = axes(1)
   for index, (name, rows) in enumerate(curves.items()):
     color = COLORS[index % len(COLORS)]
     xs = [row['value'] for row in rows]
@@ -173,5 +176,5 @@ def sweep(
   axis.set_ylim(-0.03, 1.03)
   axis.set_ylabel('accuracy (95% interval)')
   axis.set_xlabel(parameter)
-  _legend_below(figure, axis)
-  _save(figure, path)
+  legend_below(figure, axis)
+  save(figure, path)

@@ -1,108 +1,55 @@
 """Attention sinks in a model of bytes: what a stream loses without them.
 
-    python studies/streaming/run.py
-    python studies/streaming/run.py --seeds=0 --stream_tokens=0
-    python studies/streaming/run.py --quick
+    python -m studies.streaming.run
+    python -m studies.streaming.run --quick
 
 Trains configs/streaming.py from each seed, then reads the test split by
-`eval.py --mode=stream`: a short stream under every policy, each token of it
-scored, and for the first seed an endless one under `sinks`. All of it can be
-stopped and started again. Writes results.json, table.md and streams.png beside
-this file; the runs themselves go to runs/streaming.
+`studies.streaming.measure`: a short stream under every policy, each token of it
+scored, and for seed 0 an endless one under `sinks`. Writes table.md and
+streams.png, those of the first seed, too.
 """
 
-import argparse
-import json
 import pathlib
-import shutil
-import statistics
-import subprocess
-import sys
 
 import numpy as np
 
 from longctx import evaluate, metrics
-
-HERE = pathlib.Path(__file__).parent
-ROOT = HERE.parent.parent
-
-POLICIES = ('dense', 'recompute', 'window', 'sinks', 'sinks_text')
+from studies.common import Claim, Job, Study, main, number, spread
+from studies.streaming import plot
+from studies.streaming.measure import BUCKET, POLICIES
 
 
-def parse_arguments(argv):
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  integers = lambda text: [int(part) for part in text.split(',')]
-  parser.add_argument('--seeds', type=integers, default=[0, 1, 2])
-  parser.add_argument('--tokens', type=int, default=2048, help='short stream')
-  parser.add_argument('--rows', type=int, default=8, help='of the short one')
-  parser.add_argument(
-    '--stream_tokens', type=int, default=4_000_000, help='of the first seed'
-  )
-  parser.add_argument(
-    '--workdir', type=pathlib.Path, default=ROOT / 'runs/streaming'
-  )
-  parser.add_argument('--out', type=pathlib.Path, default=HERE)
-  parser.add_argument('--quick', action='store_true', help='minutes, 1 seed')
-  args = parser.parse_args(argv)
-  if args.quick:
-    args.seeds, args.stream_tokens, args.rows = args.seeds[:1], 0, 2
-  return args
-
-
-def run(*command):
-  subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-
-
-def measure(args, seed):
-  """The lines of the short stream by policy, those of the endless one."""
-  workdir = args.workdir / f'seed{seed}'
-  train = ['train.py', '--config=configs/streaming.py']
-  train += [f'--config.seed={seed}', f'--workdir={workdir}']
-  run(*train, *['--config.steps=100'] * args.quick)
-  stream = ['eval.py', f'--workdir={workdir}', '--mode=stream']
-  run(
-    *stream,
-    f'--policies={",".join(POLICIES)}',
-    f'--tokens={args.tokens}',
-    f'--dense_tokens={args.tokens}',
-    f'--rows={args.rows}',
-    f'--bucket={args.tokens}',
-    f'--recomputed={args.tokens}',
-  )
-  path = workdir / 'stream.jsonl'
-  short = metrics.read_lines(path)
-  shutil.copy(workdir / 'figures' / 'stream.png', args.out / 'streams.png')
-  endless = []
-  if args.stream_tokens and seed == args.seeds[0]:
-    run(
-      *stream,
-      '--policies=sinks',
-      f'--tokens={args.stream_tokens}',
-      '--chunk=512',
-      '--bucket=65536',
+def jobs(seed: int, quick: bool) -> list[Job]:
+  read = ['-m', 'studies.streaming.measure', '--workdir={workdir}']
+  read += ['--rows=2'] * quick
+  if seed == 0 and not quick:
+    read += ['--stream_tokens=4000000']
+  return [
+    Job(
+      run='sinks',
+      seed=seed,
+      config='configs/streaming.py',
+      overrides={'steps': 100} if quick else {},
+      then=(tuple(read),),
     )
-    lines = metrics.read_lines(path)
-    endless = [row for row in lines if row['policy'] == 'sinks']
-  return {name: of_policy(short, name) for name in POLICIES}, endless
+  ]
 
 
-def of_policy(rows, name):
-  return [row for row in rows if row['policy'] == name]
-
-
-def summary(args, seed):
+def measure(job: Job, workdir: pathlib.Path) -> dict:
   """What a seed shows, in nats per byte."""
-  short, endless = measure(args, seed)
-  found = {'seed': seed}
+  short = metrics.read_lines(workdir / 'short.jsonl')
+  short = {
+    name: [row for row in short if row['policy'] == name] for name in POLICIES
+  }
   # Every token of the last bucket, long after the first ones have left.
-  found |= {name: rows[-1]['loss'] for name, rows in short.items()}
+  found = {name: rows[-1]['loss'] for name, rows in short.items()}
   found['scored'] = short['sinks'][-1]['count']
   # Within the trained length nothing has left.
   found['dense_trained'] = short['dense'][1]['loss']
-  if endless:
-    workdir = args.workdir / f'seed{seed}'
+  found['curves'] = short
+  lines = metrics.read_lines(workdir / 'stream.jsonl')
+  endless = [row for row in lines if row['policy'] == 'sinks']
+  if endless[-1]['end'] > BUCKET:
     task = evaluate.choose(evaluate.open_workdir(workdir), '').task
     passes = by_pass(endless, len(task.text('test')))
     found['loss_of_passes'] = passes
@@ -113,9 +60,9 @@ def summary(args, seed):
   return found
 
 
-def by_pass(rows, length):
+def by_pass(rows, length: int) -> list[float]:
   """The mean loss of each whole pass through the text, which begins anew."""
-  whole = [row for row in rows if row['end'] - row['begin'] == 65536]
+  whole = [row for row in rows if row['end'] - row['begin'] == BUCKET]
   found = []
   for index in range(whole[-1]['end'] // length):
     inside = [
@@ -129,27 +76,65 @@ def by_pass(rows, length):
   return found
 
 
-def table(entries):
+def above(policy: str):
+  """Nats per byte above reading the window anew."""
+  return lambda rows: rows['sinks'][policy] - rows['sinks']['recompute']
+
+
+CLAIMS = (
+  Claim(
+    text='all keys, beyond the trained length, cost nats per byte',
+    figure=above('dense'),
+    at_least=1.0,
+  ),
+  Claim(
+    text='sinks with positions of the cache cost none',
+    figure=above('sinks'),
+    at_most=0.01,
+    quick=True,
+  ),
+  Claim(
+    text='sinks with positions of the text cost some',
+    figure=above('sinks_text'),
+    at_least=0.1,
+  ),
+  Claim(
+    text='a window without sinks costs nats, as published for larger models',
+    figure=above('window'),
+    at_least=0.4,
+  ),
+)
+
+
+def table(rows) -> str:
   """Markdown: the policies, median and range over the seeds."""
   lines = ['| policy | nats per byte | above `recompute` |', '|---|---|---|']
-  spread = lambda xs: (
-    f'{statistics.median(xs):.3f} ({min(xs):.3f} to {max(xs):.3f})'
-  )
+
+  def cell(values):
+    found = spread(values)
+    low, high = number(found['low']), number(found['high'])
+    return f'{number(found["median"])} ({low} to {high})'
+
   for name in POLICIES:
-    losses = [entry[name] for entry in entries]
-    above = [entry[name] - entry['recompute'] for entry in entries]
-    lines.append(f'| `{name}` | {spread(losses)} | {spread(above)} |')
+    losses = cell([row[name] for row in rows])
+    over = cell([row[name] - row['recompute'] for row in rows])
+    lines.append(f'| `{name}` | {losses} | {over} |')
   return '\n'.join(lines) + '\n'
 
 
-def main(argv=None):
-  args = parse_arguments(argv)
-  args.out.mkdir(parents=True, exist_ok=True)
-  entries = [summary(args, seed) for seed in args.seeds]
-  (args.out / 'results.json').write_text(json.dumps(entries, indent=2) + '\n')
-  (args.out / 'table.md').write_text(table(entries))
-  print(table(entries))
+def show(rows, folder: pathlib.Path):
+  (folder / 'table.md').write_text(table(rows))
+  plot.show(rows, folder)
 
+
+STUDY = Study(
+  name='streaming',
+  doc=__doc__,
+  jobs=jobs,
+  measure=measure,
+  claims=CLAIMS,
+  show=show,
+)
 
 if __name__ == '__main__':
-  main()
+  main(STUDY)

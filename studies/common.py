@@ -1,0 +1,101 @@
+"""Runs a study from its command line.
+
+`studies/__init__.py` says what a study is made of.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from longctx import metrics
+from studies.claims import Claim, conclude, number, spread, table
+from studies.jobs import ROOT, Job, folder_of, run_all
+
+__all__ = ['ROOT', 'Claim', 'Job', 'Study', 'main', 'number', 'spread']
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+  """A folder of studies/.
+
+  Attributes:
+    name: of the folder.
+    doc: docstring of run.py, shown by --help.
+    jobs: (seed, quick) -> its trainings.
+    measure: (job, workdir) -> what is known of a finished one, for JSON.
+    claims: what is asserted of the rows.
+    show: (rows, folder) -> writes pictures and tables.
+  """
+
+  name: str
+  doc: str
+  jobs: Callable[[int, bool], list[Job]]
+  measure: Callable[[Job, pathlib.Path], dict[str, Any]]
+  claims: tuple[Claim, ...]
+  show: Callable[[Sequence[Mapping[str, Any]], pathlib.Path], None] | None = (
+    None
+  )
+
+  @property
+  def folder(self) -> pathlib.Path:
+    return ROOT / 'studies' / self.name
+
+
+def parse_arguments(study: Study, argv: list[str] | None) -> Any:
+  """--seeds, --quick, --processes, --workdir and --out."""
+  parser = argparse.ArgumentParser(
+    prog=f'python -m studies.{study.name}.run',
+    description=study.doc,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  integers = lambda text: [int(part) for part in text.split(',')]
+  parser.add_argument('--seeds', type=integers, help='0,1,2; quick: 0')
+  parser.add_argument('--quick', action='store_true', help='reduced size')
+  parser.add_argument('--processes', type=int, default=1, help='at a time')
+  parser.add_argument('--workdir', type=pathlib.Path, help='of the trainings')
+  parser.add_argument('--out', type=pathlib.Path, help='of what was found')
+  args = parser.parse_args(argv)
+  quick = ROOT / 'runs' / 'quick' / study.name
+  args.seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
+  args.workdir = args.workdir or (
+    quick if args.quick else ROOT / 'runs' / study.name
+  )
+  args.out = args.out or (quick if args.quick else study.folder)
+  return args
+
+
+def main(study: Study, argv: list[str] | None = None) -> list[dict[str, Any]]:
+  """Runs a study from its command line; returns what results.json holds."""
+  args = parse_arguments(study, argv)
+  # Seed by seed, so that a study that is stopped early has whole seeds.
+  jobs = [job for seed in args.seeds for job in study.jobs(seed, args.quick)]
+  run_all(jobs, args.workdir, processes=args.processes, title=study.name)
+  rows = [collect(study, job, args.workdir) for job in jobs]
+  command = f'python -m studies.{study.name}.run' + ' --quick' * args.quick
+  claims = conclude(study.claims, rows, command=command, quick=args.quick)
+  args.out.mkdir(parents=True, exist_ok=True)
+  metrics.write_lines(args.out / 'results.jsonl', rows)
+  metrics.write_json(args.out / 'results.json', claims)
+  if study.show:
+    study.show(rows, args.out)
+  print(table(claims))
+  return claims
+
+
+def collect(study: Study, job: Job, workdir: pathlib.Path) -> dict[str, Any]:
+  """The line of a finished job in results.jsonl."""
+  folder = folder_of(job, workdir)
+  done = json.loads((folder / 'done.json').read_text())
+  shown = job.commands(f'runs/{study.name}/{folder.name}')
+  return {
+    'run': job.run,
+    'seed': job.seed,
+    **study.measure(job, folder),
+    'command': ' && '.join(f'python {shlex.join(c)}' for c in shown),
+    'commit': done['commit'],
+    'hardware': done['hardware'],
+  }

@@ -1,0 +1,208 @@
+"""Studies: medians, claims and the report, from measurements made up here."""
+
+import json
+import pathlib
+import sys
+
+import pytest
+
+from longctx import cli, metrics
+from studies import all as all_studies
+from studies import claims, jobs, report
+from studies.claims import Claim
+from studies.common import Job, Study, main
+
+STUDIES = all_studies.names()
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def row(seed, accuracy, run='full'):
+  return {
+    'run': run,
+    'seed': seed,
+    'accuracy': accuracy,
+    'command': 'python train.py',
+    'commit': 'abc1234',
+    'hardware': 'a machine',
+  }
+
+
+def accuracy(rows):
+  return rows['full']['accuracy']
+
+
+@pytest.mark.parametrize(
+  ('values', 'high_is_good', 'expected'),
+  [
+    ([0.1, 0.9, 0.5], True, (0.5, 0.1, 0.9)),
+    ([0.1, 0.9], True, (0.5, 0.1, 0.9)),
+    ([300, None, 200], False, (300, 200, None)),
+    ([None, None, 200], False, (None, 200, None)),
+    ([0.9, None, 0.8], True, (0.8, None, 0.9)),
+  ],
+)
+def test_spread_is_median_and_range_with_missing_worst(
+  values, high_is_good, expected
+):
+  found = claims.spread(values, high_is_good=high_is_good)
+  assert (found['median'], found['low'], found['high']) == expected
+
+
+def test_claim_is_ok_where_the_median_meets_the_bar():
+  rows = [row(0, 0.2), row(1, 0.99), row(2, 1.0)]
+  found = claims.conclude(
+    [
+      Claim(text='it answers', figure=accuracy, at_least=0.9),
+      Claim(text='it does not', figure=accuracy, at_most=0.5),
+      Claim(text='it never got there', figure=lambda r: None, at_least=0),
+    ],
+    rows,
+    command='python -m studies.one.run',
+  )
+  first = found[0]
+  assert [entry['ok'] for entry in found] == [True, False, False]
+  assert (first['figure'], first['low'], first['high']) == (0.99, 0.2, 1.0)
+  assert first['seeds'] == [0, 1, 2] and first['bar'] == '>= 0.9'
+  assert first['commit'] == 'abc1234' and first['hardware'] == 'a machine'
+  assert claims.failed(found) == found[1:]
+  assert '| it never got there | never | never to never |' in claims.table(
+    found
+  )
+
+
+def test_quick_checks_only_claims_made_for_it():
+  made = [
+    Claim(text='always', figure=accuracy, at_least=0.9, quick=True),
+    Claim(text='in full', figure=lambda r: r['linear'], at_least=0.9),
+  ]
+  found = claims.conclude(made, [row(0, 0.1)], command='', quick=True)
+  assert [entry['claim'] for entry in found] == ['always']
+
+
+def test_claim_has_one_bar():
+  with pytest.raises(ValueError, match='either at_least or at_most'):
+    Claim(text='vague', figure=accuracy)
+
+
+def fake_study(folder, *, bar=0.9):
+  """A study whose trainings write a number and a version, nothing else."""
+  script = folder / 'train.py'
+  script.write_text(
+    'import json, pathlib, sys\n'
+    "args = dict(a.lstrip('-').split('=', 1) for a in sys.argv[1:])\n"
+    "out = pathlib.Path(args['workdir'])\n"
+    "count = out / 'count'\n"
+    "count.write_text(count.read_text() + '.' if count.exists() else '.')\n"
+    "value = {'accuracy': float(args['config.value'])}\n"
+    "(out / 'results.json').write_text(json.dumps(value))\n"
+    "versions = {'commit': 'abc1234567', 'device': 'cpu', 'cpus': 2}\n"
+    "versions |= {'platform': 'cpu', 'jax': '0'}\n"
+    "(out / 'versions.json').write_text(json.dumps(versions))\n"
+  )
+
+  class FakeJob(Job):
+    def commands(self, workdir):
+      train, *rest = super().commands(workdir)
+      return [[str(script), *train[1:]], *rest]
+
+  def make(seed, quick):
+    overrides = {'value': 0.9 + 0.01 * seed}
+    return [FakeJob(run='full', seed=seed, config='x', overrides=overrides)]
+
+  def measure(job, workdir):
+    return json.loads((workdir / 'results.json').read_text())
+
+  return Study(
+    name='fake',
+    doc='',
+    jobs=make,
+    measure=measure,
+    claims=(Claim(text='it answers', figure=accuracy, at_least=bar),),
+  )
+
+
+def run_fake(tmp_path, study, *more):
+  out = tmp_path / 'studies' / 'fake'
+  options = [f'--workdir={tmp_path / "runs"}', f'--out={out}', *more]
+  return main(study, options), out
+
+
+def test_study_runs_its_jobs_and_writes_its_files(tmp_path):
+  found, out = run_fake(tmp_path, fake_study(tmp_path), '--processes=2')
+  lines = metrics.read_lines(out / 'results.jsonl')
+  assert [line['seed'] for line in lines] == [0, 1, 2]
+  assert [line['accuracy'] for line in lines] == [0.9, 0.91, 0.92]
+  assert {line['commit'] for line in lines} == {'abc1234'}
+  assert all('runs/fake/full-seed' in line['command'] for line in lines)
+  assert str(tmp_path / 'runs') not in (out / 'results.jsonl').read_text()
+  assert json.loads((out / 'results.json').read_text()) == found
+  assert found[0]['figure'] == 0.91 and found[0]['ok']
+
+
+def test_finished_jobs_are_not_run_again_and_changed_ones_are(tmp_path):
+  study = fake_study(tmp_path)
+  run_fake(tmp_path, study)
+  run_fake(tmp_path, study)
+  count = tmp_path / 'runs' / 'full-seed0' / 'count'
+  assert count.read_text() == '.'
+  job = study.jobs(0, False)[0]
+  changed = type(job)(run='full', seed=0, config='y', overrides=job.overrides)
+  jobs.run_all([changed], tmp_path / 'runs')
+  assert count.read_text() == '..'
+
+
+def test_failing_job_ends_the_study_and_names_its_log(tmp_path):
+  study = fake_study(tmp_path)
+  (tmp_path / 'train.py').write_text('import sys; sys.exit(3)')
+  with pytest.raises(SystemExit, match=r'ended with 3: .*log\.txt'):
+    run_fake(tmp_path, study)
+
+
+def test_report_has_every_claim_and_picture(tmp_path):
+  _, out = run_fake(tmp_path, fake_study(tmp_path, bar=0.915))
+  (out / 'accuracy.png').write_bytes(b'')
+  text = report.report(tmp_path)
+  assert '[fake](studies/fake/README.md) | 0 of 1' in text
+  assert '| it answers | 0.910 | 0.900 to 0.920 | >= 0.915 | **no** |' in text
+  assert '![accuracy.png](studies/fake/accuracy.png)' in text
+  assert 'Command: `python -m studies.fake.run`' in text
+
+
+def test_all_ends_with_one_where_a_claim_fails(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(report, 'main', lambda: None)
+  for bar, code in ((0.9, 0), (1.0, 1)):
+    study = fake_study(tmp_path, bar=bar)
+    monkeypatch.setattr(all_studies, 'load', lambda name, s=study: s)
+    monkeypatch.setattr(
+      all_studies, 'main', lambda s, options: run_fake(tmp_path, s)[0]
+    )
+    assert all_studies.run(['--only=fake']) == code
+  assert 'do not hold' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('quick', [False, True], ids=['full', 'quick'])
+@pytest.mark.parametrize('name', STUDIES)
+def test_jobs_of_a_study_have_configs_that_load(name, quick, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  study = all_studies.load(name)
+  made = study.jobs(0, quick)
+  assert study.name == name
+  names = [job.run for job in made]
+  assert len(set(names)) == len(names)
+  for job in made:
+    config = cli.load_config_file(job.config)
+    train = job.commands('w')[0]
+    cli.check_overrides(config, [sys.executable, *train])
+
+
+@pytest.mark.parametrize('name', STUDIES)
+def test_results_of_a_study_are_those_of_its_lines(name):
+  """What is committed was made by the claims that the study now has."""
+  study = all_studies.load(name)
+  lines = study.folder / 'results.jsonl'
+  if not lines.exists():
+    pytest.skip('it has not been run')
+  rows = metrics.read_lines(lines)
+  found = json.loads((study.folder / 'results.json').read_text())
+  again = claims.conclude(study.claims, rows, command=found[0]['command'])
+  assert json.loads(json.dumps(again)) == found
