@@ -1,0 +1,89 @@
+"""What the head of a trained model gives to BOS, and what BOS is worth to it.
+
+    python -m studies.sinks.measure --workdir=DIR
+
+Writes measured.json: the sink rate, attention to BOS of triggers' queries
+(active) and of all others (dormant), and the loss with and without BOS.
+"""
+
+import argparse
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from longctx import evaluate, metrics
+from longctx.analysis import model_scores, probes, walk
+
+ROWS = 256
+
+
+def measure(workdir: pathlib.Path) -> dict[str, float]:
+  run = evaluate.choose(evaluate.open_workdir(workdir), '')
+  graph, params, _ = evaluate.restore(run)
+  examples = [run.task.get(run.config.seed, 'test', i) for i in range(ROWS)]
+  tokens, labels = (
+    np.stack([getattr(example, name) for example in examples])
+    for name in ('tokens', 'labels')
+  )
+  is_trigger = run.task.is_trigger(tokens)
+  # From the third token on: the first has nothing else to read, and the second
+  # no symbol that it could copy.
+  late = np.arange(tokens.shape[1]) >= 2
+  # BOS in a document of its own is read by no other token.
+  alone = jnp.asarray(np.arange(tokens.shape[1])[None] > 0, jnp.int32)
+  alone = jnp.broadcast_to(alone, tokens.shape)
+
+  @jax.jit
+  def run_model(params):
+    model = nnx.merge(graph, params)
+    layers, hidden = model_scores.of_sequences(model, tokens)
+    found = []
+
+    def visit(index, layer, h, x):
+      del index, x
+      context = walk.make_context(layer)
+      first = jax.nn.one_hot(jnp.arange(h.shape[1]), 1)[None]
+      sums = probes.weighted_sums(layer, h, first, context)
+      found.append(sums[..., 0].mean(2))
+      return layer.apply(h, context)
+
+    walk.walk(model, tokens, visit)
+
+    def evicted(index, layer, h, x):
+      del index, x
+      return layer.apply(h, walk.make_context(layer, segment_ids=alone))
+
+    without = walk.walk(model, tokens, evicted)
+    losses = [walk.token_losses(model, y, labels) for y in (hidden, without)]
+    return layers, found[0], losses
+
+  layers, to_bos, (loss, evicted) = jax.device_get(run_model(params))
+  scores = layers[0]
+  count = (late * np.ones_like(loss)).sum()
+  return {
+    'sink_rate': float(scores['sink_rate'].mean()),
+    'first_token': float(scores['first_token'].mean()),
+    'mass': float(scores['mass'].mean()),
+    'active': float(to_bos[is_trigger & late].mean()),
+    'dormant': float(to_bos[~is_trigger & late].mean()),
+    'value_norm': float(scores['value_norm'].mean()),
+    'first_value_norm': float(scores['first_value_norm'].mean()),
+    'loss': float((loss * late).sum() / count),
+    'loss_of_triggers': float(loss[is_trigger & late].mean()),
+    'evicted_loss': float((evicted * late).sum() / count),
+    'evicted_loss_of_triggers': float(evicted[is_trigger & late].mean()),
+  }
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  workdir = parser.parse_args().workdir
+  metrics.write_json(workdir / 'measured.json', measure(workdir))
+
+
+if __name__ == '__main__':
+  main()
