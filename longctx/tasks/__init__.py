@@ -12,6 +12,7 @@ from longctx.tasks.bigram_backcopy import BigramBackcopy
 from longctx.tasks.bytes_lm import BytesLM
 from longctx.tasks.copying import Copying
 from longctx.tasks.induction import Induction
+from longctx.tasks.markov import Markov
 from longctx.tasks.mqar import MQAR
 from longctx.tasks.passkey import Passkey
 from longctx.tasks.selective_copying import SelectiveCopying
@@ -23,6 +24,7 @@ TASKS = {
   'bytes_lm': BytesLM,
   'copying': Copying,
   'induction': Induction,
+  'markov': Markov,
   'mqar': MQAR,
   'passkey': Passkey,
   'selective_copying': SelectiveCopying,

@@ -18,13 +18,14 @@ SYNTHETIC = [name for name in TASKS if name != 'bytes_lm']
 
 # The best predictor errs, or some answers are likelier than others, by chance:
 # figures are expectations, met within 4 standard errors.
-STOCHASTIC = ('bigram_backcopy',)
+STOCHASTIC = ('bigram_backcopy', 'markov')
 
 CASES = [
   *((name, {}) for name in SYNTHETIC),
   ('bigram_backcopy', dict(seq_len=33, vocab_size=8, concentration=1.0)),
   ('copying', dict(seq_len=11, num_symbols=3, min_length=1, max_length=5)),
   ('induction', dict(seq_len=7, vocab_size=6, min_period=1, max_period=5)),
+  ('markov', dict(seq_len=20, num_states=5)),
   ('mqar', dict(seq_len=33, vocab_size=18, num_pairs=8, power_a=1.0)),
   ('mqar', dict(seq_len=40, num_pairs=5, filler='zero')),
   ('mqar', dict(seq_len=128, num_pairs=8, filler='zoology')),
@@ -92,6 +93,7 @@ DIGESTS = {
   'bigram_backcopy': '22a266f56192478d',
   'copying': '4fee879fc0c291a8',
   'induction': '6b5226db0688a844',
+  'markov': '9e108cb9545ac0ab',
   'mqar': '2fd1e13d5fabad61',
   'passkey': '520f83b29b9860c6',
   'selective_copying': 'cedf5420c78ccdd9',
@@ -118,6 +120,7 @@ def test_examples_depend_on_seed_split_and_index_alone(name):
     ('copying', dict(seq_len=9, num_symbols=2, min_length=4, max_length=4)),
     ('induction', dict(seq_len=5, vocab_size=6, min_period=3, max_period=3)),
     ('selective_copying', dict(seq_len=6, num_symbols=3, num_kept=2)),
+    ('markov', dict(seq_len=8, num_states=2)),
   ],
 )
 def test_splits_share_no_example_where_few_exist(name, fields):
@@ -195,6 +198,8 @@ def test_bad_address_is_an_error(address, message):
     ('stream_eval', dict(seq_len=23, lag=3), 'seq_len >= 24'),
     ('stream_eval', dict(key_length=0), 'key_length=0 must be'),
     ('passkey', dict(filler='grass'), 'known: random, repeat'),
+    ('markov', dict(seq_len=0), 'must be at least 1'),
+    ('markov', dict(num_states=1), 'must be at least 2'),
   ],
 )
 def test_bad_field_ends_with_one_line(name, fields, message):
