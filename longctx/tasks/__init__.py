@@ -14,10 +14,14 @@ from longctx.tasks.copying import Copying
 from longctx.tasks.induction import Induction
 from longctx.tasks.markov import Markov
 from longctx.tasks.mqar import MQAR
+from longctx.tasks.multi_needle import MultiNeedle
+from longctx.tasks.ngram_lookup import NgramLookup
 from longctx.tasks.passkey import Passkey
+from longctx.tasks.phone_book import PhoneBook
 from longctx.tasks.selective_copying import SelectiveCopying
 from longctx.tasks.stream_eval import StreamEval
 from longctx.tasks.task import SPLITS, Example, Task
+from longctx.tasks.variable_tracking import VariableTracking
 
 TASKS = {
   'bigram_backcopy': BigramBackcopy,
@@ -26,9 +30,13 @@ TASKS = {
   'induction': Induction,
   'markov': Markov,
   'mqar': MQAR,
+  'multi_needle': MultiNeedle,
+  'ngram_lookup': NgramLookup,
   'passkey': Passkey,
+  'phone_book': PhoneBook,
   'selective_copying': SelectiveCopying,
   'stream_eval': StreamEval,
+  'variable_tracking': VariableTracking,
 }
 
 __all__ = [

@@ -29,11 +29,31 @@ CASES = [
   ('mqar', dict(seq_len=33, vocab_size=18, num_pairs=8, power_a=1.0)),
   ('mqar', dict(seq_len=40, num_pairs=5, filler='zero')),
   ('mqar', dict(seq_len=128, num_pairs=8, filler='zoology')),
+  ('multi_needle', dict(seq_len=36, num_needles=4, num_queries=2)),
+  (
+    'multi_needle',
+    dict(num_symbols=3, num_needles=9, num_queries=9, value_length=1),
+  ),
+  ('multi_needle', dict(vocab_size=46, num_queries=1, filler='repeat')),
+  ('ngram_lookup', dict(key='prefix')),
+  (
+    'ngram_lookup',
+    dict(seq_len=8, num_symbols=4, key_length=1, answer_length=2),
+  ),
+  (
+    'ngram_lookup',
+    dict(num_symbols=2, key_length=6, answer_length=1, max_length=50),
+  ),
   ('passkey', dict(seq_len=12, vocab_size=14, filler='repeat')),
   ('passkey', dict(seq_len=31, num_symbols=4, key_length=1, depth=1.0)),
+  ('phone_book', dict(seq_len=17, name_length=2, number_length=4)),
+  ('phone_book', dict(num_letters=2, num_entries=6, name_length=3)),
   ('selective_copying', dict(seq_len=8, num_symbols=3, num_kept=4)),
   ('stream_eval', dict(seq_len=37, num_symbols=3, key_length=1, lag=3)),
   ('stream_eval', dict(num_symbols=4, facts_per_query=1, max_lag=2)),
+  ('variable_tracking', dict(seq_len=30)),
+  ('variable_tracking', dict(num_chains=1, num_hops=5, vocab_size=52)),
+  ('variable_tracking', dict(num_chains=6, num_values=6, num_hops=0)),
 ]
 IDS = [
   '-'.join([name, *(f'{k}={v}' for k, v in fields.items())])
@@ -95,8 +115,12 @@ DIGESTS = {
   'induction': '6b5226db0688a844',
   'markov': '9e108cb9545ac0ab',
   'mqar': '2fd1e13d5fabad61',
+  'multi_needle': '3eb86121e566d500',
+  'ngram_lookup': 'b4b535fa634ff18d',
   'passkey': '520f83b29b9860c6',
+  'phone_book': 'c87715dbd52a4806',
   'selective_copying': 'cedf5420c78ccdd9',
+  'variable_tracking': '05766cdb6333aaba',
 }
 
 
@@ -121,6 +145,7 @@ def test_examples_depend_on_seed_split_and_index_alone(name):
     ('induction', dict(seq_len=5, vocab_size=6, min_period=3, max_period=3)),
     ('selective_copying', dict(seq_len=6, num_symbols=3, num_kept=2)),
     ('markov', dict(seq_len=8, num_states=2)),
+    ('phone_book', dict(seq_len=7, name_length=1, number_length=1)),
   ],
 )
 def test_splits_share_no_example_where_few_exist(name, fields):
@@ -200,6 +225,33 @@ def test_bad_address_is_an_error(address, message):
     ('passkey', dict(filler='grass'), 'known: random, repeat'),
     ('markov', dict(seq_len=0), 'must be at least 1'),
     ('markov', dict(num_states=1), 'must be at least 2'),
+    ('multi_needle', dict(seq_len=35), 'seq_len >= 36'),
+    ('multi_needle', dict(vocab_size=45), 'vocab_size >= 46'),
+    ('multi_needle', dict(num_queries=5), 'num_queries <= num_needles'),
+    ('multi_needle', dict(num_keys=3), 'num_needles <= num_keys'),
+    ('multi_needle', dict(num_queries=0), '1 <= num_queries'),
+    ('multi_needle', dict(value_length=0), 'at least 1'),
+    ('multi_needle', dict(filler='grass'), 'known: random, repeat'),
+    ('ngram_lookup', dict(key='infix'), 'known: prefix, suffix'),
+    ('ngram_lookup', dict(answer_length=0), 'at least 1'),
+    ('ngram_lookup', dict(seq_len=14), 'seq_len >= 15'),
+    ('ngram_lookup', dict(seq_len=15, key='prefix'), 'seq_len >= 16'),
+    ('ngram_lookup', dict(max_length=60), 'seq_len >= 68'),
+    ('ngram_lookup', dict(min_length=6), '7 <= min_length <= max_length'),
+    ('ngram_lookup', dict(min_length=57), 'from 57 to 56'),
+    ('ngram_lookup', dict(num_symbols=3), r'num_symbols\*\*key_length >= 54'),
+    ('phone_book', dict(seq_len=16), 'seq_len >= 17'),
+    ('phone_book', dict(num_entries=7), 'a book of 7 .* seq_len >= 71'),
+    ('phone_book', dict(num_letters=1), 'make 1 names: .* the 6 entries'),
+    ('phone_book', dict(name_length=14, seq_len=80), r'fewer than 2\*\*63'),
+    ('phone_book', dict(number_length=0), 'at least 1'),
+    ('phone_book', dict(num_entries=-1), 'must not be negative'),
+    ('variable_tracking', dict(seq_len=29), 'seq_len >= 30'),
+    ('variable_tracking', dict(vocab_size=51), 'vocab_size >= 52'),
+    ('variable_tracking', dict(num_values=2), 'num_chains=3: each'),
+    ('variable_tracking', dict(num_variables=8), 'num_variables >= 9'),
+    ('variable_tracking', dict(num_chains=0), 'at least 1'),
+    ('variable_tracking', dict(num_hops=-1), 'must not be negative'),
   ],
 )
 def test_bad_field_ends_with_one_line(name, fields, message):
