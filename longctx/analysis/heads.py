@@ -84,20 +84,17 @@ def attention_scores(
   width = jnp.float32
   bucket = jnp.minimum(at * buckets // seq_len, buckets - 1)
   # Far positions are no exact numbers in bfloat16: distances in units of T.
-  fixed = jnp.concatenate(
-    [
-      jax.nn.one_hot(begins, first, dtype=width),
-      jax.nn.one_hot(bucket, buckets, dtype=width),
-      (at / seq_len).astype(width)[..., None],
-      jnp.ones((*at.shape, 1), width),
-    ],
-    axis=-1,
-  )
-  fixed = jnp.broadcast_to(fixed, (x.shape[0], *fixed.shape[1:]))
+  fixed = [
+    jax.nn.one_hot(begins, first, dtype=width),
+    jax.nn.one_hot(bucket, buckets, dtype=width),
+    (at / seq_len).astype(width)[..., None],
+    jnp.ones((*at.shape, 1), width),
+  ]
+  fixed = [jnp.broadcast_to(y, (*x.shape[:2], y.shape[-1])) for y in fixed]
   signs = jax.random.rademacher(
     jax.random.key(0), (*x.shape[:2], 16), dtype=width
   )
-  probes = jnp.concatenate([fixed, signs], axis=-1) * real[..., None]
+  probes = jnp.concatenate([*fixed, signs], axis=-1) * real[..., None]
   sums = weighted_sums(layer, x, probes, context)
   firsts, parts, moment, mass, noise = jnp.split(
     sums,

@@ -78,6 +78,8 @@ def _by_rows(q, k, v, call, real) -> dict[str, Float[Array, ' N']]:
   call = {'alibi_slopes': None, 'scale': None, **call}
   defaults = dict(logits_soft_cap=None, sink_logits=None, normalizer='softmax')
   full = resolve(q, k, v, **{**defaults, **call})
+  # As wide as what stands in place of the products with values.
+  v = jnp.zeros((*v.shape[:3], 2), jnp.float32)
   B, T, N, _ = q.shape
   rows = max(1, min(T, SCORES // (B * N * k.shape[1])))
   pad = -T % rows
@@ -119,7 +121,7 @@ def _by_rows(q, k, v, call, real) -> dict[str, Float[Array, ' N']]:
 
 
 def _statistics(
-  weight: Float[Array, 'B N T S'], v: Float[Array, 'B S K V']
+  weight: Float[Array, 'B N T S'], v: Float[Array, 'B S K 2']
 ) -> Float[Array, 'B T N 2']:
   """In place of a product with values: entropy and the largest weight."""
   del v
