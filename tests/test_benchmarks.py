@@ -61,3 +61,10 @@ def test_layers_are_timed_at_every_length():
   growth = [line for line in lines if 'doubling' in line]
   assert [line['layer'] for line in growth] == ['full', 'linear'] * 2
   assert all(line['memory_doubling']['128'] > 1 for line in growth)
+
+
+def test_analysis_is_timed_in_training_and_on_long_sequences():
+  training, long = lines_of('analysis.py', '--quick')
+  assert 0 < training['analysis_seconds'] and 0 < training['share']
+  assert 0 < long['seconds'] and 0 < long['peak_memory']
+  assert len(long['prefix_matching']) == len(long['sink_rate']) == 1

@@ -43,7 +43,7 @@ class Analyzer:
     rows: sequences to look at; a mesh rounds them up.
     seed: of the task's examples.
     placement: where they lie on a mesh; None: on one device.
-    with_logits: as in `heads.attention_scores`.
+    with_logits: as in `model_scores.of_sequences`.
   """
 
   def __init__(

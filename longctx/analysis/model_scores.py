@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from longctx.analysis import heads, walk
+from longctx.analysis import heads, logits, walk
 from longctx.attention import Attention
 from longctx.attention.context import Context
 from longctx.model import Transformer
@@ -34,11 +34,12 @@ def of_sequences(
     step: of the training that made the parameters.
     placement: where to lay them on a mesh; None: on one device.
     epsilon: of the sink rate.
-    with_logits: as in `heads.attention_scores`.
+    with_logits: whether to look at softmax's scores too, see `logits`: as much
+      time as the reference of attention takes.
 
   Returns:
-    Per layer, `heads.attention_scores` and `norms`; and the head's inputs, in
-    the layout's order.
+    Per layer, what `heads.positions` asks, `logits.statistics` and `norms`; and
+    the head's inputs, in the layout's order.
   """
   seq_len = tokens.shape[1]
   place = placer(placement)
@@ -55,15 +56,12 @@ def of_sequences(
     real = jnp.broadcast_to(at < seq_len, h.shape[:2])
     scores = norms(layer, h, x, real, context)
     if 'analysis' not in layer.unsupported:
-      scores |= heads.attention_scores(
-        layer,
-        h,
-        real,
-        context,
-        seq_len=seq_len,
-        epsilon=epsilon,
-        with_logits=with_logits,
+      question = heads.positions(
+        real, context, seq_len=seq_len, epsilon=epsilon
       )
+      scores |= heads.ask(layer, h, [question], context)
+      if with_logits:
+        scores |= logits.statistics(layer, h, real, context)
     found.append(scores)
     return layer.apply(h, context)
 
@@ -112,9 +110,11 @@ def of_repeats(
       found.append({})
       return layer.apply(h, context)
     placed = heads.Tokens(*arrays[1:], real=real)
-    scores = heads.matching_scores(
-      layer, h, placed, context, num_classes=C, width=width
-    )
+    questions = [
+      heads.prefixes(placed, C),
+      heads.neighbours(placed, C, context),
+    ]
+    scores = heads.ask(layer, h, questions, context, width=width)
     out = layer.head_outputs(h, context)
     if with_copying:
       scores['copying'] = copying(

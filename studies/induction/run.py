@@ -131,8 +131,8 @@ CLAIMS = (
   ),
   Claim(
     text=(
-      'one layer, which does not copy: in-context-learning score, nats (a score '
-      'well below 0 tells no induction)'
+      'one layer, which does not copy: in-context-learning score, nats (well '
+      'below 0 without any induction)'
     ),
     figure=lambda rows: rows['one_layer']['icl_score'],
     at_most=-1.0,

@@ -42,6 +42,10 @@ def tokens():
   )
 
 
+def matching(tokens: heads.Tokens, context: Context) -> list[heads.Question]:
+  return [heads.prefixes(tokens, 5), heads.neighbours(tokens, 5, context)]
+
+
 def placed(found: sequences.Sequences) -> heads.Tokens:
   arrays = (found.classes, found.previous, found.seen, np.ones((B, T), bool))
   return heads.Tokens(*map(jnp.asarray, arrays))
@@ -53,7 +57,9 @@ def test_scores_are_those_of_the_matrix(name):
   A = matrix(name)
   real = jnp.ones((B, T), bool)
   found = jax.jit(
-    lambda x: heads.attention_scores(layer, x, real, Context(), seq_len=T)
+    lambda x: heads.ask(
+      layer, x, [heads.positions(real, Context(), seq_len=T)], Context()
+    )
   )(x)
   t, s = np.arange(T)[:, None], np.arange(T)[None]
   alpha = np.stack([A[:, :, k:, k].mean(-1) for k in range(4)], axis=-1)
@@ -75,9 +81,7 @@ def test_scores_are_those_of_the_matrix(name):
 def test_matching_scores_are_those_of_the_matrix(name):
   layer, x = make(name)
   A, found = matrix(name), tokens()
-  scores = heads.matching_scores(
-    layer, x, placed(found), Context(), num_classes=len(found.symbols)
-  )
+  scores = heads.ask(layer, x, matching(placed(found), Context()), Context())
   own = found.tokens
   before = np.concatenate([np.full((B, 1), -1), own[:, :-1]], axis=1)
   same = own[:, :, None] == own[:, None]
@@ -97,13 +101,18 @@ def test_matching_scores_are_those_of_the_matrix(name):
 def test_diagonals_of_long_sequences_are_right_on_average(monkeypatch):
   layer, _ = make('full')
   x = jax.random.normal(jax.random.key(2), (1, 256, D))
-  real = jnp.ones((1, 256), bool)
-  exact = heads.diagonals(layer, x, real, Context())
+  found = sequences.Sequences.of(np.arange(256)[None] % 5)
+  arrays = (found.classes, found.previous, found.seen, np.ones((1, 256), bool))
+  tokens = heads.Tokens(*map(jnp.asarray, arrays))
+  run = lambda: heads.ask(
+    layer, x, [heads.neighbours(tokens, 5, Context())], Context(), width=64
+  )
+  exact = run()
   monkeypatch.setattr(heads, 'EXACT', 16)
-  signs = heads.diagonals(layer, x, real, Context())
-  for a, b in zip(exact, signs, strict=True):
-    assert a.mean() > 0.005
-    np.testing.assert_allclose(b.mean((0, 1)), a.mean((0, 1)), atol=0.01)
+  signs = run()
+  for name, value in exact.items():
+    assert value.mean() > 0.005
+    np.testing.assert_allclose(signs[name], value, atol=0.01)
 
 
 @pytest.mark.parametrize('name', ['full', 'softmax1', 'sigmoid'])
@@ -136,13 +145,15 @@ def test_importance_is_the_sum_of_columns():
 def test_a_mesh_and_its_padding_change_no_score(layout):
   layer, x = make('full')
   found = tokens()
-  real = jnp.ones((B, T), bool)
-  scores = lambda x, tokens, context: {
-    **heads.attention_scores(
-      layer, x, tokens.real, context, seq_len=T, with_logits=layout == 'zigzag'
-    ),
-    **heads.matching_scores(layer, x, tokens, context, num_classes=5),
-  }
+
+  def scores(x, tokens, context):
+    position = heads.positions(tokens.real, context, seq_len=T)
+    questions = [position, *matching(tokens, context)]
+    answers = heads.ask(layer, x, questions, context)
+    if layout == 'zigzag':
+      answers |= logits.statistics(layer, x, tokens.real, context)
+    return answers
+
   expected = scores(x, placed(found), Context())
   mesh = parallel.make_mesh(seq=4)
   placement = Placement(mesh, SequenceLayout(layout, T, 4), 'ring')
@@ -157,7 +168,6 @@ def test_a_mesh_and_its_padding_change_no_score(layout):
     return scores(place(x), heads.Tokens(*arrays, real=inside), context)
 
   actual = run(x)
-  del real
   for name, value in actual.items():
     if name == 'span':
       # The signs lie elsewhere.
@@ -168,10 +178,9 @@ def test_a_mesh_and_its_padding_change_no_score(layout):
 
 def test_document_starts_are_what_counts_as_first():
   layer, x = make('full')
-  ids = jnp.asarray([[0] * 5 + [1] * 8] * B)
-  found = heads.attention_scores(
-    layer, x, jnp.ones((B, T), bool), Context(segment_ids=ids), seq_len=T
-  )
+  context = Context(segment_ids=jnp.asarray([[0] * 5 + [1] * 8] * B))
+  question = heads.positions(jnp.ones((B, T), bool), context, seq_len=T)
+  found = heads.ask(layer, x, [question], context)
   parts = [
     probes.weighted_sums(layer, x[:, a:b], jnp.eye(b - a)[None], Context())
     for a, b in ((0, 5), (5, 13))
