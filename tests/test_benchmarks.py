@@ -65,6 +65,6 @@ def test_layers_are_timed_at_every_length():
 
 def test_analysis_is_timed_in_training_and_on_long_sequences():
   training, long = lines_of('analysis.py', '--quick')
-  assert 0 < training['analysis_seconds'] and 0 < training['share']
-  assert 0 < long['seconds'] and 0 < long['peak_memory']
+  assert training['analysis_seconds'] > 0 and training['share'] > 0
+  assert long['seconds'] > 0 and long['peak_memory'] > 0
   assert len(long['prefix_matching']) == len(long['sink_rate']) == 1

@@ -111,7 +111,8 @@ class Analyzer:
 
   def _score(self, params: Any, step: Array) -> dict[str, Any]:
     model = nnx.merge(self.graph, params)
-    batch, placement = self.batch, self.placement
+    batch = {name: jnp.asarray(value) for name, value in self.batch.items()}
+    placement = self.placement
     layers, hidden = model_scores.of_sequences(
       model,
       batch['tokens'],
@@ -121,9 +122,10 @@ class Analyzer:
       with_logits=self._with_logits,
     )
     if self.repeats is not None:
+      arrays = dataclasses.asdict(self.repeats)
       of_repeats = model_scores.of_repeats(
         model,
-        **dataclasses.asdict(self.repeats),
+        **{name: jnp.asarray(value) for name, value in arrays.items()},
         step=step,
         placement=self._placed_for(self.repeats.tokens.shape[1]),
       )

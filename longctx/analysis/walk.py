@@ -62,8 +62,8 @@ def walk(
 def ablated(
   model: Transformer,
   tokens: Int[Array, 'B T'],
-  gates: Sequence[Float[Array, ' N']],
-  means: Sequence[Float[Array, 'N V']] | None = None,
+  gates: Sequence[Float[Array, ' _']],
+  means: Sequence[Float[Array, '_ _']] | None = None,
   *,
   segment_ids: Int[Array, 'B T'] | None = None,
   step: Int[Array, ''] | int | None = None,
@@ -98,7 +98,7 @@ def ablated(
 
 def head_means(
   model: Transformer, tokens: Int[Array, 'B T'], **options: Any
-) -> list[Float[Array, 'N V']]:
+) -> list[Float[Array, '_ _']]:
   """What each head says on average over some tokens, for `ablated`."""
   means = []
 
