@@ -20,6 +20,9 @@ STRAY = 5
 # The smallest jump that is called a change.
 MINIMUM = 0.1
 
+Steps = Sequence[int] | np.ndarray
+Scores = Sequence[float] | np.ndarray
+
 
 class PhaseDetector:
   """Says when a score bends, from steps and values alone.
@@ -36,7 +39,7 @@ class PhaseDetector:
 
   def __init__(self, *, bend: float, patience: int = PATIENCE):
     self.bend, self.patience = bend, patience
-    self._steps = 0
+    self._steps = self._slow_steps = 0
     self._fast = self._slow = self._variance = 0.0
     self._last: float | None = None
     self._score: float | None = None
@@ -46,13 +49,14 @@ class PhaseDetector:
   def add_accuracy(self, step: int, accuracy: float):
     """Takes in the training accuracy of a step."""
     self._steps += 1
+    self._slow_steps += 1
     if self._last is not None:
       # Half the squared difference of two draws has their variance for a mean.
       spread = (accuracy - self._last) ** 2 / 2
-      self._variance += (spread - self._variance) * self._rate(SLOW)
+      self._variance += (spread - self._variance) / min(self._steps, SLOW)
     # Plain means at first, so that neither remembers the first step for long.
-    self._fast += (accuracy - self._fast) * self._rate(FAST)
-    self._slow += (accuracy - self._slow) * self._rate(SLOW)
+    self._fast += (accuracy - self._fast) / min(self._steps, FAST)
+    self._slow += (accuracy - self._slow) / min(self._slow_steps, SLOW)
     self._last = accuracy
     if abs(self._fast - self._slow) > self._threshold():
       self._bends(step)
@@ -73,9 +77,6 @@ class PhaseDetector:
       return False
     return abs(self._fast - self._before) > self._threshold()
 
-  def _rate(self, horizon: int) -> float:
-    return 1 / min(self._steps, horizon)
-
   def _threshold(self) -> float:
     # Of an exponential average of independent draws.
     error = (self._variance / (2 * FAST - 1)) ** 0.5
@@ -85,11 +86,15 @@ class PhaseDetector:
     if not self.dense(step):
       self._before = self._slow
     self._bent_at = step
+    # The level is a new one; an average that remembers the old would call it a
+    # bend for long after it is flat.
+    self._slow, self._slow_steps = self._fast, min(self._steps, FAST)
 
   def state(self) -> dict[str, Any]:
     """All that it remembers, as JSON."""
     return {
       'steps': self._steps,
+      'slow_steps': self._slow_steps,
       'fast': self._fast,
       'slow': self._slow,
       'variance': self._variance,
@@ -131,7 +136,7 @@ class Change:
 
 
 def estimate_change(
-  steps: Sequence[int], scores: Sequence[float], *, minimum: float = MINIMUM
+  steps: Steps, scores: Scores, *, minimum: float = MINIMUM
 ) -> Change | None:
   """The largest change of a score, None if it changed by less than `minimum`.
 
@@ -162,7 +167,7 @@ def estimate_change(
   tie = 1e-9 * np.sum((y - y.mean()) ** 2)
   equal = np.argwhere(squares <= least + tie)
   best = tuple(equal[len(equal) // 2])
-  low_level, high_level = before[best], after[best]
+  low_level, high_level = np.clip([before[best], after[best]], y.min(), y.max())
   if abs(high_level - low_level) < max(minimum, 4 * variance**0.5):
     return None
   step = middles[equal[:, 0]].mean()
@@ -225,7 +230,7 @@ def _crossing(
 
 
 def jump_within(
-  steps: Sequence[int], scores: Sequence[float], within: int = 100
+  steps: Steps, scores: Scores, within: int = 100
 ) -> float | None:
   """The largest rise of a score within so many steps.
 
