@@ -103,6 +103,41 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AnalysisConfig:
+  """How closely learning is watched; no parameter depends on it.
+
+  Tasks are learned in jumps. `longctx.phase` tells from the training accuracy
+  and the validations when a score bends, and the run looks closely until it has
+  been flat for 100 steps.
+
+  Attributes:
+    every: steps between analyses of heads and layers, of which there is one at
+      the last step too; 0: none at all, and nothing is ablated.
+    rows: sequences that are analysed, the same ones every time.
+    dense_every: steps between validations, checkpoints and, where there are
+      any, analyses while the score bends; 0: never denser than otherwise.
+      `checkpoint.keep` holds for these checkpoints too: raise it to keep all
+      that a change leaves.
+    bend: difference of accuracies from which a score bends.
+    ablate: whether heads that the analysis finds are ablated, once after each
+      change and at the last step.
+  """
+
+  every: int = 0
+  rows: int = 8
+  dense_every: int = 0
+  bend: float = 0.05
+  ablate: bool = True
+
+  def __post_init__(self):
+    _at_least('analysis.every', self.every, 0)
+    _at_least('analysis.rows', self.rows, 1)
+    _at_least('analysis.dense_every', self.dense_every, 0)
+    if not 0 < self.bend < 1:
+      raise ValueError(f'analysis.bend={self.bend} must lie between 0 and 1')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
   """The mesh of devices and how sequences lie on it.
 
@@ -175,6 +210,7 @@ class ExperimentConfig:
   eval: EvalConfig = EvalConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   log: LogConfig = LogConfig()
+  analysis: AnalysisConfig = AnalysisConfig()
   runs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):

@@ -21,6 +21,7 @@ FREE_KEYS = (
   'eval.',
   'checkpoint.',
   'log.',
+  'analysis.',
   'data.',
   'model.logits_chunk',
   'model.remat',

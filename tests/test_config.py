@@ -19,6 +19,12 @@ def test_round_trip_through_config_dict_and_json_keeps_every_field():
   assert from_config_dict(ExperimentConfig, json.loads(text)) == config
 
 
+def test_config_written_before_a_group_was_added_loads_with_its_defaults():
+  stored = config_lib.to_dict(tiny_config())
+  del stored['analysis']
+  assert from_config_dict(ExperimentConfig, stored) == tiny_config()
+
+
 def test_field_that_may_be_none_can_be_assigned_and_stays_typed():
   config = to_config_dict(TransformerConfig())
   assert config.head_dim is None
@@ -33,7 +39,7 @@ def test_field_that_may_be_none_can_be_assigned_and_stays_typed():
   [
     ({'stepz': 3}, r'unknown config key stepz; did you mean steps\?'),
     ({'model': {'dmodel': 3}}, 'model.dmodel; did you mean model.d_model'),
-    ({'zzz': 3}, 'zzz; known: batch_size, checkpoint, data'),
+    ({'zzz': 3}, 'zzz; known: analysis, batch_size, checkpoint'),
     ({'steps': 'many'}, "steps='many' must be int"),
     ({'steps': True}, 'steps=True must be int'),
     ({'steps': 0}, 'steps=0 must be at least 1'),
@@ -45,6 +51,11 @@ def test_field_that_may_be_none_can_be_assigned_and_stays_typed():
     ({'optimizer': {'name': 'adam'}}, 'known: adamw, muon'),
     ({'optimizer': {'learning_rate': float('nan')}}, 'must be positive'),
     ({'optimizer': {'schedule': 'step'}}, 'step_at=0 must be later'),
+    ({'analysis': {'every': -1}}, 'analysis.every=-1 must be at least 0'),
+    ({'analysis': {'rows': 0}}, 'analysis.rows=0 must be at least 1'),
+    ({'analysis': {'dense_every': -1}}, 'analysis.dense_every=-1 must be'),
+    ({'analysis': {'bend': 0}}, 'analysis.bend=0.0 must lie between 0 and 1'),
+    ({'analysis': {'bnd': 0.1}}, 'did you mean analysis.bend'),
   ],
 )
 def test_wrong_config_is_refused_in_one_line(overrides, message):
