@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from typing import Any
 
@@ -153,7 +153,7 @@ class MetricsLog:
       )
 
   def write(self, row: dict[str, Any]):
-    """Appends one object with `step`, `split` and numbers."""
+    """Appends one object with `step`, `split`, numbers and lists of them."""
     if self._file is None:
       return
     self._file.write(json.dumps(row) + '\n')
@@ -161,13 +161,23 @@ class MetricsLog:
     if self._board is not None:
       for key, value in row.items():
         if key not in ('step', 'split'):
-          self._board.add_scalar(f'{row["split"]}/{key}', value, row['step'])
+          for tag, scalar in _scalars(f'{row["split"]}/{key}', value):
+            self._board.add_scalar(tag, scalar, row['step'])
 
   def close(self):
     if self._file is not None:
       self._file.close()
     if self._board is not None:
       self._board.close()
+
+
+def _scalars(tag: str, value: Any) -> Iterator[tuple[str, float]]:
+  """The numbers of a value by tag: of a list, each by its place in it."""
+  if isinstance(value, int | float):
+    yield tag, value
+  elif isinstance(value, list):
+    for index, item in enumerate(value):
+      yield from _scalars(f'{tag}/{index}', item)
 
 
 def make_summary_writer() -> Callable[..., Any]:
