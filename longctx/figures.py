@@ -59,6 +59,8 @@ def training(
 ):
   """Accuracy and loss against steps, for one run or several.
 
+  Where a run's accuracy jumped, its interval is shaded.
+
   Args:
     path: of the PNG.
     curves: the lines of each run's metrics.jsonl, by name.
@@ -84,6 +86,10 @@ def training(
           ms=3,
           label=label if axis is accuracy else None,
         )
+    # results.json of an earlier version lacks it.
+    if change := results[name].get('phase_change'):
+      for axis in (accuracy, loss):
+        axis.axvspan(change['low'], change['high'], color=color, alpha=0.15)
   first = next(iter(results.values()))
   _limits(accuracy, first['chance'], first['ceiling'])
   accuracy.set_title('validation (dots) and training (thin)', fontsize=10)

@@ -1,11 +1,13 @@
 """What a finished run says of itself, and runs side by side."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from longctx import phase
 from longctx.tasks import Task
 
 # Accuracy, as a share of the ceiling, whose step is told: tasks are learned in
@@ -19,6 +21,7 @@ def summary(
   *,
   task: Task,
   steps: int,
+  step_tokens: int,
   parameters: int,
   state_bytes: int,
   seconds: float,
@@ -31,20 +34,37 @@ def summary(
     test: loss (nats) and accuracy on the test split.
     task: of the run, for its chance and ceiling.
     steps: updates made.
+    step_tokens: tokens of an update.
     parameters: their number.
     state_bytes: what decoding keeps of a sequence as long as the task's.
     seconds: of training.
     seed: of the run.
 
   Returns:
-    Those, and `steps_to_90`: the first validation at which the accuracy was
-    90% of the ceiling, None if it never was.
+    Those, and
+    `steps_to_90`: the first validation at which the accuracy was 90% of the
+      ceiling, None if it never was;
+    `phase_change`: the largest change of the validation accuracy, see
+      `phase.estimate_change`, None if there was none;
+    `analysis_share`: time spent on analyses for the time spent on updates, from
+      the median of each, so without compilations; None without analyses.
   """
+  rows = list(rows)
   rates = [r['tokens_per_second'] for r in rows if r['split'] == 'train']
+  # Lines whose steps all follow a pause have no rate.
+  rate = float(np.median([r for r in rates if r] or [0.0]))
+  analyses = [r['seconds'] for r in rows if r['split'] == 'analysis']
   validations = [r for r in rows if r['split'] == 'validation']
   learned = (
     r['step'] for r in validations if r['accuracy'] >= LEARNED * task.ceiling
   )
+  change = phase.estimate_change(
+    [r['step'] for r in validations], [r['accuracy'] for r in validations]
+  )
+  share = None
+  if analyses and rate:
+    spent = len(analyses) * float(np.median(analyses))
+    share = spent * rate / (steps * step_tokens)
   return {
     'split': 'test',
     **test,
@@ -55,10 +75,12 @@ def summary(
     'validation_loss': validations[-1]['loss'],
     'steps': steps,
     'steps_to_90': next(learned, None),
+    'phase_change': change and dataclasses.asdict(change),
     'parameters': parameters,
     'state_bytes': state_bytes,
-    'tokens_per_second': float(np.median(rates)) if rates else 0.0,
+    'tokens_per_second': rate,
     'seconds': seconds,
+    'analysis_share': share,
     'seed': seed,
   }
 

@@ -19,8 +19,9 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from longctx import config as config_lib
-from longctx import figures, metrics, steps
+from longctx import figures, metrics, phase, steps
 from longctx import results as results_lib
+from longctx.analysis.analyzer import Analyzer
 from longctx.checkpoint import Checkpointer, abstract
 from longctx.data import BatchIterator
 from longctx.optimizer import make_schedule
@@ -125,6 +126,16 @@ class Trainer:
     self.schedule = make_schedule(config.optimizer, config.steps)
     self.meter = metrics.Meter()
     self.seconds = 0.0
+    # Dense steps have to come within its patience.
+    self.detector = phase.PhaseDetector(
+      bend=config.analysis.bend,
+      patience=max(phase.PATIENCE, 2 * config.analysis.dense_every),
+    )
+    self.analyzer: Analyzer | None = None
+    if config.analysis.every:
+      self.analyzer = Analyzer(
+        self.graph, run.model, run.task, config, run.placement
+      )
     self.state = steps.init_state(run.model, config, placement=run.placement)
     self.batches = self._open('train')
     self.checkpointer = Checkpointer(
@@ -155,6 +166,9 @@ class Trainer:
     self.batches.set_state(found.data)
     self.meter.set_state(found.meta['meter'])
     self.seconds = found.meta['seconds']
+    # Checkpoints of earlier versions lack it.
+    if 'detector' in found.meta:
+      self.detector.set_state(found.meta['detector'])
     return found.step
 
   def run(self, stop: StopRequest) -> dict[str, Any]:
@@ -180,30 +194,52 @@ class Trainer:
         if pending is not None:
           self._note(*pending, progress)
         pending = (step, values)
+        # Before the metrics of this step, also where they are read at once: a
+        # resumed run has to decide likewise.
+        due = self._due_after(step)
         if self.lockstep:
           self._note(*pending, progress)
           pending = None
-        last = step == config.steps
-        validate_now = last or _due(step, config.eval.every)
-        save_now = last or _due(step, config.checkpoint.every)
         stop_now = stop.at(step)
-        if validate_now or save_now or stop_now:
+        if due or stop_now:
           if pending is not None:
             self._note(*pending, progress)
           pending = None
           # Only now the step has ended.
           self.seconds = before + time.perf_counter() - begun
-          if validate_now:
+          if 'validate' in due:
             self._validate()
-          # After the validation, so that no resumed run lacks its line.
-          if save_now or stop_now:
+          if 'analyze' in due:
+            self._analyze('analysis', self.analyzer.measure)
+          if 'ablate' in due:
+            self._analyze('ablation', self.analyzer.ablate)
+          # After all that writes a line, so that no resumed run lacks it.
+          if 'save' in due or stop_now:
             self._save()
           self.meter.pause()
-        if stop_now and not last:
+        if stop_now and step < config.steps:
           self._stop(stop.signum)
     finally:
       progress.close()
     return self._finish(first)
+
+  def _due_after(self, step: int) -> set[str]:
+    """What follows a step, from what is known of the steps before it."""
+    config, analysis = self.config, self.config.analysis
+    always = step == config.steps or (
+      self.detector.dense(step) and _due(step, analysis.dense_every)
+    )
+    due = {
+      'validate': always or _due(step, config.eval.every),
+      'save': always or _due(step, config.checkpoint.every),
+      'analyze': always or _due(step, analysis.every),
+      'ablate': step == config.steps or self.detector.settled(step),
+    }
+    if self.analyzer is None:
+      due['analyze'] = due['ablate'] = False
+    if not analysis.ablate:
+      due['ablate'] = False
+    return {name for name, now in due.items() if now}
 
   def _compile(self, batch: steps.Batch):
     """Compiles a step; on a mesh, says beforehand what it will cost."""
@@ -253,6 +289,9 @@ class Trainer:
         self._not_finite(f'{key} is {values[key]} at step {step}')
     tokens = self.config.batch_size * self.task.seq_len
     self.meter.add(values, tokens=tokens)
+    self.detector.add_accuracy(
+      step, values['correct'] / max(values['weight'], 1e-9)
+    )
     progress.advance()
     if step % self.config.log.every == 0:
       row = {
@@ -290,8 +329,17 @@ class Trainer:
       batches = self._open('validation')
       self.validation = list(batches)
       batches.close()
-    row = {'step': self.step, 'split': 'validation'}
-    self.log.write(row | self.measure(self.validation))
+    row = self.measure(self.validation)
+    self.detector.add_score(self.step, row['accuracy'])
+    self.log.write({'step': self.step, 'split': 'validation', **row})
+
+  def _analyze(self, split: str, measure: Callable[..., dict[str, Any]]):
+    begun = time.perf_counter()
+    row = measure(self.state['params'], self.step)
+    seconds = time.perf_counter() - begun
+    self.log.write(
+      {'step': self.step, 'split': split, 'seconds': seconds, **row}
+    )
 
   def measure(self, batches: Iterable[steps.Batch]) -> dict[str, float]:
     """Mean loss and accuracy over batches, each token counted once."""
@@ -317,7 +365,11 @@ class Trainer:
         self.step,
         **self.state,
         data=self.batches.get_state(),
-        meta={'meter': self.meter.state(), 'seconds': self.seconds},
+        meta={
+          'meter': self.meter.state(),
+          'seconds': self.seconds,
+          'detector': self.detector.state(),
+        },
       )
     except FloatingPointError as error:
       self._not_finite(f'{error} after step {self.step}')
@@ -351,6 +403,7 @@ class Trainer:
       test,
       task=self.task,
       steps=self.step,
+      step_tokens=self.config.batch_size * self.task.seq_len,
       parameters=self.parameters,
       state_bytes=self.model.state_bytes(self.task.seq_len),
       seconds=self.seconds,

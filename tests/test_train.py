@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from longctx import config as config_lib
-from longctx import metrics, runs, steps, train
+from longctx import figures, metrics, phase, runs, steps, train
+from longctx import results as results_lib
 from longctx.checkpoint import CheckpointError
 from longctx.config import ExperimentConfig
 from tests.tiny import tiny_config
@@ -41,7 +42,8 @@ def final_leaves(workdir):
 def logged(workdir):
   rows = metrics.read_lines(workdir / 'metrics.jsonl')
   for row in rows:
-    row.pop('tokens_per_second', None)
+    for key in ('tokens_per_second', 'seconds'):
+      row.pop(key, None)
   return rows
 
 
@@ -58,6 +60,7 @@ def test_run_writes_what_the_design_promises(finished):
   assert json.loads((workdir / 'results.json').read_text()) == result
   assert result['steps'] == 12
   assert result['chance'] == 1 / 8
+  assert result['analysis_share'] is None
   versions = json.loads((workdir / 'versions.json').read_text())
   assert versions['jax'] == jax.__version__
   stored = json.loads((workdir / 'config.json').read_text())
@@ -282,6 +285,26 @@ def test_accumulation_minimises_the_same_loss_as_one_batch():
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_workdir_written_before_there_was_analysis_continues(tmp_path):
+  (run,) = runs.prepare(tiny_config(), tmp_path)
+  trainer = train.Trainer(run)
+  trainer.checkpointer.save(
+    3,
+    **trainer.state,
+    data=trainer.batches.get_state(),
+    meta={'meter': trainer.meter.state(), 'seconds': 1.0},
+  )
+  trainer.close()
+  stored = json.loads((tmp_path / 'config.json').read_text())
+  del stored['analysis']
+  (tmp_path / 'config.json').write_text(json.dumps(stored))
+  # Watching more closely is no other run.
+  (run,) = runs.prepare(tiny_config(analysis={'dense_every': 5}), tmp_path)
+  trainer = train.Trainer(run)
+  trainer.close()
+  assert trainer.step == 3
+
+
 @pytest.mark.parametrize(
   ('overrides', 'error', 'message'),
   [
@@ -317,6 +340,127 @@ def test_named_runs_train_side_by_side_and_are_compared(tmp_path, capsys):
   assert [line.split()[0] for line in lines[1:3]] == ['softmax', 'elu+1']
 
 
-def test_tensorboard_events_are_written(tmp_path):
-  run_to_end(tiny_config(steps=4, log={'tensorboard': True}), tmp_path)
-  assert list((tmp_path / 'tensorboard').glob('events.*'))
+def test_tensorboard_has_each_number_of_a_list(tmp_path, monkeypatch):
+  found = {}
+
+  class Board:
+    def __init__(self, *args, **kwargs):
+      self.close = lambda: None
+
+    def add_scalar(self, tag, value, step):
+      found[tag] = value, step
+
+  monkeypatch.setattr(metrics, 'make_summary_writer', lambda: Board)
+  log = metrics.MetricsLog(tmp_path, start_step=0, tensorboard=True)
+  row = {'step': 3, 'split': 'analysis', 'a': 1.5, 'b': [[1.0], [2.0]]}
+  log.write({**row, 'c': None, 'd': 'text'})
+  log.close()
+  assert found == {
+    'analysis/a': (1.5, 3),
+    'analysis/b/0/0': (1.0, 3),
+    'analysis/b/1/0': (2.0, 3),
+  }
+
+
+class BendsAtTwo(phase.PhaseDetector):
+  """Sees a bend in step 2, and a change once the score is flat again."""
+
+  def add_accuracy(self, step, accuracy):
+    super().add_accuracy(step, accuracy)
+    if step == 2:
+      self._bends(step)
+
+  def settled(self, step):
+    return self.dense(step - 1) and not self.dense(step)
+
+
+class Counts:
+  """An analyzer whose numbers tell the step."""
+
+  def __init__(self, graph, model_config, task, config, placement):
+    assert model_config.vocab_size == task.vocab_size
+    assert (config.analysis.rows, placement) == (8, None)
+
+  def measure(self, params, step):
+    return {'score': step / 100, 'heads': [[step, 0.5], [1.0, 2.0]]}
+
+  def ablate(self, params, step):
+    return {'drop': [[0.25]]}
+
+
+def test_bend_makes_a_run_look_closely_and_changes_no_bit_however_it_ends(
+  finished, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(phase, 'PATIENCE', 3)
+  monkeypatch.setattr(phase, 'PhaseDetector', BendsAtTwo)
+  monkeypatch.setattr(train, 'Analyzer', Counts)
+  config = tiny_config(
+    # No score of so few steps bends of itself.
+    analysis={'every': 8, 'dense_every': 1, 'bend': 0.99},
+    log={'tensorboard': True},
+  )
+  whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
+  result = run_to_end(config, whole)['']
+  steps_of = {split: [] for split in ('validation', 'analysis', 'ablation')}
+  for row in logged(whole):
+    steps_of.setdefault(row['split'], []).append(row['step'])
+  # What step 2 tells is known from step 3 on, and three steps are flat.
+  assert steps_of == {
+    'train': [4, 8, 12],
+    'validation': [3, 4, 5, 6, 12],
+    'analysis': [3, 4, 5, 8, 12],
+    'ablation': [6, 12],
+  }
+  (row,) = (
+    row
+    for row in logged(whole)
+    if (row['step'], row['split']) == (8, 'analysis')
+  )
+  assert row['score'] == 0.08 and row['heads'] == [[8, 0.5], [1.0, 2.0]]
+  assert result['analysis_share'] > 0
+  assert list((whole / 'tensorboard').glob('events.*'))
+  assert final_leaves(whole) == final_leaves(finished[0])
+  # Within the dense part: what was seen of the bend is carried over.
+  (run,) = runs.prepare(config, stopped)
+  trainer = train.Trainer(run)
+  with pytest.raises(train.StoppedError, match='saved step 4 of 12'):
+    trainer.run(StopAt(trainer, 4))
+  trainer.close()
+  run_to_end(config, stopped)
+  assert final_leaves(stopped) == final_leaves(whole)
+  assert logged(stopped) == logged(whole)
+
+
+def test_change_of_the_validation_accuracy_is_told_and_drawn(tmp_path):
+  rows = [
+    {'step': step, 'split': 'validation', 'loss': 1.0, 'accuracy': accuracy}
+    for step, accuracy in ((100, 0.1), (200, 0.1), (300, 0.9), (400, 0.9))
+  ]
+  rows += [
+    {**row, 'split': 'train', 'tokens_per_second': rate}
+    for row, rate in zip(rows, (100.0, 100.0, 0.0, 100.0), strict=True)
+  ]
+  rows += [{'step': s, 'split': 'analysis', 'seconds': 5.0} for s in (1, 2)]
+  result = results_lib.summary(
+    rows,
+    {'loss': 1.0, 'accuracy': 0.9},
+    task=runs.tasks.make_task(**tiny_config().task),
+    steps=400,
+    step_tokens=50,
+    parameters=1,
+    state_bytes=1,
+    seconds=1.0,
+    seed=0,
+  )
+  change = result['phase_change']
+  assert set(change) == {'step', 'low', 'high', 'before', 'after', 'width'}
+  assert (change['low'], change['step'], change['high']) == (200, 250, 300)
+  # Two analyses of 5 seconds, 400 steps of half a second each.
+  assert result['analysis_share'] == 0.05
+  assert result['tokens_per_second'] == 100
+  json.dumps(result)
+  for name in ('with', 'without'):
+    figures.training(tmp_path / f'{name}.png', {'': rows}, results={'': result})
+    result = {**result, 'phase_change': None}
+  pictures = [(tmp_path / f'{n}.png').read_bytes() for n in ('with', 'without')]
+  assert pictures[0] != pictures[1]
