@@ -248,6 +248,7 @@ class _Measure:
   def __init__(self, run: Trained):
     self._run = run
     self._graph, self._params, self._step = restore(run)
+    self._evaluate = {}
 
   def __call__(
     self, task: tasks.Task, *, split: str, batches: int, batch_size: int
@@ -256,9 +257,12 @@ class _Measure:
     batch_size = _rows(config, batch_size)
     # On the mesh that the run was trained on, in a layout of this length.
     placement = make_placement(config.parallel, task.seq_len)
-    measure = steps.make_steps(
-      self._graph, config, placement=placement
-    ).evaluate
+    # Kept by length, since values of other fields need no new program.
+    if task.seq_len not in self._evaluate:
+      self._evaluate[task.seq_len] = steps.make_steps(
+        self._graph, config, placement=placement
+      ).evaluate
+    measure = self._evaluate[task.seq_len]
     iterator = make_iterator(
       task,
       split=split,

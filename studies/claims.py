@@ -108,7 +108,7 @@ def number(value: float | None) -> str:
     return 'never'
   if isinstance(value, int) or abs(value) >= 1000:
     return f'{value:,.0f}'
-  return f'{value:.3f}'
+  return f'{value:.3f}' if value == 0 or abs(value) >= 0.01 else f'{value:.1g}'
 
 
 def table(claims: Sequence[Mapping[str, Any]]) -> str:

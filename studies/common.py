@@ -26,7 +26,8 @@ class Study:
     name: of the folder.
     doc: docstring of run.py, shown by --help.
     jobs: (seed, quick) -> its trainings.
-    measure: (job, workdir) -> what is known of a finished one, for JSON.
+    measure: (job, workdir) -> what is known of a finished one, for JSON; a list
+      where it trained several runs, each with its own `run`.
     claims: what is asserted of the rows.
     show: (rows, folder) -> writes pictures and tables.
   """
@@ -34,7 +35,7 @@ class Study:
   name: str
   doc: str
   jobs: Callable[[int, bool], list[Job]]
-  measure: Callable[[Job, pathlib.Path], dict[str, Any]]
+  measure: Callable[[Job, pathlib.Path], dict[str, Any] | list[dict[str, Any]]]
   claims: tuple[Claim, ...]
   show: Callable[[Sequence[Mapping[str, Any]], pathlib.Path], None] | None = (
     None
@@ -74,7 +75,7 @@ def main(study: Study, argv: list[str] | None = None) -> list[dict[str, Any]]:
   # Seed by seed, so that a study that is stopped early has whole seeds.
   jobs = [job for seed in args.seeds for job in study.jobs(seed, args.quick)]
   run_all(jobs, args.workdir, processes=args.processes, title=study.name)
-  rows = [collect(study, job, args.workdir) for job in jobs]
+  rows = [row for job in jobs for row in collect(study, job, args.workdir)]
   command = f'python -m studies.{study.name}.run' + ' --quick' * args.quick
   claims = conclude(study.claims, rows, command=command, quick=args.quick)
   args.out.mkdir(parents=True, exist_ok=True)
@@ -86,16 +87,18 @@ def main(study: Study, argv: list[str] | None = None) -> list[dict[str, Any]]:
   return claims
 
 
-def collect(study: Study, job: Job, workdir: pathlib.Path) -> dict[str, Any]:
-  """The line of a finished job in results.jsonl."""
+def collect(
+  study: Study, job: Job, workdir: pathlib.Path
+) -> list[dict[str, Any]]:
+  """The lines of a finished job in results.jsonl."""
   folder = folder_of(job, workdir)
   done = json.loads((folder / 'done.json').read_text())
   shown = job.commands(f'runs/{study.name}/{folder.name}')
-  return {
-    'run': job.run,
-    'seed': job.seed,
-    **study.measure(job, folder),
+  shared = {
     'command': ' && '.join(f'python {shlex.join(c)}' for c in shown),
     'commit': done['commit'],
     'hardware': done['hardware'],
   }
+  found = study.measure(job, folder)
+  found = found if isinstance(found, list) else [found]
+  return [{'run': job.run, 'seed': job.seed, **one, **shared} for one in found]

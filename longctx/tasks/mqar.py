@@ -36,6 +36,8 @@ class MQAR(Task):
   Attributes:
     vocab_size: V. Published: 8192.
     num_pairs: number of pairs and of queries; 4 * num_pairs <= seq_len.
+    min_pairs: draw that number for each example, uniformly from here up to
+      num_pairs; 0: it is num_pairs.
     power_a: exponent of the gaps' power law; 1 makes them uniform.
     filler: 'clean' draws filler from all tokens but the example's own keys, so
       that every query has exactly one answer; 'zero' leaves zeros there (the
@@ -46,6 +48,7 @@ class MQAR(Task):
   seq_len: int = 64
   vocab_size: int = 256
   num_pairs: int = 16
+  min_pairs: int = 0
   power_a: float = 0.01
   filler: str = 'clean'
 
@@ -56,6 +59,11 @@ class MQAR(Task):
       )
     if self.num_pairs < 1:
       raise ValueError(f'num_pairs={self.num_pairs} must be at least 1')
+    if not 0 <= self.min_pairs <= self.num_pairs:
+      raise ValueError(
+        f'min_pairs={self.min_pairs} must be 0 or up to num_pairs='
+        f'{self.num_pairs}'
+      )
     smallest = 4 * self.num_pairs
     if self.seq_len < smallest:
       raise ValueError(
@@ -78,6 +86,8 @@ class MQAR(Task):
 
   def example(self, rng: np.random.Generator) -> Example:
     T, n, half = self.seq_len, self.num_pairs, self.vocab_size // 2
+    if self.min_pairs:
+      n = int(rng.integers(self.min_pairs, n + 1))
     keys = 1 + rng.choice(half - 1, n, replace=False)
     values = half + rng.choice(self.vocab_size - half, n, replace=False)
     # The n largest of log p + Gumbel noise, in order, are n draws without

@@ -22,12 +22,13 @@ def jobs(seed: int, quick: bool) -> list[Job]:
   return [Job(run='zoo', seed=seed, config=config, overrides=overrides)]
 
 
-def measure(job: Job, workdir: pathlib.Path) -> dict:
-  return {'variants': json.loads((workdir / 'results.json').read_text())}
+def measure(job: Job, workdir: pathlib.Path) -> list[dict]:
+  found = json.loads((workdir / 'results.json').read_text())
+  return [{'run': name, **results} for name, results in found.items()]
 
 
 def accuracy(variant: str):
-  return lambda rows: rows['zoo']['variants'][variant]['accuracy']
+  return lambda rows: rows[variant]['accuracy']
 
 
 CLAIMS = (
@@ -65,8 +66,8 @@ CLAIMS = (
 def by_variant(rows) -> list[dict]:
   """One entry per variant over the seeds, best first."""
   entries = []
-  for name in rows[0]['variants']:
-    found = [row['variants'][name] for row in rows]
+  for name in dict.fromkeys(row['run'] for row in rows):
+    found = [row for row in rows if row['run'] == name]
     entry = {'variant': name, **found[0]}
     entry |= {
       key: spread([one[key] for one in found], high_is_good=key == 'accuracy')

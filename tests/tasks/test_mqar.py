@@ -69,3 +69,23 @@ def test_several_gaps_are_drawn_as_numpy_draws_without_replacement():
     ours[first, second] += 1
     theirs[tuple(other.choice(4, 2, replace=False, p=p / p.sum()))] += 1
   np.testing.assert_allclose(ours / 4000, theirs / 4000, atol=0.025)
+
+
+def test_number_of_pairs_is_drawn_between_min_pairs_and_num_pairs():
+  task = make_task('mqar', num_pairs=5, min_pairs=2, seq_len=20)
+  rng = np.random.default_rng(0)
+  drawn = []
+  for _ in range(400):
+    example = task.example(rng)
+    drawn.append(int(example.weights.sum()))
+    scored = example.weights > 0
+    answers = task.solve(example.tokens)
+    np.testing.assert_array_equal(answers[scored], example.labels[scored])
+  counts = np.bincount(drawn, minlength=6)
+  assert not counts[:2].any()
+  np.testing.assert_allclose(counts[2:] / 400, 0.25, atol=0.08)
+
+
+def test_min_pairs_that_num_pairs_does_not_reach_is_refused():
+  with pytest.raises(ValueError, match='min_pairs=6'):
+    make_task('mqar', num_pairs=5, min_pairs=6)

@@ -1,0 +1,120 @@
+r"""Multi-query associative recall, for studies/retrieval.
+
+The argument names one of two experiments, or one of their runs:
+
+  python train.py --config=studies/retrieval/config.py:curves
+  python train.py --config=studies/retrieval/config.py:capacity
+  python train.py --config=studies/retrieval/config.py:capacity/softmax
+
+`curves` has 16 pairs in 64 tokens, two layers and a head of 16 (keys) and 64
+(values); softmax stops after 500 steps, the others after 1,500.
+
+`capacity` has one layer, so that a memory is written and read once, and from 1
+to 16 pairs in 64 tokens, the rest zeros, so that nothing else is written.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+from longctx import tasks
+
+CURVES = {
+  'softmax': 'full',
+  'taylor': "linear(feature_map='taylor')",
+  'delta': 'deltanet',
+  'elu+1': 'linear',
+}
+
+
+def linear(feature_map: str, normalize: bool = False) -> str:
+  return f'linear(feature_map={feature_map!r}, normalize={normalize})'
+
+
+# Layer, head_dim, value_dim.
+CAPACITY = {
+  'elu+1 8x32': ('linear', 8, 32),
+  'elu+1 16x64': ('linear', 16, 64),
+  'relu 16x64': (linear('relu'), 16, 64),
+  'identity 4x32': (linear('identity'), 4, 32),
+  'identity 8x32': (linear('identity'), 8, 32),
+  'identity 16x64': (linear('identity'), 16, 64),
+  'dpfp 8x32': (linear('dpfp'), 8, 32),
+  'taylor 4x32': (linear('taylor', True), 4, 32),
+  'taylor 8x64': (linear('taylor', True), 8, 64),
+  'delta 4x32': ('deltanet', 4, 32),
+  'delta 8x32': ('deltanet', 8, 32),
+  'delta 16x64': ('deltanet', 16, 64),
+  'lightning 16x64': ('lightning(depth=1.0)', 16, 64),
+  'window 8': ('sliding_window(window=8)', 16, 64),
+  'window 32': ('sliding_window(window=32)', 16, 64),
+  'softmax': ('full', 16, 64),
+}
+
+PAIRS = (2, 4, 6, 8, 12, 16)
+
+
+def get_config(argument: str) -> ConfigDict:
+  experiment, _, name = argument.partition('/')
+  config = EXPERIMENTS[experiment]()
+  if name:
+    config.runs = ConfigDict({name: config.runs[name]})
+  return config
+
+
+def _shared() -> ConfigDict:
+  config = default.get_config()
+  config.batch_size = 64
+  config.task = ConfigDict(
+    tasks.task_defaults('mqar', seq_len=64, vocab_size=256, num_pairs=16)
+  )
+  config.model.d_model = 64
+  config.model.num_heads = 1
+  config.model.short_conv = 4
+  config.model.positions = 'none'
+  config.optimizer.warmup_steps = 50
+  config.optimizer.weight_decay = 0.1
+  config.eval.batches = 4
+  return config
+
+
+def _curves() -> ConfigDict:
+  config = _shared()
+  config.steps = 1500
+  config.model.head_dim = 16
+  config.model.value_dim = 64
+  config.optimizer.learning_rate = 3e-3
+  config.optimizer.schedule = 'constant'
+  config.eval.every = 250
+  config.runs = ConfigDict(
+    {
+      name: {
+        'steps': 500 if name == 'softmax' else 1500,
+        'model': {'layers': (layer, layer)},
+      }
+      for name, layer in CURVES.items()
+    }
+  )
+  return config
+
+
+def _capacity() -> ConfigDict:
+  config = _shared()
+  config.steps = 600
+  config.task.min_pairs = 1
+  config.task.filler = 'zero'
+  config.model.tied_head = False
+  config.optimizer.learning_rate = 1e-2
+  config.eval.every = 200
+  config.checkpoint.every = 0
+  config.runs = ConfigDict(
+    {
+      name: {
+        'model': {'layers': (layer,), 'head_dim': H, 'value_dim': V},
+      }
+      for name, (layer, H, V) in CAPACITY.items()
+    }
+  )
+  return config
+
+
+EXPERIMENTS = {'curves': _curves, 'capacity': _capacity}
