@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -65,6 +66,10 @@ def run_all(
   jobs = list(jobs)
   waiting = [job for job in jobs if not _finished(job, workdir)]
   running: list[_Running] = []
+  # Asked to end, it asks its trainings to.
+  before = signal.signal(
+    signal.SIGTERM, lambda number, _: sys.exit(128 + number)
+  )
   with tqdm(total=len(jobs), initial=len(jobs) - len(waiting)) as bar:
     bar.set_description(title)
     try:
@@ -77,6 +82,7 @@ def run_all(
           running.remove(one)
           bar.update()
     finally:
+      signal.signal(signal.SIGTERM, before)
       # train.py saves itself when it is asked to stop.
       for one in running:
         one.stop()

@@ -1,0 +1,88 @@
+"""How often the trained models copy strings of each length, whole and by letter.
+
+    python -m studies.copying.measure --workdir=DIR
+
+A string counts as copied if each of its letters is the likeliest one after the
+true ones before it; then greedy decoding copies it, and else it does not.
+Writes copies.json.
+"""
+
+import argparse
+import math
+import pathlib
+
+import jax
+import numpy as np
+from flax import nnx
+
+from longctx import evaluate, metrics, tasks
+from longctx.data import make_iterator
+
+LENGTHS = (2, 5, 10, 20, 35, 50, 100, 200, 500, 1000)
+TOKENS = 32768
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  parser.add_argument('--strings', type=int, default=64, help='of a length')
+  parser.add_argument('--longest', type=int, default=LENGTHS[-1])
+  args = parser.parse_args()
+  found = {}
+  for run in evaluate.open_workdir(args.workdir):
+    graph, params, _ = evaluate.restore(run)
+    copied = jax.jit(
+      lambda params, tokens, graph=graph: nnx.merge(graph, params)(
+        tokens
+      ).argmax(axis=-1)
+    )
+    rows = [
+      measure(copied, params, run, length, args.strings)
+      for length in LENGTHS
+      if length <= args.longest
+    ]
+    model = nnx.merge(graph, params)
+    found[run.name] = {
+      'lengths': [row['length'] for row in rows],
+      'strings': args.strings,
+      'letters_right': [row['letters'] for row in rows],
+      'strings_right': [row['whole'] for row in rows],
+      'state_bytes': [model.state_bytes(2 * row['length'] + 1) for row in rows],
+    }
+    metrics.say(f'{run.name}: {found[run.name]["letters_right"]}')
+  metrics.write_json(args.workdir / 'copies.json', found)
+
+
+def measure(copied, params, run, length: int, strings: int) -> dict:
+  """Shares of letters and of strings that come out right."""
+  task = tasks.make_task(
+    'copying',
+    seq_len=2 * length + 1,
+    num_symbols=run.task.num_symbols,
+    min_length=length,
+    max_length=length,
+  )
+  rows = max(1, min(strings, TOKENS // task.seq_len))
+  batches = make_iterator(
+    task,
+    split='test',
+    batch_size=rows,
+    seed=run.config.seed,
+    num_examples=math.ceil(strings / rows) * rows,
+  )
+  right = []
+  for batch in batches:
+    answers = np.asarray(copied(params, batch['tokens']))
+    scored = batch['weights'] > 0
+    right.append(((answers == batch['labels']) | ~scored)[:, length:-1])
+  batches.close()
+  right = np.concatenate(right)[:strings]
+  return {
+    'length': length,
+    'letters': float(right.mean()),
+    'whole': float(right.all(axis=1).mean()),
+  }
+
+
+if __name__ == '__main__':
+  main()
