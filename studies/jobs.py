@@ -101,12 +101,14 @@ class _Running:
 
   def _start(self) -> subprocess.Popen:
     command = [sys.executable, *self.commands.pop(0)]
+    # The seeds of a run share their programs.
+    cache = {'JAX_COMPILATION_CACHE_DIR': str(self.folder.parent / 'compiled')}
     return subprocess.Popen(
       command,
       cwd=ROOT,
       stdout=self.log,
       stderr=subprocess.STDOUT,
-      env=os.environ | {'PYTHONPATH': str(ROOT)},
+      env=cache | os.environ | {'PYTHONPATH': str(ROOT)},
     )
 
   def advance(self) -> bool:

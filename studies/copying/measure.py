@@ -1,4 +1,4 @@
-"""How often the trained models copy strings of each length, whole and by letter.
+"""How often trained models copy strings of each length, whole and by letter.
 
     python -m studies.copying.measure --workdir=DIR
 

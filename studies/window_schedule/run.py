@@ -11,6 +11,7 @@ batches and are scored on the same 131,072 bytes, so their differences are
 paired.
 """
 
+import itertools
 import json
 import pathlib
 
@@ -44,7 +45,7 @@ def gain(worse: str, better: str):
 def steps_in_order(rows) -> int:
   """Of the published order, how many neighbours stand in it."""
   bits = [rows[name]['bits'] for name in SCHEDULES]
-  return sum(a > b for a, b in zip(bits, bits[1:], strict=False))
+  return sum(a > b for a, b in itertools.pairwise(bits))
 
 
 def worst(rows) -> float:
