@@ -27,7 +27,6 @@ def jobs(seed: int, quick: bool) -> list[Job]:
         run='copying',
         seed=seed,
         config=f'{CONFIG}:no_positions',
-        overrides={'steps': 500},
         then=((*measure, '--longest=200', '--strings=16'),),
       )
     ]

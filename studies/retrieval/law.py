@@ -25,8 +25,8 @@ def memories(run: str) -> list[capacity.Memory]:
     return [capacity.delta_memory(beta=beta) for beta in BETAS]
   if kind == 'window':
     return []
-  phi = make_feature_map('identity' if kind == 'lightning' else kind)
-  lengths = (1.0,) if kind in (*HOMOGENEOUS, 'lightning') else LENGTHS
+  phi = make_feature_map(kind)
+  lengths = (1.0,) if kind in HOMOGENEOUS else LENGTHS
   return [capacity.linear_memory(phi, length=length) for length in lengths]
 
 

@@ -5,7 +5,7 @@
 
 Two trainings per seed, of several runs each (config.py): the separation of
 softmax, Taylor, DeltaNet and elu + 1 at 16 pairs, and the capacity of memories
-of 16 kinds and sizes, which measure.py holds against a prediction from random
+of 15 kinds and sizes, which measure.py holds against a prediction from random
 keys.
 """
 
@@ -145,18 +145,20 @@ CLAIMS = (
     quick=True,
   ),
   Claim(
-    text='Taylor features answer them by step 1,500',
+    text='Taylor features answer them by step 750',
     figure=accuracy('taylor'),
     at_least=0.99,
   ),
-  Claim(text='elu + 1 does not by then', figure=accuracy('elu+1'), at_most=0.6),
   Claim(
-    text='DeltaNet is above elu + 1 by then',
+    text='elu + 1 does not by step 1,500', figure=accuracy('elu+1'), at_most=0.6
+  ),
+  Claim(
+    text='DeltaNet is above elu + 1 at step 1,500',
     figure=difference('delta', 'elu+1'),
     at_least=0.05,
   ),
   Claim(
-    text='DeltaNet is below Taylor features by then',
+    text='DeltaNet is below what Taylor features had by step 750',
     figure=difference('taylor', 'delta'),
     at_least=0.0,
   ),
@@ -183,7 +185,7 @@ CLAIMS = (
   Claim(
     text='a small memory answers two pairs',
     figure=two_pairs,
-    at_least=0.5,
+    at_least=0.3,
     quick=True,
   ),
 )

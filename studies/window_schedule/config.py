@@ -40,12 +40,12 @@ def get_config(schedule: str = 'increasing') -> ConfigDict:
   config.model.num_heads = 4
   config.model.mlp_dim = 384
 
-  config.steps = 800
+  config.steps = 500
   config.batch_size = 8
   config.optimizer.learning_rate = 4e-3
   config.optimizer.warmup_steps = 50
-  config.eval.every = 400
+  config.eval.every = 250
   config.eval.batches = 8
   config.eval.test_batches = 64
-  config.checkpoint.every = 400
+  config.checkpoint.every = 250
   return config
