@@ -11,6 +11,9 @@ from studies import all as all_studies
 from studies import claims, jobs, report
 from studies.claims import Claim
 from studies.common import Job, Study, main
+from studies.copying import bound
+from studies.retrieval import run as retrieval
+from studies.window_schedule import run as window_schedule
 
 STUDIES = all_studies.names()
 ROOT = pathlib.Path(__file__).parent.parent
@@ -206,3 +209,38 @@ def test_results_of_a_study_are_those_of_its_lines(name):
   found = json.loads((study.folder / 'results.json').read_text())
   again = claims.conclude(study.claims, rows, command=found[0]['command'])
   assert json.loads(json.dumps(again)) == found
+
+
+def test_report_at_the_top_level_is_the_current_one():
+  assert (ROOT / 'REPORT.md').read_text() == report.report(), (
+    'run python -m studies.report'
+  )
+
+
+def test_bound_on_copying_is_tight_where_the_state_holds_the_string():
+  assert bound.least_error(10 * bound.BITS_OF_LETTER, 10) == 0
+  assert bound.least_error(10 * bound.BITS_OF_LETTER, 11) == pytest.approx(
+    25 / 26
+  )
+  assert bound.effective_bits([5, 10], [1.0, 0.0]) == pytest.approx(
+    5 * bound.BITS_OF_LETTER
+  )
+  # Half of the strings of 10 letters need one bit less than all of them.
+  assert bound.effective_bits([5, 10], [1.0, 0.5]) == pytest.approx(
+    10 * bound.BITS_OF_LETTER - 1
+  )
+  assert bound.effective_bits([5], [0.0]) == 0
+
+
+def test_rank_correlation_shares_ranks_of_equal_values():
+  correlation = retrieval.rank_correlation
+  assert correlation([1, 2, 3], [10, 20, 99]) == pytest.approx(1)
+  assert correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+  # Ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4.
+  assert correlation([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486833)
+
+
+def test_published_order_of_schedules_counts_neighbours():
+  names = ('decreasing', 'fixed', 'increasing', 'dilated')
+  rows = {n: {'bits': b} for n, b in zip(names, (4, 3, 3.5, 1), strict=True)}
+  assert window_schedule.steps_in_order(rows) == 2

@@ -1,1 +1,1 @@
-"""What a model does, measured: so far, what an output can read."""
+"""What a model does, measured: what outputs read, what memories hold."""

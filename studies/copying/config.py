@@ -24,7 +24,6 @@ RUNS = {
   'window': {'layers': ('sliding_window(window=64)',) * 2},
   'linear': {'layers': ('linear', 'linear')},
   'deltanet': {'layers': ('deltanet', 'deltanet')},
-  'gated_deltanet': {'layers': ('gated_deltanet', 'gated_deltanet')},
   'deltanet_tiny': {'layers': ('deltanet',), **TINY},
 }
 
@@ -33,8 +32,8 @@ FIXED_STATE = tuple(name for name in RUNS if name not in ATTENTION)
 
 
 def steps(name: str) -> int:
-  """What has learned to copy by step 200 is not trained as long."""
-  return 300 if name in ATTENTION else 600
+  """What has learned to copy by step 300 is not trained as long."""
+  return 400 if name in ATTENTION else 600
 
 
 def get_config(name: str = '') -> ConfigDict:
@@ -51,7 +50,7 @@ def get_config(name: str = '') -> ConfigDict:
   # A tied head starts by predicting the token just read, and unlearns it first.
   config.model.tied_head = False
 
-  config.batch_size = 32
+  config.batch_size = 16
   config.optimizer.learning_rate = 5e-3
   config.optimizer.warmup_steps = 50
   config.eval.every = 100

@@ -36,9 +36,9 @@ def get_config(schedule: str = 'increasing') -> ConfigDict:
   config.task.seq_len = 256
 
   config.model.layers = SCHEDULES[schedule]
-  config.model.d_model = 96
+  config.model.d_model = 64
   config.model.num_heads = 4
-  config.model.mlp_dim = 384
+  config.model.mlp_dim = 256
 
   config.steps = 500
   config.batch_size = 8

@@ -28,6 +28,7 @@ CASES = [
   ('markov', dict(seq_len=20, num_states=5)),
   ('mqar', dict(seq_len=33, vocab_size=18, num_pairs=8, power_a=1.0)),
   ('mqar', dict(seq_len=40, num_pairs=5, filler='zero')),
+  ('mqar', dict(seq_len=32, num_pairs=8, min_pairs=3)),
   ('mqar', dict(seq_len=128, num_pairs=8, filler='zoology')),
   ('multi_needle', dict(seq_len=36, num_needles=4, num_queries=2)),
   (
