@@ -41,7 +41,7 @@ def show(rows, folder: pathlib.Path):
     label='published, text8',
   )
   bits.set_ylabel('bits per byte')
-  differences.set_ylabel(f'bits per byte above `{names[0]}`')
+  differences.set_ylabel(f'bits per byte above {names[0]}')
   differences.legend(frameon=False, fontsize=9)
   figures.legend_below(figure, bits)
   figures.save(figure, folder / 'window_schedule.png')
