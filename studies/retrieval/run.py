@@ -5,8 +5,8 @@
 
 Two trainings per seed, of several runs each (config.py): the separation of
 softmax, Taylor, DeltaNet and elu + 1 at 16 pairs, and the capacity of memories
-of eleven kinds and sizes, which measure.py holds against a prediction from random
-keys.
+of eleven kinds and sizes, which measure.py holds against a prediction from
+random keys.
 """
 
 import json
