@@ -134,7 +134,12 @@ class Trainer:
     self.analyzer: Analyzer | None = None
     if config.analysis.every:
       self.analyzer = Analyzer(
-        self.graph, run.model, run.task, config, run.placement
+        self.graph,
+        run.model,
+        run.task,
+        rows=config.analysis.rows,
+        seed=config.seed,
+        placement=run.placement,
       )
     self.state = steps.init_state(run.model, config, placement=run.placement)
     self.batches = self._open('train')

@@ -28,7 +28,8 @@ LAYERS = (
   ('ops',),
   ('parallel',),
   ('attention',),
-  ('model', 'tasks', 'analysis'),
+  ('model', 'tasks'),
+  ('analysis',),
 )
 LAYER = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 TOP = len(LAYERS)

@@ -27,7 +27,6 @@ OTHERS = {
   'linear, convolution': ('linear', 'linear'),
   'deltanet, convolution': ('deltanet', 'deltanet'),
   'window, full': ('sliding_window(window=4)', 'full'),
-  'full, linear': ('full', 'linear'),
 }
 
 

@@ -3,7 +3,7 @@
     python -m studies.sinks.run
     python -m studies.sinks.run --quick
 
-Trains configs/sinks.py with eight ways to normalize attention, and with RoPE in
+Trains configs/sinks.py with six ways to normalize attention, and with RoPE in
 place of learned positions, a minute each on one CPU core. --quick trains
 softmax, sigmoid and the output gate from one seed.
 """
@@ -21,9 +21,7 @@ VARIANTS = (
   'sigmoid',
   'softmax1',
   'sink_logits',
-  'sink_token',
   'softpick',
-  'differential',
 )
 QUICK = VARIANTS[:3]
 

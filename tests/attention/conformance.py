@@ -34,16 +34,25 @@ SEGMENTS = np.array([[4] * 5 + [1] + [7] * 7, [0] * 13])
 # Compiling is nearly all of the time, and these programs are small.
 FAST = {'xla_backend_optimization_level': 0}
 
+# Meshes, schemes and layouts, each program of which shows several cells.
+RING = (dict(seq=4, model=2), 'ring', 'contiguous')
+BOTH = (dict(data=2, seq=2, model=2), 'ring+ulysses', 'zigzag')
+ULYSSES = (dict(data=2, seq=4), 'ulysses', 'contiguous')
+GATHERED = (dict(data=2, seq=4), 'all_gather', 'striped')
+
 MESHES = {
-  'ring': (dict(seq=4), 'ring', 'zigzag'),
-  'ulysses': (dict(seq=4), 'ulysses', 'contiguous'),
-  'all_gather': (dict(seq=4), 'all_gather', 'contiguous'),
-  'ring+ulysses': (dict(seq=2, model=2), 'ring+ulysses', 'zigzag'),
-  'contiguous': (dict(seq=4), 'ring', 'contiguous'),
-  'zigzag': (dict(seq=4), 'ring', 'zigzag'),
-  'striped': (dict(seq=4), 'ring', 'striped'),
-  'model': (dict(data=2, seq=2, model=2), 'ring', 'contiguous'),
+  'ring': RING,
+  'ulysses': ULYSSES,
+  'all_gather': GATHERED,
+  'ring+ulysses': BOTH,
+  'contiguous': RING,
+  'zigzag': BOTH,
+  'striped': GATHERED,
+  'model': RING,
 }
+# A recurrence is scanned alike, whatever the scheme of softmax is, and has no
+# striped layout.
+MESHES_OF_RECURRENCES = {**MESHES, 'ulysses': RING, 'all_gather': RING}
 
 
 def has(variant: str, capability: str) -> bool:
@@ -352,16 +361,11 @@ def check_packing(variant: str):
 
 def check_mesh(variant: str, *, capability: str):
   """All at once: packed documents, grouped heads, dropout, a convolution."""
-  if capability == 'contiguous' and has(variant, 'model'):
-    # The same layout, with other axes beside it: a program for both.
-    capability = 'model'
-  axes, scheme, layout = MESHES[capability]
   expected = on_mesh(variant, None)
-  module = nnx.merge(*make_layer(variant))
-  if module.mask is None and 'model' not in axes:
-    # A recurrence is scanned alike, whatever the scheme of softmax is: the
-    # program is there already.
-    scheme = 'ring'
+  meshes = MESHES
+  if not has(variant, 'striped'):
+    meshes = MESHES_OF_RECURRENCES
+  axes, scheme, layout = meshes[capability]
   assert_close(
     on_mesh(variant, (tuple(axes.items()), scheme, layout)), expected
   )
