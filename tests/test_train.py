@@ -377,9 +377,9 @@ class BendsAtTwo(phase.PhaseDetector):
 class Counts:
   """An analyzer whose numbers tell the step."""
 
-  def __init__(self, graph, model_config, task, config, placement):
-    assert model_config.vocab_size == task.vocab_size
-    assert (config.analysis.rows, placement) == (8, None)
+  def __init__(self, graph, model, task, *, rows, seed, placement):
+    assert model.vocab_size == task.vocab_size
+    assert (rows, seed, placement) == (8, 0, None)
 
   def measure(self, params, step):
     return {'score': step / 100, 'heads': [[step, 0.5], [1.0, 2.0]]}
