@@ -1,4 +1,4 @@
-"""Induction heads: a random permutation, repeated; what came after it last?
+r"""Induction heads: a random permutation, repeated; what came after it last?
 
 Two attention-only layers learn to look up the token after the previous
 occurrence of the current one (Olsson et al., 2022, arXiv:2209.11895), and do so
@@ -7,6 +7,12 @@ suddenly; one layer without a short convolution cannot.
   python train.py --config=configs/induction.py
   python train.py --config=configs/induction.py:1        # one layer
   python eval.py --workdir=runs/induction --sweep=seq_len=64,128,256
+
+What the heads do, while they learn it and afterwards:
+
+  python train.py --config=configs/induction.py \
+    --config.analysis.every=100 --config.analysis.dense_every=10
+  python -m longctx.analysis --workdir=runs/induction
 
 Expected, measured on two shared CPU cores (AMD EPYC) in under a minute each,
 one seed: 1.000 on the test split with two layers, rising from 0.08 at step 150
