@@ -216,20 +216,31 @@ class Checkpointer:
         f'steps {self.steps()}'
       )
 
-  def restore(self, *, params: Any, opt: Any = None) -> Restored | None:
-    """Reads the newest checkpoint that is whole.
+  def restore(
+    self, *, params: Any, opt: Any = None, step: int | None = None
+  ) -> Restored | None:
+    """Reads the newest checkpoint that is whole, or one that is asked for.
 
     Args:
       params: tree of ShapeDtypeStruct, with shardings where it matters.
       opt: the same for the optimizer; None leaves it unread.
+      step: of the checkpoint; None: the newest.
 
     Returns:
       The checkpoint, or None if there is none at all.
 
     Raises:
-      CheckpointError: it is of another model, or all are damaged.
+      CheckpointError: it is of another model, or all are damaged, or there is
+        none of that step.
     """
     steps = self.steps()
+    if step is not None:
+      if step not in steps:
+        raise CheckpointError(
+          f'there is no checkpoint {step} in {self.directory}: it holds '
+          f'steps {steps}'
+        )
+      steps = [step]
     for step in reversed(steps):
       try:
         restored = self._read(step, {'params': params, 'opt': opt})

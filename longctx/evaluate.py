@@ -225,16 +225,16 @@ class Parameters(NamedTuple):
   step: int
 
 
-def restore(run: Trained) -> Parameters:
-  """Reads the last checkpoint of a run.
+def restore(run: Trained, step: int | None = None) -> Parameters:
+  """Reads a checkpoint of a run, the last one where no step is given.
 
   Raises:
-    CheckpointError: there is none that can be read.
+    CheckpointError: there is none that can be read, or none of that step.
   """
   graph, params = steps.abstract_params(run.model)
   checkpointer = Checkpointer(run.workdir / 'checkpoints', say=metrics.say)
   try:
-    restored = checkpointer.restore(params=params)
+    restored = checkpointer.restore(params=params, step=step)
   finally:
     checkpointer.close()
   if restored is None:
