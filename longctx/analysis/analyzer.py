@@ -33,14 +33,15 @@ PARTS = 16
 class Analyzer:
   """Measures the heads of a model on rows of its task, and on repeats.
 
-  Rows are the first ones of the validation split, the same at every call; the
-  repeats are of symbols that occur in them. Programs are compiled once.
+  Rows are the first ones of a split, the same at every call; the repeats are of
+  symbols that occur in them. Programs are compiled once.
 
   Args:
     graph: of the model, see `steps.abstract_params`.
     model: its config.
     task: what it is trained on.
     rows: sequences to look at; a mesh rounds them up.
+    split: of the task, that they are from.
     seed: of the task's examples.
     placement: where they lie on a mesh; None: on one device.
     with_logits: as in `model_scores.of_sequences`.
@@ -53,6 +54,7 @@ class Analyzer:
     task: tasks.Task,
     *,
     rows: int = 8,
+    split: str = 'validation',
     seed: int = 0,
     placement: Placement | None = None,
     with_logits: bool = True,
@@ -61,7 +63,7 @@ class Analyzer:
     self.placement = placement
     if placement is not None and placement.axes.data is not None:
       rows += -rows % placement.mesh.shape['data']
-    examples = [task.get(seed, 'validation', i).arrays() for i in range(rows)]
+    examples = [task.get(seed, split, i).arrays() for i in range(rows)]
     self.batch = {
       key: np.stack([example[key] for example in examples])
       for key in examples[0]
