@@ -86,6 +86,9 @@ def imported(name, path):
 def top(module):
   """'longctx.ops.rope' -> 'ops'; '' for longctx itself and for others."""
   parts = module.split('.')
+  # What `python -m` runs stands on top, wherever it lies.
+  if parts[-1] == '__main__':
+    return parts[-1]
   return parts[1] if parts[0] == 'longctx' and len(parts) > 1 else ''
 
 

@@ -1,0 +1,273 @@
+"""Tables, charts and pictures as HTML that needs no other file."""
+
+import base64
+import html
+import struct
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from longctx.typing import Float, Num
+
+Number = float | int
+
+# Shades of a picture: few, so that hundreds of pictures stay small, and odd, so
+# that one of them is zero.
+SHADES = 65
+WIDTH, HEIGHT = 480, 260
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 26, 40
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8886; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px;
+  margin: 2em auto; padding: 0 1em; }
+h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; }
+h3 { font-size: 1em; margin: 0 0 .2em; }
+p, li { max-width: 75ch; } .note { opacity: .75; font-size: .87em; }
+code { font-size: .92em; overflow-wrap: anywhere; }
+.side { display: flex; flex-wrap: wrap; gap: 1.6em 2.4em; }
+.box { max-width: 100%; } .box .note { max-width: 46ch; margin: 0 0 .4em; }
+.scroll { overflow: auto; max-height: 32em; max-width: 100%; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .15em .5em; text-align: right; font-size: .87em; }
+th { font-weight: 500; white-space: nowrap; }
+td { border: 1px solid var(--line); }
+tr > th:first-child { text-align: left; }
+.facts td { border: 0; text-align: left; overflow-wrap: anywhere; }
+figure { display: inline-block; margin: 0 .6em .6em 0; }
+figcaption { font-size: .8em; }
+figure img { width: 128px; height: 128px; image-rendering: pixelated;
+  border: 1px solid var(--line); margin-right: 2px; }
+svg { max-width: 100%; height: auto; font-size: 11px; }
+svg text { fill: currentColor; } svg .axis { stroke: var(--line); }
+svg polyline { fill: none; stroke-width: 2; } svg .band { fill: #e69f0044; }
+svg .key { stroke: none; }
+.c0 { stroke: #3b8fd0; fill: #3b8fd0; } .c1 { stroke: #e0662a; fill: #e0662a; }
+.c2 { stroke: #12a37c; fill: #12a37c; } .c3 { stroke: #c977a9; fill: #c977a9; }
+"""
+
+
+def escape(text: Any) -> str:
+  return html.escape(str(text))
+
+
+def number(value: Number | None) -> str:
+  """A number in few characters, and '–' for none."""
+  if value is None or not np.isfinite(value):
+    return '–'
+  if isinstance(value, int):
+    return f'{value:,}'
+  size = abs(value)
+  if 0 < size < 1e-3:
+    return f'{value:.0e}'
+  return f'{value:.3f}' if size < 10 else f'{value:,.1f}'
+
+
+def page(title: str, body: Sequence[str]) -> str:
+  """A whole file."""
+  return (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width">'
+    f'<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n'
+    + '\n'.join(body)
+    + '\n</body></html>\n'
+  )
+
+
+def note(text: str) -> str:
+  return f'<p class="note">{escape(text)}</p>'
+
+
+def box(title: str, text: str, content: str) -> str:
+  """Something with a title, a line that explains it, beside others."""
+  return f'<div class="box"><h3>{escape(title)}</h3>{note(text)}{content}</div>'
+
+
+def facts(rows: dict[str, Any]) -> str:
+  """Names and values in two columns."""
+  lines = (
+    f'<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>'
+    for name, value in rows.items()
+  )
+  return f'<table class="facts">{"".join(lines)}</table>'
+
+
+def table(
+  rows: Sequence[Sequence[Number | str | None]],
+  *,
+  names: Sequence[str],
+  columns: Sequence[str],
+  top: Number | None = None,
+) -> str:
+  """A table of numbers, coloured where `top` says what is strongest.
+
+  Blue is above zero and orange below, over whatever the page's own colour is.
+
+  Args:
+    rows: cells; short rows are filled up with '–'.
+    names: of the rows.
+    columns: names of the columns.
+    top: size of a number that has the full colour; None for no colours.
+  """
+  head = ''.join(f'<th>{escape(column)}</th>' for column in columns)
+  lines = [f'<tr><th></th>{head}</tr>']
+  for name, row in zip(names, rows, strict=True):
+    cells = [*row, *[None] * (len(columns) - len(row))]
+    found = (
+      _cell(value, f'{name}, {column}', top)
+      for value, column in zip(cells, columns, strict=True)
+    )
+    lines.append(f'<tr><th>{escape(name)}</th>{"".join(found)}</tr>')
+  return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
+def _cell(value: Number | str | None, name: str, top: Number | None) -> str:
+  if isinstance(value, str):
+    return f'<td>{escape(value)}</td>'
+  style, exact = '', 'no such score'
+  if value is not None:
+    exact = f'{value:.6g}'
+    if top:
+      hue = '0,114,200' if value >= 0 else '222,100,20'
+      strength = 0.6 * min(abs(value) / top, 1)
+      style = f' style="background:rgba({hue},{strength:.2f})"'
+  return f'<td title="{escape(name)}: {exact}"{style}>{number(value)}</td>'
+
+
+def chart(
+  series: dict[str, tuple[Sequence[Number], Sequence[Number | None]]],
+  *,
+  x: str,
+  y: str,
+  band: tuple[Number, Number] | None = None,
+) -> str:
+  """Lines over numbers as SVG.
+
+  Args:
+    series: name -> (xs, ys); a line has a gap where y is None.
+    x: what is drawn to the right.
+    y: what is drawn upwards.
+    band: from where to where x is shaded.
+  """
+  points = [
+    (at, value)
+    for xs, ys in series.values()
+    for at, value in zip(xs, ys, strict=True)
+    if value is not None
+  ]
+  if not points:
+    return note('Nothing was measured.')
+  across, up = zip(*points, strict=True)
+  x_ticks = MaxNLocator(5).tick_values(min(across), max(across))
+  y_ticks = MaxNLocator(5).tick_values(min(0, *up), max(up))
+  right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+  to_x = _scale(x_ticks[0], x_ticks[-1], LEFT, right)
+  to_y = _scale(y_ticks[0], y_ticks[-1], bottom, TOP)
+  parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img">']
+  if band:
+    low, high = map(to_x, band)
+    parts.append(
+      f'<rect class="band" x="{low:.1f}" y="{TOP}" '
+      f'width="{max(high - low, 1):.1f}" height="{bottom - TOP}"/>'
+    )
+  for tick in y_ticks:
+    at = to_y(tick)
+    parts.append(
+      f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{at:.1f}" '
+      f'y2="{at:.1f}"/><text x="{LEFT - 6}" y="{at + 4:.1f}" '
+      f'text-anchor="end">{tick:,.6g}</text>'
+    )
+  for tick in x_ticks:
+    parts.append(
+      f'<text x="{to_x(tick):.1f}" y="{bottom + 16}" '
+      f'text-anchor="middle">{tick:,.6g}</text>'
+    )
+  parts.append(
+    f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
+    f'{escape(x)}</text><text transform="rotate(-90)" x="{-bottom / 2}" '
+    f'y="12" text-anchor="middle">{escape(y)}</text>'
+  )
+  for index, (name, (xs, ys)) in enumerate(series.items()):
+    parts += _line(f'c{index % 4}', name, xs, ys, to_x, to_y)
+  keys = ' '.join(
+    f'<tspan class="key c{index % 4}" dx="8">●</tspan> {escape(name)}'
+    for index, name in enumerate(series)
+  )
+  legend = f'<text x="{LEFT}" y="14">{keys}</text>'
+  return ''.join([*parts, legend if len(series) > 1 else '', '</svg>'])
+
+
+def _scale(low: Number, high: Number, start: Number, end: Number):
+  return lambda value: start + (value - low) / (high - low) * (end - start)
+
+
+def _line(color, name, xs, ys, to_x, to_y) -> list[str]:
+  parts, pieces = [], [[]]
+  for at, value in zip(xs, ys, strict=True):
+    if value is None:
+      pieces.append([])
+      continue
+    pieces[-1].append(f'{to_x(at):.1f},{to_y(value):.1f}')
+    if len(xs) <= 100:
+      parts.append(
+        f'<circle class="{color}" cx="{to_x(at):.1f}" cy="{to_y(value):.1f}" '
+        f'r="2.5"><title>{escape(name)} at {at:,.6g}: {number(value)}'
+        '</title></circle>'
+      )
+  lines = (
+    f'<polyline class="{color}" style="fill:none" points="{" ".join(piece)}"/>'
+    for piece in pieces
+    if piece
+  )
+  return [*lines, *parts]
+
+
+def picture(values: Float[np.ndarray, 'Q S'], title: str) -> str:
+  """A map as an image, the square root of its values as shades.
+
+  From zero to the largest value; where values are negative, from minus the
+  largest size to the largest size, zero being white.
+  """
+  signed = is_signed(values)
+  top = max(float(np.abs(values).max()), 1e-9)
+  shade = np.sign(values) * np.sqrt(np.abs(values) / top)
+  shade = (shade + 1) / 2 if signed else np.maximum(shade, 0)
+  codes = np.round(shade * (SHADES - 1)).astype(np.uint8)
+  colors = matplotlib.colormaps['RdBu_r' if signed else 'magma']
+  palette = colors(np.linspace(0, 1, SHADES), bytes=True)[:, :3]
+  data = base64.b64encode(png(codes, palette)).decode()
+  title = escape(title)
+  return (
+    f'<img src="data:image/png;base64,{data}" alt="{title}" title="{title}">'
+  )
+
+
+def is_signed(values: Float[np.ndarray, '...']) -> bool:
+  """Whether a map has negative values, and not by rounding alone."""
+  return bool(values.min() < -1e-4 * np.abs(values).max())
+
+
+def png(
+  codes: Num[np.ndarray, 'Q S'], palette: Num[np.ndarray, 'C 3']
+) -> bytes:
+  """A PNG with a palette, a quarter of the size of one without."""
+
+  def chunk(kind: bytes, data: bytes) -> bytes:
+    end = struct.pack('>I', zlib.crc32(kind + data))
+    return struct.pack('>I', len(data)) + kind + data + end
+
+  height, width = codes.shape
+  lines = b''.join(b'\0' + row.tobytes() for row in codes)
+  return b''.join(
+    [
+      b'\x89PNG\r\n\x1a\n',
+      chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 3, 0, 0, 0)),
+      chunk(b'PLTE', palette.tobytes()),
+      chunk(b'IDAT', zlib.compress(lines, 9)),
+      chunk(b'IEND', b''),
+    ]
+  )
