@@ -14,6 +14,7 @@ from longctx import tasks
 from longctx.analysis import model_scores, sequences, walk
 from longctx.layouts import SequenceLayout
 from longctx.model import TransformerConfig
+from longctx.ops.cross_entropy import cross_entropy_sums
 from longctx.parallel import Placement
 from longctx.typing import Array, Float
 
@@ -232,15 +233,17 @@ class Analyzer:
     means = walk.head_means(model, batch['tokens'], **options)
     means = [jnp.where(use_means, mean, 0) for mean in means]
     hidden = walk.ablated(model, batch['tokens'], gates, means, **options)
-    logits = model.logits(hidden)
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    labels, weights = batch['labels'], batch['weights']
-    picked = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
-    hit = jnp.argmax(logits, -1) == labels
-    total = jnp.maximum(weights.sum(), 1e-9)
+    sums = cross_entropy_sums(
+      model.head_matrix(),
+      hidden,
+      batch['labels'],
+      batch['weights'],
+      chunk=self.model.logits_chunk,
+    )
+    total = jnp.maximum(sums['weight'], 1e-9)
     return {
-      'accuracy': jnp.sum(hit * weights) / total,
-      'loss': jnp.sum((lse - picked) * weights) / total,
+      'accuracy': sums['correct'] / total,
+      'loss': sums['loss'] / total,
     }
 
   def _answers(self, found: dict[str, Array]) -> dict[str, float]:
