@@ -18,7 +18,7 @@ SCORES = {
   ),
   'copying': (
     'Whether the head alone raises the logits of what it reads, from -1 to 1, '
-    'on the same. 2/V - 1 raises all V symbols alike (arXiv:2209.11895).'
+    'where no other symbol is raised more, on the same (arXiv:2209.11895).'
   ),
   'first_token': 'Attention to the first token: sinks (arXiv:2309.17453).',
   'sink_rate_by_head': (

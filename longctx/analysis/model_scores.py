@@ -139,9 +139,12 @@ def copying(
   """Whether a head raises the logits of what it attends to, from -1 to 1.
 
   After Olsson et al. (arXiv:2209.11895): the head's output goes to the logits
-  directly, past all later layers; of what it raises above the mean, the share
-  of the tokens attended to, weighed by the attention, r, is scaled to 2 r - 1.
-  Attention that is negative counts as none.
+  directly, past all later layers. Of what it raises above their mean, that of
+  the tokens attended to, weighed by the attention and in units of the one that
+  is raised most, is r, and the score 2 r - 1. (The paper divides by all that is
+  raised, which grows with the vocabulary: heads that copy without an error then
+  have negative scores in small models.) Attention that is negative counts as
+  none.
   """
   N = out.shape[2]
   kernel = layer.out.kernel[...].reshape(N, -1, h.shape[-1])
@@ -157,7 +160,7 @@ def copying(
   weight = jax.nn.relu(heads.weighted_sums(layer, h, probes, context))
   weight /= jnp.maximum(weight.sum(-1, keepdims=True), 1e-9)
   share = jnp.sum(weight * raised[..., symbols], -1)
-  share /= jnp.maximum(raised.sum(-1), 1e-9)
+  share /= jnp.maximum(raised.max(-1), 1e-9)
   asked = tokens.seen & tokens.real
   return 2 * heads.mean_over_queries(share, asked) - 1
 
