@@ -27,6 +27,9 @@ KINDS = {
   'sink': 'first_token',
 }
 
+# Up to this many tokens all logits are looked at: their number grows with T².
+LOGITS_UP_TO = 16384
+
 # Parts of a sequence whose losses are told apart.
 PARTS = 16
 
@@ -45,7 +48,7 @@ class Analyzer:
     split: of the task, that they are from.
     seed: of the task's examples.
     placement: where they lie on a mesh; None: on one device.
-    with_logits: as in `model_scores.of_sequences`.
+    with_logits: as in `model_scores.of_sequences`; None: up to 16,384 tokens.
   """
 
   def __init__(
@@ -58,7 +61,7 @@ class Analyzer:
     split: str = 'validation',
     seed: int = 0,
     placement: Placement | None = None,
-    with_logits: bool = True,
+    with_logits: bool | None = None,
   ):
     self.graph, self.model, self.task = graph, model, task
     self.placement = placement
@@ -70,6 +73,8 @@ class Analyzer:
       for key in examples[0]
     }
     self.repeats = self._make_repeats(rows)
+    if with_logits is None:
+      with_logits = task.seq_len <= LOGITS_UP_TO
     self._with_logits = with_logits
     self._scores = jax.jit(self._score)
     self._ablated = jax.jit(self._ablate)
