@@ -58,22 +58,21 @@ def million(args):
   shape = (len(found.symbols), config.d_model)
   table = jax.random.normal(jax.random.key(0), shape)
   x = table[jnp.asarray(found.classes)]
-  tokens = heads.Tokens(
-    *map(jnp.asarray, (found.classes, found.previous, found.seen)),
-    real=jnp.ones(found.tokens.shape, bool),
-  )
+  arrays = (found.classes, found.previous, found.seen)
 
   @jax.jit
-  def scores_of(params, x):
+  def scores_of(params, x, arrays):
+    real = jnp.ones(found.tokens.shape, bool)
+    tokens = heads.Tokens(*arrays, real=real)
     questions = [
-      heads.positions(tokens.real, Context(), seq_len=args.tokens),
+      heads.positions(real, Context(), seq_len=args.tokens),
       heads.prefixes(tokens, len(found.symbols)),
     ]
     layer = nnx.merge(graph, params)
     return heads.ask(layer, x, questions, Context(), width=args.width)
 
   begun = time.perf_counter()
-  scores = jax.device_get(scores_of(params, x))
+  scores = jax.device_get(scores_of(params, x, arrays))
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   print_line(
     layer=args.layer,
