@@ -108,7 +108,7 @@ class AnalysisConfig:
 
   Tasks are learned in jumps. `longctx.phase` tells from the training accuracy
   and the validations when a score bends, and the run looks closely until it has
-  been flat for 100 steps.
+  been flat for 100 steps, or for two times `dense_every`.
 
   Attributes:
     every: steps between analyses of heads and layers, of which there is one at

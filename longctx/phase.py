@@ -17,6 +17,8 @@ SLOW = 100
 PATIENCE = 100
 # What an average strays by chance, in standard errors, is no bend.
 STRAY = 5
+# Evaluations that a change is looked for in: memory grows with their square.
+MOST = 500
 # The smallest jump that is called a change.
 MINIMUM = 0.1
 
@@ -115,7 +117,7 @@ class Change:
 
   Attributes:
     step: where the score is halfway between the levels.
-    low: the last evaluation that is surely before it.
+    low: the last evaluation that is surely before that step.
     high: the first evaluation that is surely after it.
     before: the level from which it jumps.
     after: the level to which it jumps.
@@ -148,12 +150,15 @@ def estimate_change(
   the evaluations around it, for nothing is known between two evaluations.
 
   Args:
-    steps: of the evaluations, ascending.
+    steps: of the evaluations, ascending; of more than 500 every second, third
+      or so is taken.
     scores: as many.
     minimum: the smallest difference of levels that is a change. It also has to
       be four standard deviations of the residuals.
   """
   x, y = np.asarray(steps, float), np.asarray(scores, float)
+  every = -(-len(x) // MOST)
+  x, y = x[::every], y[::every]
   if len(x) < 2 or np.ptp(y) < minimum:
     return None
   if np.any(np.diff(x) <= 0):

@@ -98,7 +98,9 @@ def spread(
     median = statistics.median(reached)
     return {'median': median, 'low': reached[0], 'high': reached[-1]}
   ordered = [*missing, *reached] if high_is_good else [*reached, *missing]
-  median = ordered[len(ordered) // 2]
+  # Of the two in the middle of an even number, the worse one.
+  middle = (len(ordered) - high_is_good) // 2
+  median = ordered[middle]
   return {'median': median, 'low': ordered[0], 'high': ordered[-1]}
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from longctx import tasks
 from longctx.analysis import model_scores, sequences, walk
@@ -18,9 +19,11 @@ from longctx.ops.cross_entropy import cross_entropy_sums
 from longctx.parallel import Placement
 from longctx.typing import Array, Float
 
-# A head that gives this much of its attention to what a score asks for is said
+# A head that gives this share of its attention to what a score asks for is said
 # to be of that kind.
 FOUND = 0.3
+# Less attention than this in all is no more than noise.
+LEAST_MASS = 0.05
 KINDS = {
   'induction': 'prefix_matching',
   'previous_token': 'previous_token',
@@ -76,8 +79,13 @@ class Analyzer:
     if with_logits is None:
       with_logits = task.seq_len <= LOGITS_UP_TO
     self._with_logits = with_logits
-    self._scores = jax.jit(self._score)
-    self._ablated = jax.jit(self._ablate)
+    # Whole on every process, each of which reads them.
+    whole = None
+    if placement is not None:
+      whole = NamedSharding(placement.mesh, PartitionSpec())
+    self._scores = jax.jit(self._score, out_shardings=whole)
+    self._ablated = jax.jit(self._ablate, out_shardings=whole)
+    self._last: tuple[int, dict[str, Any]] | None = None
 
   def _make_repeats(self, rows: int) -> sequences.Sequences | None:
     tokens = self.batch['tokens']
@@ -102,9 +110,9 @@ class Analyzer:
 
     Returns:
       What `heads` and `model_scores` give, None for what a layer has not;
-      `sink_rate` over all heads; `icl_score`, the loss of a token at 500/512 of
-      the length minus that at 50/512 (nats, Olsson et al.); and
-      `loss_by_position`, of scored tokens in 16 parts.
+      `sink_rate` over all heads; of scored tokens, `icl_score`, the loss at
+      500/512 of the length minus that at 50/512 (nats, Olsson et al.), and
+      `loss_by_position`, in 16 parts.
     """
     found = jax.device_get(self._scores(params, np.int32(step)))
     layers = found.pop('layers')
@@ -115,7 +123,9 @@ class Analyzer:
     rates = [scores['sink_rate'] for scores in layers if 'sink_rate' in scores]
     row['sink_rate_by_head'] = row.pop('sink_rate', [])
     row['sink_rate'] = _plain(np.concatenate(rates).mean() if rates else None)
-    return {**row, **{name: _plain(value) for name, value in found.items()}}
+    row |= {name: _plain(value) for name, value in found.items()}
+    self._last = step, row
+    return row
 
   def _score(self, params: Any, step: Array) -> dict[str, Any]:
     model = nnx.merge(self.graph, params)
@@ -153,25 +163,25 @@ class Analyzer:
   def _losses(
     self, model: Any, hidden: Float[Array, 'B T D']
   ) -> dict[str, Array]:
-    tokens, T = self.batch['tokens'], self.batch['tokens'].shape[1]
-    following = np.roll(tokens, -1, axis=1)
-    of_next = walk.token_losses(model, hidden, jnp.asarray(following))
-    late, early = (round(T * place / 512) for place in (500, 50))
-    near = max(1, T // 64)
-    around = lambda at: of_next[:, max(0, at - near) : min(T - 1, at + near)]
-    losses = walk.token_losses(model, hidden, jnp.asarray(self.batch['labels']))
     weights = np.asarray(self.batch['weights'])
-    part = np.arange(T) * PARTS // T
-    by_part = []
-    for index in range(PARTS):
-      where = weights * (part == index)
-      total = where.sum()
-      loss = jnp.sum(losses * where) / max(total, 1e-9)
-      by_part.append(loss if total else jnp.nan)
-    return {
-      'icl_score': around(late).mean() - around(early).mean(),
-      'loss_by_position': jnp.stack([jnp.asarray(x) for x in by_part]),
-    }
+    T = weights.shape[1]
+    losses = walk.token_losses(model, hidden, jnp.asarray(self.batch['labels']))
+
+    def mean(where):
+      """Of scored tokens; NaN where there are none."""
+      where = weights * where
+      if not where.sum():
+        return jnp.asarray(jnp.nan)
+      return jnp.sum(losses * where) / where.sum()
+
+    at, near = np.arange(T), max(1, T // 64)
+    around = lambda place: mean(abs(at - round(T * place / 512)) <= near)
+    icl_score = around(500) - around(50)
+    if 'segment_ids' in self.batch:
+      # Places in the row are none in a document.
+      icl_score = jnp.asarray(jnp.nan)
+    by_part = [mean(at * PARTS // T == part) for part in range(PARTS)]
+    return {'icl_score': icl_score, 'loss_by_position': jnp.stack(by_part)}
 
   def ablate(self, params: Any, step: int) -> dict[str, Any]:
     """What the task's rows are answered like without the heads found.
@@ -187,7 +197,8 @@ class Analyzer:
       they say what they say on average; `each`, accuracy without each head
       alone, as [layer][head].
     """
-    scores = self.measure(params, step)
+    known = self._last is not None and self._last[0] == step
+    scores = self._last[1] if known else self.measure(params, step)
     sizes = self._heads(params)
     everyone = [np.ones(size, np.float32) for size in sizes]
     run = functools.partial(self._ablated, params, np.int32(step))
@@ -196,7 +207,7 @@ class Analyzer:
       gates = [gate.copy() for gate in everyone]
       for layer, values in enumerate(scores.get(name, [])):
         if values is not None:
-          gates[layer][np.array(values) > FOUND] = 0
+          gates[layer][of_mass(values, scores['mass'][layer]) > FOUND] = 0
       silent = [
         [layer, int(head)]
         for layer, gate in enumerate(gates)
@@ -253,6 +264,12 @@ class Analyzer:
 
   def _answers(self, found: dict[str, Array]) -> dict[str, float]:
     return {name: _plain(value) for name, value in found.items()}
+
+
+def of_mass(values: Any, mass: Any) -> np.ndarray:
+  """Scores as shares of what a head reads at all, where that is below one."""
+  mass = np.array(mass, np.float64)
+  return np.array(values) / np.where((mass > LEAST_MASS) & (mass < 1), mass, 1)
 
 
 def _plain(value: Any) -> Any:

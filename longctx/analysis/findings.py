@@ -34,15 +34,15 @@ def findings(
   if scores.get('icl_score') is not None:
     score = scores['icl_score']
     said.append(
-      'In-context learning: the next token, scored or not, costs '
-      f'{number(abs(score))} nats {"less" if score < 0 else "more"} at 98% of '
-      'the length than at 10%.'
+      f'In-context learning: a scored token costs {number(abs(score))} nats '
+      f'{"less" if score < 0 else "more"} at 98% of the length than at 10%.'
     )
   if change:
     said.append(
-      f'Accuracy jumped from {number(change["before"])} to '
-      f'{number(change["after"])} between steps {change["low"]:,} and '
-      f'{change["high"]:,}.'
+      f'Accuracy went from {number(change["before"])} to '
+      f'{number(change["after"])}, halfway at step {change["step"]:,} (between '
+      f'{change["low"]:,} and {change["high"]:,}) and most of the way within '
+      f'{change["width"]:,.0f} steps.'
     )
   layers = numbers['layers']
   recurrent = [i for i, layer in enumerate(layers) if layer['is_recurrence']]
@@ -98,7 +98,7 @@ def _of_kind(
   if kind not in ablation:
     return (
       f'No {name}: the largest {called} is {number(best)}, of head '
-      f'{layer}.{head}, and {FOUND} makes one.'
+      f'{layer}.{head}, and {FOUND} of all it reads makes one.'
     )
   found, before = ablation[kind], ablation['accuracy']
   many = len(found['heads']) > 1

@@ -122,13 +122,14 @@ def positions(
       mass_by_bucket   [N, buckets], parts of equal length, of keys
       distance         Σ_s A_ts (t - s) / Σ_s A_ts
       span             E[(Σ_s A_ts)²] / E[Σ_s A_ts²], how many keys a query
-                       reads if it reads them alike; estimated
+                       reads if it reads them alike; estimated. NaN where it is
+                       clearly below one, as weights of both signs make it
   """
   B, T = real.shape
   at = jnp.atleast_2d(context.true_positions(T))
   begins = jnp.atleast_2d(context.document_positions(T))
   bucket = jnp.minimum(at * buckets // seq_len, buckets - 1)
-  # In units of the length, which any dtype holds.
+  # In units of the length, which 16 bits hold to some digits.
   place = (at / seq_len).astype(jnp.float32)[..., None]
   parts = [
     jax.nn.one_hot(begins, first),
@@ -151,6 +152,8 @@ def positions(
       for k in range(first)
     ]
     mean = lambda y: mean_over_queries(y, real)
+    # The mean square of Σ_s A_ts ε_s over signs ε is Σ_s A_ts².
+    span = mean(mass**2) / mean((noise**2).mean(-1))
     return {
       'first_token': alphas[0].mean(0),
       'sink_rate': (alphas[0] > epsilon).astype(jnp.float32).mean(0),
@@ -158,8 +161,7 @@ def positions(
       'mass': mean(mass),
       'mass_by_bucket': mean(by_bucket),
       'distance': seq_len * mean(place * mass - moment) / mean(mass),
-      # The mean square of Σ_s A_ts ε_s over signs ε is Σ_s A_ts².
-      'span': mean(mass**2) / mean((noise**2).mean(-1)),
+      'span': jnp.where(span < 0.8, jnp.nan, span),
     }
 
   return Question(probes * real[..., None], answer)

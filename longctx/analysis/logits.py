@@ -51,15 +51,17 @@ def statistics(
 
   Returns:
     `entropy` (nats, mean over queries that read anything) and `max_logit`;
-    nothing for layers that call softmax attention never or more than once.
+    nothing for layers that have a recurrence, or heads of more than one call.
   """
   fields = dataclasses.fields(Context)
   same = {field.name: getattr(context, field.name) for field in fields}
   listening = ListeningContext(**same, calls=[])
   q, k, v = layer.project(x, context)
   # Traced, and left out of the compiled program, as nothing asks for it.
-  layer.mix(q, k, v, x=x, context=listening)
-  if len(listening.calls) != 1:
+  out = layer.mix(q, k, v, x=x, context=listening)
+  if len(listening.calls) != 1 or layer.recurrence is not None:
+    return {}
+  if listening.calls[0][0][0].shape[2] != out.shape[2]:
     return {}
   (q, k, v), call = listening.calls[0]
   call.pop('return_lse', None)

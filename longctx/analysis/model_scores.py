@@ -10,7 +10,7 @@ from longctx.attention import Attention
 from longctx.attention.context import Context
 from longctx.model import Transformer
 from longctx.parallel import Placement
-from longctx.typing import Array, Float, Int
+from longctx.typing import Array, Bool, Float, Int
 
 Scores = list[dict[str, Array]]
 
@@ -79,7 +79,6 @@ def of_repeats(
   step: Int[Array, ''] | int | None = None,
   placement: Placement | None = None,
   width: int | None = None,
-  with_copying: bool = True,
 ) -> Scores:
   """Prefix matching, copying and the like, on tokens that come again.
 
@@ -93,8 +92,6 @@ def of_repeats(
     step: of the training that made the parameters.
     placement: where to lay them on a mesh; None: on one device.
     width: columns of a pass, see `probes.weighted_sums`.
-    with_copying: whether to give `copying`, which holds the logits of every
-      head at every place.
   """
   seq_len, C = tokens.shape[1], symbols.shape[0]
   place = placer(placement)
@@ -116,10 +113,7 @@ def of_repeats(
     ]
     scores = heads.ask(layer, h, questions, context, width=width)
     out = layer.head_outputs(h, context)
-    if with_copying:
-      scores['copying'] = copying(
-        model, layer, h, out, placed, symbols, context
-      )
+    scores['copying'] = copying(model, layer, h, out, placed, symbols, context)
     found.append(scores)
     return layer.out(out.reshape(*out.shape[:2], -1))
 
@@ -169,7 +163,7 @@ def norms(
   layer: Attention,
   h: Float[Array, 'B T D'],
   x: Float[Array, 'B T D'],
-  real: Any,
+  real: Bool[Array, 'B T'],
   context: Context,
 ) -> dict[str, Float[Array, '...']]:
   """Sizes of keys, values and the residual stream: massive activations.
@@ -189,17 +183,19 @@ def norms(
     length = jnp.linalg.norm(y.astype(jnp.float32), axis=-1)
     found[f'{name}_norm'] = heads.mean_over_queries(length, real)
     found[f'first_{name}_norm'] = heads.mean_over_queries(length, first)
-  size = jnp.abs(x.astype(jnp.float32))
+  size = jnp.abs(x.astype(jnp.float32)) * real[..., None]
   found['hidden_norm'] = found['hidden_norm'][0]
   found['first_hidden_norm'] = found['first_hidden_norm'][0]
-  found['massive'] = size.max() / jnp.maximum(_middle(size), 1e-9)
+  found['massive'] = size.max() / jnp.maximum(_middle(size, real), 1e-9)
   return found
 
 
-def _middle(size: Float[Array, 'B T D']) -> Float[Array, '']:
+def _middle(
+  size: Float[Array, 'B T D'], real: Bool[Array, 'B T']
+) -> Float[Array, '']:
   """The median, of at most 65,536 activations spread over all."""
-  flat = size.reshape(-1)
-  return jnp.median(flat[:: max(1, flat.size // 65536)])
+  flat = jnp.where(real[..., None], size, jnp.nan).reshape(-1)
+  return jnp.nanmedian(flat[:: max(1, flat.size // 65536)])
 
 
 def placer(placement: Placement | None):

@@ -165,9 +165,8 @@ def _tokens(numbers: dict[str, Any]) -> Iterator[str]:
   parts = [(place + 0.5) / len(losses) for place in range(len(losses))]
   yield markup.box(
     'loss by position',
-    'Of scored tokens; a gap where none are. In-context learning score, of '
-    f'all next tokens: {markup.number(scores["icl_score"])} nats '
-    '(arXiv:2209.11895).',
+    'Of scored tokens; a gap where none are. In-context learning score: '
+    f'{markup.number(scores["icl_score"])} nats (arXiv:2209.11895).',
     markup.chart(
       {'loss': (parts, losses)}, x='place in the row', y='nats per token'
     ),

@@ -6,6 +6,10 @@ import numpy as np
 
 from longctx.typing import Bool, Int
 
+# With P symbols a head that attends to all tokens alike matches a share 1 / P,
+# and with two of them the token behind the last occurrence is the one before.
+SHORTEST = 8
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sequences:
@@ -70,15 +74,15 @@ def repeated(
     seed: of the choice.
 
   Raises:
-    ValueError: there are fewer than two symbols, or no room to repeat them.
+    ValueError: symbols or room for a period below 8.
   """
   begins = first is not None
   symbols = np.setdiff1d(symbols, [first] if begins else [])
   period = min(period, len(symbols), (seq_len - begins) // 2)
-  if period < 2:
+  if period < SHORTEST:
     raise ValueError(
       f'{len(symbols)} symbols in {seq_len=} leave a period of {period}, and '
-      'prefix matching needs 2'
+      f'below {SHORTEST} attention to all tokens alike matches many prefixes'
     )
   length = min(begins + period * repeats, seq_len)
   rng = np.random.default_rng(seed)

@@ -105,10 +105,17 @@ def head_means(
   def visit(index, layer, h, x):
     del index, x
     out = layer.head_outputs(h, make_context(layer, **options))
-    means.append(out.astype(jnp.float32).mean((0, 1)))
+    where = real[:, :, None, None]
+    means.append(out.astype(jnp.float32).mean((0, 1), where=where))
     return layer.out(out.reshape(*out.shape[:2], -1))
 
-  walk(model, tokens, visit, placement=options.get('placement'))
+  placement = options.get('placement')
+  real = jnp.ones(tokens.shape, bool)
+  if placement is not None:
+    # Padding stands behind the tokens.
+    at = jnp.asarray(placement.layout.order)
+    real = jnp.broadcast_to(at < placement.layout.seq_len, tokens.shape)
+  walk(model, tokens, visit, placement=placement)
   return means
 
 

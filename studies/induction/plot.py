@@ -63,7 +63,7 @@ def table(rows, names) -> str:
       values = [figure(row) for row in rows if row['run'] == name]
       values = [value for value in values if value is not None]
       if not values:
-        cells.append('none found')
+        cells.append('–')
         continue
       cells.append(
         f'{statistics.median(values):.3f} ({min(values):.3f} to '

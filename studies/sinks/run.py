@@ -51,12 +51,9 @@ def measure(job, workdir) -> dict:
   return {'accuracy': results['accuracy'], **measured}
 
 
-def is_between(rows) -> float:
-  """1 where the gate's sink rate lies between those of the other two."""
-  low, gate, high = (
-    rows[name]['sink_rate'] for name in ('sigmoid', 'output_gate', 'full')
-  )
-  return float(low <= gate <= high)
+def share(row) -> float:
+  """Of all its attention, what goes to BOS."""
+  return row['first_token'] / row['mass']
 
 
 def largest_gap(rows) -> float:
@@ -71,10 +68,15 @@ def damage(row) -> float:
 
 
 def explained(rows) -> float:
-  """R² of the damage, in a line of the attention to BOS, over normalizers."""
-  mass = np.array([row['first_token'] for row in rows.values()])
-  lost = np.array([damage(row) for row in rows.values()])
-  return float(np.corrcoef(mass, lost)[0, 1] ** 2)
+  """R² of the damage in a line of the attention to BOS, over normalizers.
+
+  Negative where the line falls.
+  """
+  normalizers = [rows[name] for name in VARIANTS]
+  mass = np.array([row['first_token'] for row in normalizers])
+  lost = np.array([damage(row) for row in normalizers])
+  r = float(np.corrcoef(mass, lost)[0, 1])
+  return r * abs(r)
 
 
 CLAIMS = (
@@ -97,9 +99,25 @@ CLAIMS = (
     quick=True,
   ),
   Claim(
-    text='output gate: sink rate between those of sigmoid and softmax (1: yes)',
-    figure=is_between,
-    at_least=1,
+    text='sigmoid: share of its attention that BOS gets',
+    figure=lambda rows: share(rows['sigmoid']),
+    at_most=0.1,
+    quick=True,
+  ),
+  Claim(
+    text='output gate: attention to BOS above that of sigmoid',
+    figure=lambda rows: (
+      rows['output_gate']['first_token'] - rows['sigmoid']['first_token']
+    ),
+    at_least=0.1,
+    quick=True,
+  ),
+  Claim(
+    text='output gate: attention to BOS below that of softmax',
+    figure=lambda rows: (
+      rows['full']['first_token'] - rows['output_gate']['first_token']
+    ),
+    at_least=0.1,
     quick=True,
   ),
   Claim(

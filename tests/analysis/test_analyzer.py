@@ -19,7 +19,7 @@ from longctx.model import Transformer, TransformerConfig
 from longctx.parallel import Placement
 
 TASK = tasks.make_task(
-  'induction', seq_len=20, vocab_size=12, min_period=4, max_period=6
+  'induction', seq_len=20, vocab_size=12, min_period=8, max_period=10
 )
 MODEL = TransformerConfig(
   vocab_size=12,
@@ -56,8 +56,8 @@ def test_scores_are_json_by_layer_and_head():
   # There are no logits in a recurrence.
   assert row['max_logit'][1] is None and row['entropy'][1] is None
   assert 0 <= row['sink_rate'] <= 1
-  # Only repeats are scored.
-  assert row['loss_by_position'][0] is None
+  # Only repeats are scored, so that nothing early is.
+  assert row['loss_by_position'][0] is None and row['icl_score'] is None
   assert row['loss_by_position'][-1] > 0
 
 
@@ -142,7 +142,9 @@ def test_ablation_tells_each_head_and_those_found(monkeypatch):
   found = analyzer().ablate(trained()[1], 1)
   assert [len(layer) for layer in found['each']] == [2, 4]
   scores = np.concatenate(measured()['prefix_matching'])
-  assert len(found['induction']['heads']) == (scores > 0).sum()
+  mass = np.concatenate(measured()['mass'])
+  share = scores / np.where((mass > 0.05) & (mass < 1), mass, 1)
+  assert len(found['induction']['heads']) == (share > 0).sum()
   for key in ('accuracy', 'loss', 'mean_accuracy', 'mean_loss'):
     assert np.isfinite(found['induction'][key])
 

@@ -73,8 +73,11 @@ def test_scores_are_those_of_the_matrix(name):
   by_bucket = [A[..., bucket == b].sum(-1).mean((0, 2)) for b in range(8)]
   assert_close(found['mass_by_bucket'], np.stack(by_bucket, axis=-1))
   span = (A.sum(-1) ** 2).mean((0, 2)) / (A**2).sum(-1).mean((0, 2))
-  # From random signs: 16 columns of 26 queries.
-  np.testing.assert_allclose(found['span'], span, rtol=0.5)
+  # From random signs: 16 columns of 26 queries. None is made up for weights of
+  # both signs.
+  known = np.isfinite(found['span'])
+  assert known[span >= 1].all()
+  np.testing.assert_allclose(found['span'][known], span[known], rtol=0.5)
 
 
 @pytest.mark.parametrize('name', LAYERS)
@@ -208,8 +211,8 @@ def test_repeats_come_again_and_too_few_symbols_are_refused():
   assert (found.tokens[:, 1:26] == found.tokens[:, 26:51]).all()
   assert (found.tokens[:, 0] == 0).all() and (found.tokens[:, 1:] > 0).all()
   assert not found.seen[:, :26].any() and found.seen[:, 26:].all()
-  with pytest.raises(ValueError, match='period of 1'):
-    sequences.repeated(np.arange(2), rows=1, seq_len=64, first=0)
+  with pytest.raises(ValueError, match='period of 7'):
+    sequences.repeated(np.arange(8), rows=1, seq_len=64, first=0)
 
 
 def assert_close(actual, expected):
