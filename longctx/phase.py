@@ -157,7 +157,7 @@ def estimate_change(
       be four standard deviations of the residuals.
   """
   x, y = np.asarray(steps, float), np.asarray(scores, float)
-  every = -(-len(x) // MOST)
+  every = max(1, -(-len(x) // MOST))
   x, y = x[::every], y[::every]
   if len(x) < 2 or np.ptp(y) < minimum:
     return None

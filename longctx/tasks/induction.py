@@ -85,8 +85,8 @@ class Induction(Task):
 
   def _repeats(self, t: int) -> bool:
     """Whether, after t different symbols, the first is the best guess."""
-    if t < self.min_period:
-      return False
+    if not self.min_period <= t < self.max_period:
+      return t >= self.max_period
     # Of the periods that are not ruled out, each is as likely as another.
     over = 1 / (self.max_period - t + 1)
     left = self.vocab_size - 1 - t
