@@ -52,27 +52,28 @@ def worst(rows) -> float:
   return max(row['bits'] for row in rows.values())
 
 
+# The published differences on text8 are 0.03, 0.02, 0.01 and 0.01.
 CLAIMS = (
   Claim(
     text='growing windows beat shrinking ones, bits per byte',
     figure=gain('decreasing', 'increasing'),
-    at_least=0.0,
+    at_least=0.02,
   ),
   Claim(
     text='growing windows beat equal ones, bits per byte',
     figure=gain('fixed', 'increasing'),
-    at_least=0.0,
+    at_least=0.01,
   ),
   Claim(
     text='equal windows beat shrinking ones, bits per byte',
     figure=gain('decreasing', 'fixed'),
-    at_least=0.0,
+    at_least=0.01,
   ),
   Claim(
     text='dilation in half of the heads of the upper layers helps, '
     'bits per byte',
     figure=gain('increasing', 'dilated'),
-    at_least=0.0,
+    at_least=0.01,
   ),
   Claim(
     text='neighbours in the published order, of 3',
