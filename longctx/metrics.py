@@ -172,12 +172,15 @@ class MetricsLog:
 
 
 def _scalars(tag: str, value: Any) -> Iterator[tuple[str, float]]:
-  """The numbers of a value by tag: of a list, each by its place in it."""
+  """The numbers of a value by tag: of a list by place, of a dict by key."""
   if isinstance(value, int | float):
     yield tag, value
   elif isinstance(value, list):
     for index, item in enumerate(value):
       yield from _scalars(f'{tag}/{index}', item)
+  elif isinstance(value, dict):
+    for key, item in value.items():
+      yield from _scalars(f'{tag}/{key}', item)
 
 
 def make_summary_writer() -> Callable[..., Any]:

@@ -200,9 +200,13 @@ def start(command):
   )
 
 
-def logged_losses(workdir):
+def logged(workdir, *splits):
   rows = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
-  return [row['loss'] for row in rows]
+  return [row for row in rows if row['split'] in splits]
+
+
+def logged_losses(workdir):
+  return [row['loss'] for row in logged(workdir, 'train', 'validation')]
 
 
 @pytest.fixture(scope='module')
@@ -223,10 +227,13 @@ def test_several_processes_train_to_the_same_loss(
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
+  # Heads lie on several processes, and each reads the scores of all.
+  analysis = ['--config.analysis.every=100'] if processes == 2 else []
   running = [
     start(
       train_sibling(
         tmp_path,
+        *analysis,
         f'--coordinator=localhost:{port}',
         f'--num_processes={processes}',
         f'--process_id={index}',
@@ -241,3 +248,7 @@ def test_several_processes_train_to_the_same_loss(
       process.kill()
   assert [p.returncode for p in running] == [0] * processes, outputs
   np.testing.assert_allclose(logged_losses(tmp_path), sibling_losses, rtol=1e-5)
+  rows = logged(tmp_path, 'analysis', 'ablation')
+  assert [row['split'] for row in rows] == ['analysis', 'ablation'] * bool(
+    analysis
+  )
