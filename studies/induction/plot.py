@@ -31,9 +31,9 @@ def show(rows, folder: pathlib.Path):
         color=color,
       )
   curves.set_xlabel('step')
-  curves.set_ylabel('accuracy on repeats')
+  curves.set_ylabel('accuracy of scored tokens')
   scores.set_xlabel('prefix matching of the best head')
-  scores.set_ylabel('accuracy on repeats')
+  scores.set_ylabel('accuracy of scored tokens')
   figures.legend_below(figure, curves)
   figures.save(figure, folder / 'induction.png')
   (folder / 'table.md').write_text(table(rows, names))
