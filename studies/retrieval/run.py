@@ -37,7 +37,6 @@ def jobs(seed: int, quick: bool) -> list[Job]:
         run='capacity',
         seed=seed,
         config=f'{CONFIG}:capacity/identity 8x32',
-        overrides={'steps': 200},
         then=((*measure, '--batches=2'),),
       ),
     ]
