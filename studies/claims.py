@@ -113,6 +113,12 @@ def number(value: float | None) -> str:
   return f'{value:.3f}' if value == 0 or abs(value) >= 0.01 else f'{value:.1g}'
 
 
+def ranged(values: Sequence[float]) -> str:
+  """The median and the range, as in a cell of a table."""
+  middle = statistics.median(values)
+  return f'{middle:.3f} ({min(values):.3f} to {max(values):.3f})'
+
+
 def table(claims: Sequence[Mapping[str, Any]]) -> str:
   """The claims as Markdown."""
   lines = ['| claim | figure | range | bar | ok |', '|---|---|---|---|---|']

@@ -198,14 +198,12 @@ def test_jobs_of_a_study_have_configs_that_load(name, quick, monkeypatch):
     cli.check_overrides(config, [sys.executable, *train])
 
 
-@pytest.mark.parametrize('name', STUDIES)
+# Of the zoo the lines of each seed were not kept when it was measured.
+@pytest.mark.parametrize('name', [name for name in STUDIES if name != 'zoo'])
 def test_results_of_a_study_are_those_of_its_lines(name):
   """What is committed was made by the claims that the study now has."""
   study = all_studies.load(name)
-  lines = study.folder / 'results.jsonl'
-  if not lines.exists():
-    pytest.skip('it has not been run')
-  rows = metrics.read_lines(lines)
+  rows = metrics.read_lines(study.folder / 'results.jsonl')
   found = json.loads((study.folder / 'results.json').read_text())
   again = claims.conclude(study.claims, rows, command=found[0]['command'])
   assert json.loads(json.dumps(again)) == found

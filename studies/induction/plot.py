@@ -4,9 +4,9 @@ python -m studies.induction.plot
 """
 
 import pathlib
-import statistics
 
 from longctx import figures, metrics
+from studies.claims import ranged
 
 HERE = pathlib.Path(__file__).parent
 MAIN = ('two_layers', 'one_layer', 'one_layer-convolution')
@@ -65,10 +65,7 @@ def table(rows, names) -> str:
       if not values:
         cells.append('–')
         continue
-      cells.append(
-        f'{statistics.median(values):.3f} ({min(values):.3f} to '
-        f'{max(values):.3f})'
-      )
+      cells.append(ranged(values))
     lines.append(f'| `{name}` | {" | ".join(cells)} |')
   return '\n'.join(lines) + '\n'
 

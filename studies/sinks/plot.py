@@ -9,6 +9,7 @@ import statistics
 import numpy as np
 
 from longctx import figures, metrics
+from studies.claims import ranged
 
 HERE = pathlib.Path(__file__).parent
 
@@ -60,10 +61,7 @@ def table(rows, names) -> str:
     cells = []
     for key in keys:
       values = [row[key] for row in rows if row['run'] == name]
-      cells.append(
-        f'{statistics.median(values):.3f} ({min(values):.3f} to '
-        f'{max(values):.3f})'
-      )
+      cells.append(ranged(values))
     lines.append(f'| `{name}` | {" | ".join(cells)} |')
   return '\n'.join(lines) + '\n'
 
