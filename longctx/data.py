@@ -87,8 +87,9 @@ def make_iterator(
       examples are read from there. Empty: they are made as they are needed.
 
   Returns:
-    An iterator of dicts of numpy arrays [k, T]: tokens, labels, weights, and
-    segment_ids where the task packs documents.
+    An iterator of dicts of numpy arrays [k, T]: tokens, labels, weights,
+    segment_ids where the task packs documents, and relevant where it says which
+    tokens its answers depend on.
 
   Raises:
     ValueError: an argument out of range, or a directory that does not hold

@@ -31,7 +31,14 @@ LAYOUTS = ('contiguous', 'zigzag', 'striped')
 CHUNK_MULTIPLE = 128
 
 # Arrays of a batch that have an entry per token.
-PER_TOKEN = ('tokens', 'labels', 'weights', 'positions', 'segment_ids')
+PER_TOKEN = (
+  'tokens',
+  'labels',
+  'weights',
+  'positions',
+  'segment_ids',
+  'relevant',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,13 +184,14 @@ class SequenceLayout:
   def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A batch of arrays [B, T] in the layout's order, [B, R L].
 
-    Padding has weight 0 and is read by no token: causal and other masks on
-    default positions leave out the keys beyond T, and where the batch brings
-    its own positions or segments, padding is a segment of its own.
+    Padding has weight 0, is not relevant and is read by no token: causal and
+    other masks on default positions leave out the keys beyond T, and where the
+    batch brings its own positions or segments, padding is a segment of its own.
 
     Args:
-      batch: tokens, labels, weights and, where there are, positions and
-        segment_ids; `read` holds places in T instead, and is mapped to them.
+      batch: tokens, labels, weights and, where there are, positions,
+        segment_ids and relevant; `read` holds places in T instead, and is
+        mapped to them.
     """
     batch = dict(batch)
     read = batch.pop('read', None)

@@ -132,6 +132,14 @@ def test_packed_documents_keep_their_segment_ids(tmp_path):
   assert batch['segment_ids'].dtype == np.int32
 
 
+def test_relevant_tokens_stay_with_their_example():
+  task = make_task('variable_tracking')
+  (batch,) = take(batches(task), 1)
+  assert batch['relevant'].dtype == bool
+  expected = [task.get(0, 'train', row).relevant for row in range(8)]
+  np.testing.assert_array_equal(batch['relevant'], expected)
+
+
 @pytest.mark.parametrize(
   ('kwargs', 'message'),
   [

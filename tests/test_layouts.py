@@ -82,6 +82,7 @@ def make_batch(B=2, T=19):
     labels=tokens[:, 1:],
     weights=np.ones((B, T), np.float32),
     segment_ids=np.sort(rng.integers(0, 3, (B, T)), axis=1),
+    relevant=rng.random((B, T)) < 0.5,
   )
 
 
@@ -117,6 +118,7 @@ def test_padding_of_a_batch_weighs_nothing_and_is_read_by_nobody(name):
   placed = layout.place(batch)
   assert (placed['weights'][:, padding] == 0).all()
   assert placed['weights'].sum() == B * T
+  assert not placed['relevant'][:, padding].any()
   tokens = placed['segment_ids'][:, ~padding]
   assert not np.isin(placed['segment_ids'][:, padding], tokens).any()
   # With positions of its own and no segments, padding needs a segment.

@@ -51,6 +51,16 @@ def test_segment_ids_are_prepared_too(tmp_path):
     assert same(example, task.get(0, 'test', index).arrays())
 
 
+def test_relevant_tokens_are_prepared_too(tmp_path):
+  task = make_task('variable_tracking')
+  prepare(task, seed=0, sizes={'test': 5}, directory=str(tmp_path))
+  source = open_prepared(str(tmp_path), task, split='test', seed=0)
+  for index in range(5):
+    example = source[index]
+    assert example['relevant'].any()
+    assert same(example, task.get(0, 'test', index).arrays())
+
+
 def test_any_tfds_reader_can_read_it(directory):
   name = '/'.join(dataset_folder(directory, TASK, 1).parts[-3:-1])
   source = tfds.data_source(name, data_dir=directory, split='train[10:12]')

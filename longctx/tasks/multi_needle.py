@@ -22,6 +22,7 @@ class MultiNeedle(Task):
     tokens    BOS .  N  p  a  b  .  .  N  q  c  a  .  Q  q  c  a  Q  p  a
     labels                                               c  a        a  b
     weights   0   0  0  0  0  0  0  0  0  0  0  0  0  0  1  1  0  0  1  1
+    relevant  0   0  1  1  1  1  0  0  1  1  1  1  0  0  0  0  0  0  0  0
 
   After RULER's needle in a haystack (Hsieh et al., 2024,
   https://arxiv.org/abs/2404.06654) with many keys and many queries: needles
@@ -101,7 +102,8 @@ class MultiNeedle(Task):
     needles[:, 2:] = FIRST_SYMBOL + rng.integers(
       self.num_symbols, size=(n, self.value_length)
     )
-    queries = needles[rng.permutation(n)[:m]]
+    asked = rng.permutation(n)[:m]
+    queries = needles[asked]
     queries[:, 0] = QUERY
 
     # The last symbol of the last answer is a label alone, so that BOS, needles,
@@ -119,8 +121,14 @@ class MultiNeedle(Task):
     weights = np.zeros(T + 1, np.float32)
     # An answer is predicted from its key and from all its symbols but the last.
     weights[first_query:].reshape(m, width)[:, 1:-1] = 1
-    labels = next_token_labels(tokens)
-    return Example(tokens=tokens[:-1], labels=labels[:-1], weights=weights[:-1])
+    relevant = np.zeros(T, bool)
+    relevant[begins[asked, None] + np.arange(width)] = True
+    return Example(
+      tokens=tokens[:-1],
+      labels=next_token_labels(tokens)[:-1],
+      weights=weights[:-1],
+      relevant=relevant,
+    )
 
   def solve(self, tokens: np.ndarray) -> np.ndarray:
     """The value of the needle with the query's key."""

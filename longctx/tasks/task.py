@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Bool, Float32, Int32
 
 # Position in this tuple is part of every example's random seed.
 SPLITS = ('train', 'validation', 'test')
@@ -30,16 +30,19 @@ class Example:
     weights: float32[T], above 0 where the prediction is scored.
     segment_ids: int32[T] of the documents packed into the sequence, from 1 on,
       or None where the whole sequence is one document.
+    relevant: bool[T], the tokens that the answers depend on, without the
+      questions themselves; None where the task does not say.
   """
 
   tokens: Int32[np.ndarray, ' T']
   labels: Int32[np.ndarray, ' T']
   weights: Float32[np.ndarray, ' T']
   segment_ids: Int32[np.ndarray, ' T'] | None = None
+  relevant: Bool[np.ndarray, ' T'] | None = None
 
   def arrays(self) -> dict[str, np.ndarray]:
-    """The example as a dict, without segment_ids where there are none."""
-    fields = ('tokens', 'labels', 'weights', 'segment_ids')
+    """The example as a dict, without what is None."""
+    fields = ('tokens', 'labels', 'weights', 'segment_ids', 'relevant')
     arrays = {name: getattr(self, name) for name in fields}
     return {k: v for k, v in arrays.items() if v is not None}
 

@@ -22,10 +22,13 @@ class VariableTracking(Task):
     tokens    BOS p  =  4  .  x  =  7  .  .  y  =  x  q  =  p  .  QUERY y
     labels                                                             7
     weights   0   0  0  0  0  0  0  0  0  0  0  0  0  0  0  0  0  0    1
+    relevant  0   0  0  0  0  1  1  1  0  0  1  1  1  0  0  0  0  0    0
 
   The chains are interleaved at random, but an assignment always comes after the
   one that it refers to. One chain is asked for, at its last variable, so that
-  all its hops lie between the question and the value; the others distract.
+  all its hops lie between the question and the value. Everything else is
+  irrelevant and can be varied by itself: num_chains - 1 chains distract, and
+  noise takes what they leave of seq_len.
 
   After RULER's variable tracking (Hsieh et al., 2024,
   https://arxiv.org/abs/2404.06654), which asks the other way round: it names a
@@ -41,7 +44,7 @@ class VariableTracking(Task):
     vocab_size: all tokens; at least one of them is noise.
     num_values: number of different values; no two chains share one.
     num_variables: number of different variables; none is assigned twice.
-    num_chains: chains, of which one is asked for.
+    num_chains: chains, of which one is asked for and the others distract.
     num_hops: assignments of a variable to a variable in a chain; 0: the
       variable that is asked for holds its value itself.
   """
@@ -119,16 +122,22 @@ class VariableTracking(Task):
       self._first_noise, self.vocab_size, size=T, dtype=np.int32
     )
     tokens[0] = BOS
-    tokens[begins[lines]] = variables.ravel()
+    begins = begins[lines]
+    tokens[begins] = variables.ravel()
     tokens[begins + 1] = ASSIGN
-    tokens[begins[lines] + 2] = sources.ravel()
+    tokens[begins + 2] = sources.ravel()
     asked = int(rng.integers(C))
     tokens[-2:] = QUERY, variables[asked, -1]
     labels = np.zeros(T, np.int32)
     labels[-1] = values[asked]
     weights = np.zeros(T, np.float32)
     weights[-1] = 1
-    return Example(tokens=tokens, labels=labels, weights=weights)
+    relevant = np.zeros(T, bool)
+    chain = begins.reshape(C, -1)[asked]
+    relevant[chain[:, None] + np.arange(3)] = True
+    return Example(
+      tokens=tokens, labels=labels, weights=weights, relevant=relevant
+    )
 
   def solve(self, tokens: np.ndarray) -> np.ndarray:
     """From the variable asked for, back until a value is reached."""
