@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 from typing import Any
 
+from longctx.tasks.arithmetic import Arithmetic
 from longctx.tasks.bigram_backcopy import BigramBackcopy
 from longctx.tasks.bytes_lm import BytesLM
 from longctx.tasks.copying import Copying
@@ -24,6 +25,7 @@ from longctx.tasks.task import SPLITS, Example, Task
 from longctx.tasks.variable_tracking import VariableTracking
 
 TASKS = {
+  'arithmetic': Arithmetic,
   'bigram_backcopy': BigramBackcopy,
   'bytes_lm': BytesLM,
   'copying': Copying,

@@ -9,11 +9,14 @@ from longctx.tasks import TASKS, make_task
 from longctx.tasks.task import Example
 
 # The token that begins the questions, at the end of these tasks.
-QUERIES = {'multi_needle': 2, 'variable_tracking': 2}
+QUERIES = {'arithmetic': 4, 'multi_needle': 2, 'variable_tracking': 2}
 
 cases = pytest.mark.parametrize(
   ('name', 'fields'),
   [
+    ('arithmetic', dict()),
+    ('arithmetic', dict(in_topic=False)),
+    ('arithmetic', dict(num_steps=1, num_irrelevant=9)),
     ('multi_needle', dict()),
     ('variable_tracking', dict()),
     ('variable_tracking', dict(num_chains=6, num_hops=0)),

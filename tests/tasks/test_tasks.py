@@ -22,6 +22,9 @@ STOCHASTIC = ('bigram_backcopy', 'markov')
 
 CASES = [
   *((name, {}) for name in SYNTHETIC),
+  ('arithmetic', dict(seq_len=33, in_topic=False)),
+  ('arithmetic', dict(num_irrelevant=0, num_steps=1, modulus=7)),
+  ('arithmetic', dict(num_names=6, num_steps=6, num_irrelevant=0)),
   ('bigram_backcopy', dict(seq_len=33, vocab_size=8, concentration=1.0)),
   ('copying', dict(seq_len=11, num_symbols=3, min_length=1, max_length=5)),
   ('induction', dict(seq_len=7, vocab_size=6, min_period=1, max_period=5)),
@@ -116,6 +119,7 @@ def test_example_keeps_to_its_shapes_and_vocabulary(name, fields):
 # Recorded digests of the first examples: equal in any process, on any supported
 # Python and numpy. A change here changes every published figure.
 DIGESTS = {
+  'arithmetic': 'b0eea3266552cc12',
   'bigram_backcopy': '22a266f56192478d',
   'copying': '4fee879fc0c291a8',
   'induction': '6b5226db0688a844',
@@ -193,7 +197,7 @@ def test_bad_address_is_an_error(address, message):
 @pytest.mark.parametrize(
   ('name', 'fields', 'message'),
   [
-    ('mqqar', {}, "unknown task 'mqqar'; known: bigram_backcopy, bytes_lm"),
+    ('mqqar', {}, "unknown task 'mqqar'; known: arithmetic, bigram_backcopy"),
     ('mqar', dict(num_pair=4), "'num_pair'; did you mean 'num_pairs'"),
     ('mqar', dict(num_pairs='4'), 'mqar.num_pairs=.* must be of type int'),
     ('mqar', dict(num_pairs=True), 'must be of type int'),
@@ -202,6 +206,13 @@ def test_bad_address_is_an_error(address, message):
     ('mqar', dict(num_pairs=0), 'at least 1'),
     ('mqar', dict(power_a=0.0), 'must be positive'),
     ('mqar', dict(filler='dirty'), 'known: clean, zero, zoology'),
+    ('arithmetic', dict(seq_len=32), 'seq_len >= 33'),
+    ('arithmetic', dict(vocab_size=47), 'vocab_size >= 48'),
+    ('arithmetic', dict(num_names=5), 'num_names >= 6'),
+    ('arithmetic', dict(num_names=8, in_topic=False), 'num_names >= 9'),
+    ('arithmetic', dict(modulus=1), 'at least 2'),
+    ('arithmetic', dict(num_steps=0), 'at least 1'),
+    ('arithmetic', dict(num_irrelevant=-1), 'must not be negative'),
     ('bigram_backcopy', dict(seq_len=0), 'must be at least 1'),
     ('bigram_backcopy', dict(vocab_size=5), 'vocab_size >= 6'),
     ('bigram_backcopy', dict(num_triggers=-1), 'must not be negative'),
