@@ -12,6 +12,7 @@ from studies import claims, jobs, report
 from studies.claims import Claim
 from studies.common import Job, Study, main
 from studies.copying import bound
+from studies.retrieval import config as retrieval_config
 from studies.retrieval import run as retrieval
 from studies.window_schedule import run as window_schedule
 
@@ -236,6 +237,27 @@ def test_rank_correlation_shares_ranks_of_equal_values():
   assert correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
   # Ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4.
   assert correlation([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486833)
+
+
+def test_recall_is_ranked_against_bytes_over_all_sizes():
+  figure = retrieval.follows_bytes('recalled')
+  rows = {
+    f'sizes/{name}': {'state_bytes': size, 'recalled': recalled}
+    for name, size, recalled in (('a', 10, 1), ('b', 100, 5), ('c', 999, 64))
+  }
+  rows |= {'capacity/d': {'state_bytes': 1, 'capacity': 9}, 'curves/e': {}}
+  assert figure(rows) == pytest.approx(1)
+  rows['sizes/c']['recalled'] = 0
+  assert figure(rows) == pytest.approx(-0.5)
+
+
+def test_a_memory_of_sizes_has_a_run_for_every_rate():
+  config = retrieval_config.get_config('sizes/window 8')
+  rates = [run.optimizer.learning_rate for run in config.runs.values()]
+  assert sorted(rates) == [1e-3, 3e-3, 1e-2]
+  assert len(retrieval_config.get_config('sizes').runs) == 26 * 3
+  with pytest.raises(ValueError, match="unknown memory 'window 9'"):
+    retrieval_config.get_config('sizes/window 9')
 
 
 def test_published_order_of_schedules_counts_neighbours():

@@ -133,6 +133,24 @@ def capacity(
   return before
 
 
+def most_recalled(
+  pairs: Sequence[int], accuracies: Sequence[float], *, chance: float
+) -> float:
+  """The most pairs that a memory recalls at once, under any load.
+
+    max_n n (accuracy(n) - chance) / (1 - chance)
+
+  A pair that is known takes -log2(chance) bits, and one that is not is answered
+  by chance: this is what the memory holds, in units of a pair. Unlike
+  `capacity` it counts what an overloaded memory still answers.
+  """
+  known = [
+    n * (accuracy - chance) / (1 - chance)
+    for n, accuracy in zip(pairs, accuracies, strict=True)
+  ]
+  return max(0.0, *known)
+
+
 def measured_capacity(
   memory: Memory, pairs: Sequence[int], *, level: float = 0.9, **kwargs
 ) -> float:

@@ -1,16 +1,22 @@
 r"""Multi-query associative recall, for studies/retrieval.
 
-The argument names one of two experiments, or one of their runs:
+The argument names one of three experiments, or one of their memories:
 
   python train.py --config=studies/retrieval/config.py:curves
   python train.py --config=studies/retrieval/config.py:capacity
   python train.py --config=studies/retrieval/config.py:capacity/softmax
+  python train.py --config='studies/retrieval/config.py:sizes/window 8'
 
 `curves` has 16 pairs in 64 tokens, two layers and a head of 16 (keys) and 64
 (values); elu + 1 trains for 1,500 steps, the others for 500.
 
 `capacity` has one layer, so that a memory is written and read once, and from 1
 to 16 pairs in 64 tokens, the rest zeros, so that nothing else is written.
+
+`sizes` has 26 memories of nine kinds, each trained at every rate of RATES: two
+layers of one head and from 1 to 64 pairs in 256 tokens, the rest zeros, after
+the sweeps of Zoology (arXiv:2312.04927, figure 2) and Based (arXiv:2402.18668,
+figure 2).
 """
 
 from ml_collections import ConfigDict
@@ -50,13 +56,61 @@ CAPACITY = {
 
 PAIRS = (2, 4, 6, 8, 12, 16)
 
+# At 256 tokens one chunk, or all scores, are the fewest steps.
+WHOLE = 'chunk_size=256'
+SCORES = "implementation='reference'"
+
+# Kind of memory -> its layer.
+KINDS = {
+  'elu+1': f'linear({WHOLE})',
+  'identity': f"linear(feature_map='identity', normalize=False, {WHOLE})",
+  'gla': f'gla({WHOLE})',
+  'mamba2': f'mamba2({WHOLE})',
+  'deltanet': f'deltanet({WHOLE})',
+  'gated_deltanet': f'gated_deltanet({WHOLE})',
+}
+
+# Layer, head_dim, value_dim; the names of `based` tell its feature_dim.
+SIZES = {
+  **{
+    f'{kind} {H}x{V}': (layer, H, V)
+    for kind, layer in KINDS.items()
+    for H, V in ((4, 16), (16, 64), (64, 128))
+  },
+  **{
+    f'based {d}x{V}': (f'based(feature_dim={d}, {WHOLE})', d, V)
+    for d, V in ((4, 16), (8, 64), (16, 128))
+  },
+  **{
+    f'window {w}': (f'sliding_window(window={w}, {SCORES})', 16, 64)
+    for w in (8, 32, 128)
+  },
+  **{
+    f'softmax {H}x{V}': (f'full({SCORES})', H, V)
+    for H, V in ((16, 64), (64, 128))
+  },
+}
+
+RATES = ('1e-3', '3e-3', '1e-2')
+
+LOADS = (1, 2, 4, 8, 16, 32, 64)
+
 
 def get_config(argument: str) -> ConfigDict:
   experiment, _, name = argument.partition('/')
   config = EXPERIMENTS[experiment]()
   if name:
-    config.runs = ConfigDict({name: config.runs[name]})
+    runs = {r: one for r, one in config.runs.items() if memory_of(r) == name}
+    if not runs:
+      known = ', '.join(dict.fromkeys(memory_of(run) for run in config.runs))
+      raise ValueError(f'unknown memory {name!r}; known: {known}')
+    config.runs = ConfigDict(runs)
   return config
+
+
+def memory_of(run: str) -> str:
+  """'window 8' of 'window 8 at 1e-2', the name of a run at one of the rates."""
+  return run.partition(' at ')[0]
 
 
 def _shared() -> ConfigDict:
@@ -115,4 +169,31 @@ def _capacity() -> ConfigDict:
   return config
 
 
-EXPERIMENTS = {'curves': _curves, 'capacity': _capacity}
+def _sizes() -> ConfigDict:
+  config = _shared()
+  config.steps = 1000
+  config.task.seq_len = 256
+  config.task.num_pairs = 64
+  config.task.min_pairs = 1
+  config.task.filler = 'zero'
+  config.model.d_model = 128
+  config.eval.every = 0
+  config.eval.batches = 8
+  # studies.retrieval.sizes reads the test split, at the best rate alone.
+  config.eval.test_batches = 1
+  config.checkpoint.every = 0
+  config.log.every = 100
+  config.runs = ConfigDict(
+    {
+      f'{name} at {rate}': {
+        'model': {'layers': (layer, layer), 'head_dim': H, 'value_dim': V},
+        'optimizer': {'learning_rate': float(rate)},
+      }
+      for name, (layer, H, V) in SIZES.items()
+      for rate in RATES
+    }
+  )
+  return config
+
+
+EXPERIMENTS = {'curves': _curves, 'capacity': _capacity, 'sizes': _sizes}

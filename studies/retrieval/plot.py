@@ -1,4 +1,4 @@
-"""Draws the separation, capacity against bytes and the law.
+"""Draws the separation, recall against bytes and the law.
 
 python -m studies.retrieval.plot
 """
@@ -13,16 +13,24 @@ HERE = pathlib.Path(__file__).parent
 
 def show(rows, folder: pathlib.Path):
   """Writes retrieval.png and table.md."""
-  figure, (curves, sizes, law) = figures.axes(3)
+  figure, (curves, answered, recalled, law) = figures.axes(4)
   of_runs = {}
   for row in rows:
-    of_runs.setdefault(row['run'], []).append(row)
-  draw_curves(curves, {n: r for n, r in of_runs.items() if n[:3] == 'cur'})
-  trained = {n[9:]: r for n, r in of_runs.items() if n[:3] == 'cap'}
-  draw_sizes(sizes, trained)
-  draw_law(law, trained)
+    experiment, _, name = row['run'].partition('/')
+    of_runs.setdefault(experiment, {}).setdefault(name, []).append(row)
+  draw_curves(curves, of_runs.get('curves', {}))
+  sizes = of_runs.get('sizes', {})
+  draw_sizes(answered, sizes, 'capacity', 'pairs answered at 90%')
+  draw_sizes(recalled, sizes, 'recalled', 'pairs recalled at once')
+  draw_law(law, of_runs.get('capacity', {}))
   figures.save(figure, folder / 'retrieval.png')
-  (folder / 'table.md').write_text(table(trained))
+  tables = [
+    '## Two layers, against state bytes\n',
+    size_table(sizes),
+    '## One layer, against random keys\n',
+    table(of_runs.get('capacity', {})),
+  ]
+  (folder / 'table.md').write_text('\n'.join(tables))
 
 
 def median(values) -> float:
@@ -33,7 +41,7 @@ def draw_curves(axis, runs):
   for index, (name, rows) in enumerate(runs.items()):
     color = figures.COLORS[index]
     for row in rows:
-      label = name.partition('/')[2] if row is rows[0] else None
+      label = name if row is rows[0] else None
       axis.plot(
         [0, *row['steps']],
         [0, *row['validation']],
@@ -48,30 +56,36 @@ def draw_curves(axis, runs):
   axis.legend(frameon=False, fontsize=9)
 
 
-def draw_sizes(axis, runs):
-  kinds = list(dict.fromkeys(name.split()[0] for name in runs))
-  for name, rows in runs.items():
-    kind = kinds.index(name.split()[0])
-    found = [row['capacity'] for row in rows]
-    middle = median(found)
+def draw_sizes(axis, runs, key: str, label: str):
+  """A figure of each memory against its bytes, sizes of a kind joined."""
+  kinds = {}
+  for name, rows in sorted(runs.items(), key=lambda item: bytes_of(item[1])):
+    kinds.setdefault(name.split()[0], []).append(rows)
+  for index, (kind, memories) in enumerate(sorted(kinds.items())):
+    found = [[row[key] for row in rows] for rows in memories]
+    middle = [median(values) for values in found]
     axis.errorbar(
-      rows[0]['state_bytes'],
+      [bytes_of(rows) for rows in memories],
       middle,
-      yerr=[[middle - min(found)], [max(found) - middle]],
-      color=figures.COLORS[kind % len(figures.COLORS)],
-      marker='osD^vP'[kind // len(figures.COLORS) :][0],
-      ms=6,
+      yerr=[
+        [m - min(values) for m, values in zip(middle, found, strict=True)],
+        [max(values) - m for m, values in zip(middle, found, strict=True)],
+      ],
+      color=figures.COLORS[index % len(figures.COLORS)],
+      marker='o' if index < len(figures.COLORS) else 's',
+      ms=5,
       lw=1,
-    )
-    axis.annotate(
-      name,
-      (rows[0]['state_bytes'], middle),
-      xytext=(4, 4),
-      textcoords='offset points',
-      fontsize=6,
+      label=kind,
     )
   axis.set_xscale('log', base=2)
-  axis.set(xlabel='state bytes', ylabel='pairs answered at 90%')
+  axis.set_yscale('symlog', base=2, linthresh=1)
+  axis.set(xlabel='state bytes', ylabel=label, ylim=(0, 90))
+  if kinds:
+    axis.legend(frameon=False, fontsize=8)
+
+
+def bytes_of(rows) -> int:
+  return rows[0]['state_bytes']
 
 
 def draw_law(axis, runs):
@@ -104,6 +118,28 @@ def draw_law(axis, runs):
   axis.legend(frameon=False, fontsize=8)
 
 
+def size_table(runs) -> str:
+  """Markdown: both figures, accuracies and the rates that were best."""
+  if not runs:
+    return ''
+  pairs = next(iter(runs.values()))[0]['pairs']
+  titles = ['memory', 'state bytes', 'best rate', 'pairs at 90%', 'at once']
+  titles += [f'{n} pairs' for n in pairs]
+  lines = [f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
+  for name, rows in sorted(runs.items(), key=lambda item: bytes_of(item[1])):
+    rates = sorted({row['rate'] for row in rows})
+    cells = [name, f'{bytes_of(rows):,}', ', '.join(f'{r:g}' for r in rates)]
+    for key in ('capacity', 'recalled'):
+      found = [row[key] for row in rows]
+      cells.append(
+        f'{median(found):.1f} ({min(found):.1f} to {max(found):.1f})'
+      )
+    for index in range(len(pairs)):
+      cells.append(f'{median(row["accuracy"][index] for row in rows):.2f}')
+    lines.append(f'| {" | ".join(cells)} |')
+  return '\n'.join(lines) + '\n'
+
+
 def table(runs) -> str:
   """Markdown: trained accuracy, and untrained in brackets."""
   if not runs:
@@ -115,9 +151,7 @@ def table(runs) -> str:
     + ' |',
     '|---' * (3 + len(pairs)) + '|',
   ]
-  for name, rows in sorted(
-    runs.items(), key=lambda item: item[1][0]['state_bytes']
-  ):
+  for name, rows in sorted(runs.items(), key=lambda item: bytes_of(item[1])):
     found = [row['capacity'] for row in rows]
     cells = []
     for index in range(len(pairs)):

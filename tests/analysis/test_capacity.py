@@ -65,6 +65,23 @@ def test_capacity_is_interpolated(accuracies, expected):
   assert found == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+  ('accuracies', 'expected'),
+  [
+    ((1.0, 1.0, 1.0), 8),
+    # Overloaded, it still answers six of eight.
+    ((1.0, 0.8, 0.75), 8 * (0.75 - 0.1) / 0.9),
+    ((1.0, 0.5, 0.1), 2),
+    ((0.1, 0.05, 0.1), 0),
+  ],
+)
+def test_recall_counts_answers_beyond_chance_at_the_best_load(
+  accuracies, expected
+):
+  found = capacity.most_recalled((2, 4, 8), accuracies, chance=0.1)
+  assert found == pytest.approx(expected)
+
+
 def test_more_pairs_than_codewords_are_refused():
   with pytest.raises(ValueError, match='num_pairs=9'):
     capacity.accuracy(

@@ -1,0 +1,79 @@
+"""Measures a memory of `sizes` at every load, at its best learning rate.
+
+    python -m studies.retrieval.sizes --workdir=DIR
+
+The best rate is the one with the best accuracy on the validation split, over
+the loads of training; the test split is read at that rate alone. Writes
+sizes.json.
+"""
+
+import argparse
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+from longctx import evaluate, metrics, steps, tasks
+from longctx.data import make_iterator
+from studies.retrieval.config import LOADS
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  parser.add_argument('--batches', type=int, default=16)
+  args = parser.parse_args()
+  runs = evaluate.open_workdir(args.workdir)
+  validation = {run.name: results(run)['validation_accuracy'] for run in runs}
+  best = max(runs, key=lambda run: validation[run.name])
+  loads = [n for n in LOADS if n <= best.task.num_pairs]
+  found = {
+    'pairs': loads,
+    'accuracy': accuracies(best, loads, batches=args.batches),
+    'chance': best.task.chance,
+    'state_bytes': results(best)['state_bytes'],
+    'rate': best.config.optimizer.learning_rate,
+    'validation': validation,
+  }
+  metrics.write_json(args.workdir / 'sizes.json', found)
+
+
+def results(run: evaluate.Trained) -> dict:
+  return json.loads((run.workdir / 'results.json').read_text())
+
+
+def accuracies(
+  run: evaluate.Trained, loads: list[int], *, batches: int
+) -> list[float]:
+  """Share of the queries answered at each number of pairs, test split.
+
+  All loads have one program: `evaluate.evaluate` would compile one for each
+  number of scored places.
+  """
+  graph, params, step = evaluate.restore(run)
+  measure = steps.make_steps(graph, run.config).evaluate
+  found = []
+  for n in loads:
+    fields = {**run.config.task, 'num_pairs': n, 'min_pairs': 0}
+    iterator = make_iterator(
+      tasks.make_task(**fields),
+      split='test',
+      batch_size=run.config.batch_size,
+      seed=run.config.seed,
+      num_examples=batches * run.config.batch_size,
+    )
+    sums = [
+      jax.device_get(measure(params, steps.put(batch, None), np.int32(step)))
+      for batch in iterator
+    ]
+    iterator.close()
+    correct, weight = (
+      sum(float(s[k]) for s in sums) for k in ('correct', 'weight')
+    )
+    found.append(correct / weight)
+  return found
+
+
+if __name__ == '__main__':
+  main()
