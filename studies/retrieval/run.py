@@ -6,7 +6,7 @@
 Three experiments (config.py): the separation of softmax, Taylor, DeltaNet and
 elu + 1 at 16 pairs; the capacity of memories of eleven kinds and sizes in one
 layer, which measure.py holds against a prediction from random keys; and the
-recall of 26 memories in two layers, a job each, which sizes.py measures at the
+recall of 23 memories in two layers, a job each, which sizes.py measures at the
 best of three learning rates.
 
 On an accelerator `sizes` is launches, not arithmetic: run it with --processes
@@ -22,7 +22,7 @@ from longctx import metrics
 from longctx.analysis.capacity import capacity, most_recalled
 from studies.common import Claim, Job, Study, main
 from studies.retrieval import plot
-from studies.retrieval.config import SIZES
+from studies.retrieval.config import BEST, SIZES
 
 CONFIG = 'studies/retrieval/config.py'
 # Points of accuracy, as a share.
@@ -63,11 +63,14 @@ def jobs(seed: int, quick: bool) -> list[Job]:
 
 
 def of_size(name: str, seed: int, *more: str, overrides=None) -> Job:
-  """A memory at every learning rate, and its recall at the best of them."""
+  """A memory at every learning rate, and its recall at the best of them.
+
+  The rates are compared for seed 0 alone.
+  """
   return Job(
     run=f'sizes {name}',
     seed=seed,
-    config=f'{CONFIG}:sizes/{name}',
+    config=f'{CONFIG}:sizes/{name}' + f' at {BEST[name]}' * (seed > 0),
     overrides=overrides or {},
     then=(('-m', 'studies.retrieval.sizes', '--workdir={workdir}', *more),),
   )
