@@ -13,7 +13,7 @@ The argument names one of three experiments, or one of their memories:
 `capacity` has one layer, so that a memory is written and read once, and from 1
 to 16 pairs in 64 tokens, the rest zeros, so that nothing else is written.
 
-`sizes` has 26 memories of nine kinds, each trained at every rate of RATES: two
+`sizes` has 23 memories of eight kinds, each trained at every rate of RATES: two
 layers of one head and from 1 to 64 pairs in 256 tokens, the rest zeros, after
 the sweeps of Zoology (arXiv:2312.04927, figure 2) and Based (arXiv:2402.18668,
 figure 2).

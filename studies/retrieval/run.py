@@ -214,7 +214,7 @@ CLAIMS = (
     at_least=0.01,
   ),
   Claim(
-    text='pairs answered at 90% follow state bytes, 26 memories of two layers: '
+    text='pairs answered at 90% follow state bytes, 23 memories of two layers: '
     'rank correlation',
     figure=follows_bytes('capacity'),
     at_least=0.9,
