@@ -3,6 +3,10 @@ r"""Measures a trained workdir, as trained or at other values of its task.
 python eval.py --workdir=runs/mqar
 python eval.py --workdir=runs/mqar --sweep=seq_len=64,128,256 --batches=32
 
+With --mode=s2a it asks questions against opinions (longctx/s2a.py):
+
+python eval.py --workdir=runs/s2a --mode=s2a --distractors=0,8,64,256
+
 With --mode=stream it reads an endless stream in constant memory, full attention
 exchanged for what each policy keeps (longctx/stream.py):
 
@@ -15,7 +19,7 @@ import sys
 
 from absl import flags
 
-from longctx import cli, evaluate, stream
+from longctx import cli, evaluate, s2a, stream
 from longctx.config import ExperimentConfig
 from longctx.runs import start_devices
 
@@ -33,7 +37,7 @@ _BATCH_SIZE = flags.DEFINE_integer(
   'batch_size', 0, 'rows of a batch; 0: as in validation', lower_bound=0
 )
 _MODE = flags.DEFINE_enum(
-  'mode', 'examples', ['examples', 'stream'], 'what is measured'
+  'mode', 'examples', ['examples', 'stream', 's2a'], 'what is measured'
 )
 _TOKENS = flags.DEFINE_integer('tokens', 65536, 'of a stream')
 _POLICIES = flags.DEFINE_list(
@@ -42,7 +46,9 @@ _POLICIES = flags.DEFINE_list(
 _SLOTS = flags.DEFINE_integer('slots', 256, 'keys that a layer keeps')
 _SINKS = flags.DEFINE_integer('sinks', 4, 'of them, how many are the first')
 _ROWS = flags.DEFINE_integer('rows', 1, 'streams side by side')
-_CHUNK = flags.DEFINE_integer('chunk', 128, 'of a stream, read at once')
+_CHUNK = flags.DEFINE_integer(
+  'chunk', 128, 'of a stream or a prompt, read at once'
+)
 _BUCKET = flags.DEFINE_integer('bucket', 16384, 'positions of a line')
 _DENSE_TOKENS = flags.DEFINE_integer(
   'dense_tokens', 0, 'end of the dense policy; 0: twice the trained length'
@@ -50,7 +56,24 @@ _DENSE_TOKENS = flags.DEFINE_integer(
 _RECOMPUTED = flags.DEFINE_integer(
   'recomputed', 16, 'tokens that the policy recompute scores in a bucket'
 )
-_RUN = flags.DEFINE_string('run', '', 'of a workdir with several, to stream')
+_RUN = flags.DEFINE_string(
+  'run', '', 'of a workdir with several, to stream; for s2a, some by commas'
+)
+_QUESTIONS = flags.DEFINE_integer('questions', 256, 'of each kind, for s2a')
+_CONDITIONS = flags.DEFINE_list(
+  'conditions', list(s2a.S2AConfig().conditions), 'of the questions, for s2a'
+)
+_DISTRACTORS = flags.DEFINE_list(
+  'distractors', ['8'], 'facts of other topics, for s2a'
+)
+_SENTENCES = flags.DEFINE_integer(
+  'sentences', 8, 'of a context that mean nothing, for s2a'
+)
+_MENTIONS = flags.DEFINE_integer('mentions', 1, 'of the fact, for s2a')
+_OPINIONS = flags.DEFINE_integer('opinions', 1, 'that are the same, for s2a')
+_METHODS = flags.DEFINE_list(
+  'methods', list(s2a.S2AConfig().methods), 'see longctx/rewrite.py, for s2a'
+)
 
 
 def _devices(config: ExperimentConfig) -> int:
@@ -81,6 +104,26 @@ def main(argv: list[str]):
   if _MODE.value == 'stream':
     with cli.while_running():
       stream.evaluate_stream(run, config)
+    return
+  if _MODE.value == 's2a':
+    with cli.before_compiling():
+      runs = evaluate.open_workdir(workdir)
+      if _RUN.value:
+        runs = [evaluate.choose(runs, n) for n in _RUN.value.split(',')]
+      config = s2a.S2AConfig(
+        conditions=tuple(_CONDITIONS.value),
+        distractors=tuple(int(n) for n in _DISTRACTORS.value),
+        count=_QUESTIONS.value,
+        sentences=_SENTENCES.value,
+        mentions=_MENTIONS.value,
+        opinions=_OPINIONS.value,
+        chunk=_CHUNK.value,
+        batch_size=_BATCH_SIZE.value or 64,
+        methods=tuple(_METHODS.value),
+      )
+      s2a.check(runs, config)
+    with cli.while_running():
+      s2a.measure(runs, workdir, config)
     return
   with cli.before_compiling():
     sweep = evaluate.parse_sweep(_SWEEP.value)

@@ -17,6 +17,7 @@ work they divide by its tokens. States are on every device.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longctx.attention import cells
-from longctx.model import Transformer
+from longctx.model import Block, Transformer
 from longctx.parallel.axes import Axes, make_axes
 from longctx.typing import Array, Bool, Float, Int
 
@@ -67,6 +68,7 @@ def init(
   capacity: int | None = None,
   mesh: Mesh | None = None,
   axis: str | tuple[str, ...] = 'seq',
+  blocks: Sequence[Block] | None = None,
 ) -> Cache:
   """The cache of rows that have not read a token.
 
@@ -78,17 +80,25 @@ def init(
     mesh: from `parallel.make_mesh`, to spread the cache over; None: one device.
     axis: mesh axis of the slots, or several. Rows lie along 'data' and heads
       along 'model' where the mesh has those and `axis` does not name them.
+    blocks: those whose memory it is; None: all of the model's.
 
   Raises:
     ValueError: a capacity below 1, or none where a layer keeps every token;
       rows that do not fit the mesh.
-    NotImplementedError: a layer reads later tokens.
+    NotImplementedError: a layer reads later tokens, or the model has a gate.
   """
   if capacity is not None and capacity < 1:
     raise ValueError(f'{capacity=} must be at least 1, or None')
   config = model.config
-  if config.positions == 'learned' and (
-    capacity is None or capacity > config.max_positions
+  if config.gate.keep and blocks is None:
+    raise NotImplementedError(
+      'a model with a gate keeps a context and what passed: take '
+      'longctx.gated_cache, or a Generator'
+    )
+  if (
+    config.positions == 'learned'
+    and blocks is None
+    and (capacity is None or capacity > config.max_positions)
   ):
     raise ValueError(
       f'{capacity=} must be at most max_positions={config.max_positions}: '
@@ -100,7 +110,8 @@ def init(
     axes.check(batch=batch_size)
     shards = axes.size(axes.seq)
   plans = tuple(
-    block.attention.plan(capacity, shards=shards) for block in model.blocks
+    block.attention.plan(capacity, shards=shards)
+    for block in (model.blocks if blocks is None else blocks)
   )
   return Cache(
     lengths=jnp.zeros(batch_size, jnp.int32, device=of_rows(axes)),
@@ -140,13 +151,37 @@ def extend(
     read: places on the axis T whose logits are wanted; None: all, Q = T.
     step: of the training that made the parameters; None: none.
   """
-  T, axes = tokens.shape[1], cache.axes
-  x = model.embed(tokens, positions=cache.lengths[:, None] + jnp.arange(T))
+  positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
+  x = model.embed(tokens, positions=positions)
+  x, cache = advance(model.blocks, cache, x, new=new, read=read, step=step)
+  return model.logits(model.norm(x)), cache
+
+
+def advance(
+  blocks: Sequence[Block],
+  cache: Cache,
+  x: Float[Array, 'B T D'],
+  *,
+  new: Bool[Array, 'B T'] | None = None,
+  read: Int[Array, 'B Q'] | None = None,
+  step: Int[Array, ''] | int | None = None,
+) -> tuple[Float[Array, 'B Q D'], Cache]:
+  """`extend` of some blocks of a model, from the inputs of the first one.
+
+  Args:
+    blocks: which the cache was made for.
+    cache: what came before.
+    x: inputs at the next tokens of every row.
+    new: as in `extend`.
+    read: as in `extend`.
+    step: as in `extend`.
+  """
+  T, axes = x.shape[1], cache.axes
   if axes is not None and T % axes.size(axes.seq) == 0:
     x = lax.with_sharding_constraint(x, NamedSharding(axes.mesh, axes.spec()))
   layers = []
-  last = len(model.blocks) - 1
-  for index, block in enumerate(model.blocks):
+  last = len(blocks) - 1
+  for index, block in enumerate(blocks):
     wanted = read if index == last else None
 
     def attend(x, index=index, block=block, wanted=wanted):
@@ -168,7 +203,7 @@ def extend(
   cache = dataclasses.replace(
     cache, lengths=cache.lengths + counts, layers=tuple(layers)
   )
-  return model.logits(model.norm(x)), _stay(cache)
+  return x, _stay(cache)
 
 
 def _stay(cache: Cache) -> Cache:

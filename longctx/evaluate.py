@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from longctx import config as config_lib
-from longctx import figures, metrics, steps, tasks
+from longctx import figures, gate, metrics, steps, tasks
 from longctx.checkpoint import Checkpointer, CheckpointError
 from longctx.config import ExperimentConfig
 from longctx.data import make_iterator
@@ -162,7 +162,8 @@ def evaluate(
 
   Returns:
     The lines written, one per run and value: parameter, value, accuracy with
-    its 95% interval (low, high), loss (nats), count of scored tokens, examples.
+    its 95% interval (low, high), loss (nats), count of scored tokens, examples;
+    of a gate, precision and recall of the relevant tokens.
   """
   rows = []
   for run in runs:
@@ -175,7 +176,11 @@ def evaluate(
       head = {'run': run.name, 'parameter': sweep.parameter, 'value': value}
       rows.append({**head, **row})
       metrics.say(_line(rows[-1]))
-  _write(workdir / 'eval.jsonl', rows)
+  merge_lines(
+    workdir / 'eval.jsonl',
+    rows,
+    ('run', 'parameter', 'value', 'split', 'step'),
+  )
   numbers = all(isinstance(value, (int, float)) for value in sweep.values)
   if sweep.parameter and numbers:
     path = workdir / 'figures' / f'{sweep.parameter}.png'
@@ -204,14 +209,11 @@ def _line(row: dict[str, Any]) -> str:
   )
 
 
-def _write(path: pathlib.Path, rows: list[dict[str, Any]]):
-  """Adds lines to eval.jsonl; a repeated measurement replaces the old one."""
-
-  def key(row):
-    return tuple(
-      str(row[k]) for k in ('run', 'parameter', 'value', 'split', 'step')
-    )
-
+def merge_lines(
+  path: pathlib.Path, rows: list[dict[str, Any]], fields: tuple[str, ...]
+):
+  """Adds lines to a file; a measurement with the same fields is replaced."""
+  key = lambda row: tuple(str(row[field]) for field in fields)
   new = {key(row) for row in rows}
   old = [row for row in metrics.read_lines(path) if key(row) not in new]
   metrics.write_lines(path, old + rows)
@@ -287,7 +289,9 @@ class _Measure:
     examples = batches * batch_size
     low, high = metrics.accuracy_interval(correct, weight, examples)
     total = max(weight.sum(), 1e-9)
+    kept = {key: sum(float(s[key]) for s in sums) for key in sums[0]}
     return {
+      **gate.shares(kept),
       'split': split,
       'step': self._step,
       'accuracy': float(correct.sum() / total),

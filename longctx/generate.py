@@ -25,8 +25,9 @@ from jax import lax
 from jax.sharding import Mesh
 
 from longctx import cache as cache_lib
-from longctx import cli, evaluate, metrics, parallel
+from longctx import cli, evaluate, gated_cache, metrics, parallel
 from longctx.cache import Cache
+from longctx.gated_cache import GatedCache
 from longctx.model import Transformer
 from longctx.parallel.axes import make_axes
 from longctx.parallel.parameters import state_shardings
@@ -96,7 +97,7 @@ class Stream:
     count: tokens drawn so far.
   """
 
-  cache: Cache
+  cache: Cache | GatedCache
   logits: Float[Array, 'B V']
   ended: Bool[Array, ' B']
   count: Int[Array, '']
@@ -127,6 +128,8 @@ class Generator:
 
   One reads `chunk` tokens of every row, the other draws `steps` tokens. Both
   write into the memory of the cache that they are given, which is gone then.
+  The prompt of a model with a gate ends with the question, and a third program
+  lets what it needs pass.
   """
 
   def __init__(
@@ -140,6 +143,7 @@ class Generator:
     step: int | None = None,
     mesh: Mesh | None = None,
     axis: str | tuple[str, ...] = 'seq',
+    max_new: int | None = None,
   ):
     """Makes a generator.
 
@@ -153,17 +157,30 @@ class Generator:
       step: of the training that made the parameters; None: none.
       mesh: that the cache is spread over, see `cache.init`; None: one device.
       axis: mesh axis of the cache's slots, or several.
+      max_new: the most tokens that are drawn, which a gated model makes room
+        for; None: any number up to the capacity.
     """
     if chunk < 1:
       raise ValueError(f'{chunk=} must be at least 1')
+    gated = model.config.gate.keep > 0
+    if gated and capacity is None:
+      raise ValueError(
+        'a gate chooses from the whole prompt: give a capacity to hold it'
+      )
     self.capacity = capacity
+    self.max_new = max_new if gated else None
     self.chunk = chunk
     self._config = model.config
     graph, params = nnx.split(model)
     self._model = model
-    self._make_cache = functools.partial(
-      cache_lib.init, model, capacity=capacity, mesh=mesh, axis=axis
-    )
+    common = dict(capacity=capacity, mesh=mesh, axis=axis)
+    self._make_cache = functools.partial(cache_lib.init, model, **common)
+    extend = cache_lib.extend
+    if gated:
+      self._make_cache = functools.partial(
+        gated_cache.init, model, max_new=max_new, **common
+      )
+      extend = gated_cache.extend
     axes = None if mesh is None else make_axes(mesh, axis)
     if axes is not None:
       heads = axes.size(axes.heads)
@@ -184,6 +201,11 @@ class Generator:
     @functools.partial(jax.jit, donate_argnames='stream')
     def read(params, stream, tokens, new):
       model = nnx.merge(graph, params)
+      if gated:
+        cache = gated_cache.read(
+          model, stream.cache, tokens, new=new, step=step
+        )
+        return dataclasses.replace(stream, cache=cache)
       logits, cache = cache_lib.extend(
         model,
         stream.cache,
@@ -195,6 +217,12 @@ class Generator:
       logits = jnp.where(new.any(1)[:, None], logits[:, 0], stream.logits)
       stream = dataclasses.replace(stream, cache=cache, logits=logits)
       return stay(stream)
+
+    @functools.partial(jax.jit, donate_argnames='stream')
+    def ask(params, stream):
+      model = nnx.merge(graph, params)
+      logits, cache = gated_cache.ask(model, stream.cache, step=step)
+      return stay(dataclasses.replace(stream, cache=cache, logits=logits))
 
     @functools.partial(
       jax.jit, donate_argnames='stream', static_argnames='steps'
@@ -208,7 +236,7 @@ class Generator:
         )
         tokens = jnp.where(stream.ended, -1, drawn)
         ended = stream.ended | jnp.isin(drawn, jnp.array(stop_tokens, int))
-        logits, cache = cache_lib.extend(
+        logits, cache = extend(
           model,
           stream.cache,
           drawn[:, None],
@@ -227,6 +255,7 @@ class Generator:
       return stay(stream), tokens.T
 
     self._read, self._draw = read, draw
+    self._ask = ask if gated else None
 
   def start(self, prompts: Prompts) -> Stream:
     """Reads prompts, a chunk of all rows at a time.
@@ -248,6 +277,8 @@ class Generator:
       part = slice(begin, begin + self.chunk)
       new = np.arange(begin, begin + self.chunk) < lengths[:, None]
       stream = self._read(self._params, stream, tokens[:, part], new)
+    if self._ask is not None:
+      stream = self._ask(self._params, stream)
     return stream
 
   def draw(
@@ -264,6 +295,11 @@ class Generator:
     if self.capacity is not None:
       longest = int(stream.cache.lengths.max()) + steps
       self._check(longest, 'a row')
+    if self.max_new is not None and int(stream.count) + steps > self.max_new:
+      raise ValueError(
+        f'{int(stream.count) + steps} tokens are more than the max_new='
+        f'{self.max_new} that there is room for: raise it'
+      )
     return self._draw(self._params, stream, key, steps=steps)
 
   def generate(

@@ -1,6 +1,5 @@
 """A decoder-only transformer from a pattern of attention layers."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -9,99 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longctx.attention import (
-  AttentionConfig,
   make_attention,
   take_read,
   true_positions,
 )
+from longctx.gate import ContextGate, measure
+from longctx.model_config import REMAT_POLICIES, TransformerConfig, check
 from longctx.ops.cross_entropy import cross_entropy_sums, project
 from longctx.parallel import Placement
-from longctx.typing import Array, Float, Int, Key
-
-DTYPES = ('float32', 'bfloat16', 'float64')
-
-# What a block keeps for its backward pass, by name. The attention op keeps its
-# own inputs and outputs in any case but 'full'.
-REMAT_POLICIES = {
-  'none': None,
-  'full': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.dots_saveable,
-  'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-  """The shape of a decoder.
-
-  Attributes:
-    vocab_size: tokens V; None takes the task's.
-    layers: one string per block, see `longctx.attention`: ('full', 'linear') or
-      ('sliding_window(window=64)',) * 4 + ('full',).
-    d_model: width D of the residual stream.
-    num_heads: query heads N.
-    num_kv_heads: key and value heads K; None means N.
-    head_dim: width H of a query or key head; None means D / N.
-    value_dim: width V of a value head; None means H.
-    mlp_dim: width F of the MLP after each attention layer; 0 for no MLP.
-    positions: 'rope', 'alibi', 'learned' or 'none'.
-    rope_base: base of RoPE's geometric wavelengths.
-    max_positions: rows of the table of learned positions; None takes the
-      task's length.
-    short_conv: width of the convolution over queries, keys and values; 0: none.
-    attention_dropout: share of the attention weights that training drops.
-    tied_head: whether the output head is the embedding, transposed.
-    logits_chunk: positions whose logits exist at one time in `loss`.
-    remat: name in REMAT_POLICIES of what a block keeps for its backward pass.
-    dtype: of the computation.
-    param_dtype: of the parameters.
-    implementation: of the attention ops, by name; None takes the best.
-  """
-
-  vocab_size: int | None = None
-  layers: tuple[str, ...] = ('full', 'full')
-  d_model: int = 64
-  num_heads: int = 4
-  num_kv_heads: int | None = None
-  head_dim: int | None = None
-  value_dim: int | None = None
-  mlp_dim: int = 0
-  positions: str = 'rope'
-  rope_base: float = 10000.0
-  max_positions: int | None = None
-  short_conv: int = 0
-  attention_dropout: float = 0.0
-  tied_head: bool = True
-  logits_chunk: int = 1024
-  remat: str = 'none'
-  dtype: str = 'float32'
-  param_dtype: str = 'float32'
-  implementation: str | None = None
-
-  def attention(self) -> AttentionConfig:
-    """What the attention layers share, with the None fields resolved."""
-    head_dim = self.head_dim
-    if head_dim is None:
-      if self.num_heads < 1 or self.d_model % self.num_heads:
-        raise ValueError(
-          f'd_model={self.d_model} must be a multiple of '
-          f'num_heads={self.num_heads}, or head_dim be set'
-        )
-      head_dim = self.d_model // self.num_heads
-    return AttentionConfig(
-      d_model=self.d_model,
-      num_heads=self.num_heads,
-      num_kv_heads=self.num_kv_heads or self.num_heads,
-      head_dim=head_dim,
-      value_dim=self.value_dim or head_dim,
-      positions=self.positions,
-      rope_base=self.rope_base,
-      short_conv=self.short_conv,
-      attention_dropout=self.attention_dropout,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      implementation=self.implementation,
-    )
+from longctx.typing import Array, Bool, Float, Int, Key
 
 
 class MLP(nnx.Module):
@@ -175,7 +90,7 @@ class Transformer(nnx.Module):
   """
 
   def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-    _check(config)
+    check(config)
     self.config = config
     # Rows of norm one: multiplied by √D they enter the residual stream with
     # unit variance, and as a tied head they give logits of unit variance.
@@ -189,6 +104,8 @@ class Transformer(nnx.Module):
     self.blocks = nnx.List(
       [Block(layer, config, rngs=rngs) for layer in config.layers]
     )
+    if config.gate.keep:
+      self.gate = ContextGate(config.gate, config.d_model, rngs=rngs)
     self.norm = _norm(config, rngs)
     if not config.tied_head:
       lecun = nnx.initializers.lecun_normal()
@@ -228,8 +145,11 @@ class Transformer(nnx.Module):
     dropout_key: Key[Array, ''] | None = None,
     step: Int[Array, ''] | int | None = None,
     placement: Placement | None = None,
+    relevant: Bool[Array, 'B T'] | None = None,
   ) -> dict[str, Float[Array, '']]:
     """Weighted sums over the batch: `loss` (nats), `weight` and `correct`.
+
+    A model with a gate adds those of `gate.measure`, where `relevant` is given.
 
     Logits are made `logits_chunk` positions at a time, forward and backward, so
     that [T, V] never exists at once.
@@ -247,8 +167,24 @@ class Transformer(nnx.Module):
       step: of training, counted from 1; None before and without training.
       placement: where the tokens lie on a mesh, all arrays in its layout's
         order; None: on one device.
+      relevant: what the answers depend on, for a gate to learn.
     """
     x = self.embed(tokens, positions=positions, placement=placement)
+    if self.config.gate.keep:
+      if segment_ids is not None:
+        raise NotImplementedError(
+          'a gate has one question per row: train it without packed documents'
+        )
+      return self._gated_loss(
+        x,
+        labels,
+        weights,
+        relevant,
+        positions=positions,
+        dropout_key=dropout_key,
+        step=step,
+        placement=placement,
+      )
     x = self.hidden(
       x,
       positions=positions,
@@ -261,10 +197,53 @@ class Transformer(nnx.Module):
     if read is not None:
       labels = take_read(labels, read)
       weights = jnp.where(read < 0, 0, take_read(weights, read))
+    return self._sums(
+      x, labels, weights, None if read is not None else placement
+    )
+
+  def _sums(self, x, labels, weights, placement):
     sums = functools.partial(cross_entropy_sums, chunk=self.config.logits_chunk)
-    if placement is not None and read is None:
+    if placement is not None:
       sums = placement.sum_over_tokens(sums)
     return sums(self.head_matrix(), x, labels, weights)
+
+  def _gated_loss(
+    self,
+    x,
+    labels,
+    weights,
+    relevant,
+    *,
+    positions,
+    dropout_key,
+    step,
+    placement,
+  ):
+    """`loss` from embeddings on: the question ends at the first answer."""
+    config = self.config.gate
+    natural = lambda x: x
+    if placement is not None:
+      natural = placement.layout.restore
+    labels, weights = natural(labels), natural(weights)
+    run = functools.partial(self._run, dropout_key=dropout_key, step=step)
+    x = run(range(config.after), x, positions=positions, placement=placement)
+    key = dropout_key
+    if key is not None:
+      key = jax.random.fold_in(key, len(self.blocks))
+    passed = self.gate(
+      x, jnp.argmax(weights > 0, axis=1), key=key, placement=placement
+    )
+    x = run(
+      range(config.after, len(self.blocks)),
+      passed.x,
+      placement=passed.placement,
+    )
+    labels, weights = passed.take(labels), passed.take(weights)
+    out = self._sums(self.norm(x), labels, weights, passed.placement)
+    if relevant is not None:
+      out |= measure(passed, natural(relevant), config)
+      out['auxiliary'] = config.labels * out['gate_loss']
+    return out
 
   def embed(
     self,
@@ -302,8 +281,42 @@ class Transformer(nnx.Module):
     """The blocks and the final norm, from embeddings to the head's inputs.
 
     With `read`, the last block gives its outputs at these places alone.
+
+    Raises:
+      NotImplementedError: the model has a gate.
     """
-    for index, block in enumerate(self.blocks):
+    if self.config.gate.keep:
+      raise NotImplementedError(
+        'a gate passes what one question needs, and most positions have no '
+        'outputs: take `loss`, or `longctx.generate`'
+      )
+    x = self._run(
+      range(len(self.blocks)),
+      x,
+      positions=positions,
+      segment_ids=segment_ids,
+      read=read,
+      dropout_key=dropout_key,
+      step=step,
+      placement=placement,
+    )
+    return self.norm(x)
+
+  def _run(
+    self,
+    indices,
+    x,
+    *,
+    positions=None,
+    segment_ids=None,
+    read=None,
+    dropout_key=None,
+    step=None,
+    placement=None,
+  ):
+    """Some of the blocks, one after the other."""
+    for index in indices:
+      block = self.blocks[index]
       # A module is no pytree in every mode of NNX; its split state always is.
       graph, state = nnx.split(block)
       wanted = read if index == len(self.blocks) - 1 else None
@@ -328,7 +341,7 @@ class Transformer(nnx.Module):
       if placement is not None:
         x = jax.lax.with_sharding_constraint(x, placement.sharding)
       x = apply(state, x)
-    return self.norm(x)
+    return x
 
   def logits(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
     """The head: float32 logits from the normed outputs of `hidden`."""
@@ -336,16 +349,29 @@ class Transformer(nnx.Module):
 
   def state_bytes(self, seq_len: int, dtype: str = 'float32') -> int:
     """Bytes that decoding keeps for one sequence, all layers together."""
-    layers = [block.attention for block in self.blocks]
-    return sum(layer.state_bytes(seq_len, dtype) for layer in layers)
+    gate, total = self.config.gate, 0
+    for index, block in enumerate(self.blocks):
+      above = gate.keep and index >= gate.after
+      T = min(gate.num_kept, seq_len) if above else seq_len
+      total += block.attention.state_bytes(T, dtype)
+    if gate.keep:
+      # The outputs that the gate chooses from.
+      total += seq_len * self.config.d_model * jnp.dtype(dtype).itemsize
+    return total
 
   def flops(self, seq_len: int) -> int:
     """FLOPs of the forward pass on one sequence, the head included."""
-    config = self.config
-    head = 2 * seq_len * config.d_model * config.vocab_size
-    mlp = 4 * seq_len * config.d_model * config.mlp_dim
-    layers = [block.attention for block in self.blocks]
-    return head + sum(layer.flops(seq_len) + mlp for layer in layers)
+    config, gate, total = self.config, self.config.gate, 0
+    above = min(gate.num_kept, seq_len) if gate.keep else seq_len
+    for index, block in enumerate(self.blocks):
+      T = seq_len if gate.keep and index < gate.after else above
+      total += (
+        block.attention.flops(T) + 4 * T * config.d_model * config.mlp_dim
+      )
+    if gate.keep:
+      # The question's vector is projected, and meets every token.
+      total += 2 * config.d_model * (seq_len + 2 * gate.width)
+    return total + 2 * above * config.d_model * config.vocab_size
 
   def head_matrix(self) -> Float[Array, 'D V']:
     """From normed activations to logits: the embedding's transpose if tied."""
@@ -388,32 +414,6 @@ def validate(
     )
 
   jax.eval_shape(loss)
-
-
-def _check(config: TransformerConfig) -> None:
-  """Raises for values that no layer would notice."""
-  if not config.layers:
-    raise ValueError("layers is empty: name at least one, such as ('full',)")
-  if config.vocab_size is None or config.vocab_size < 1:
-    raise ValueError(f'vocab_size={config.vocab_size} must be at least 1')
-  if config.mlp_dim < 0 or config.logits_chunk < 1:
-    raise ValueError(
-      f'need mlp_dim={config.mlp_dim} >= 0 and '
-      f'logits_chunk={config.logits_chunk} >= 1'
-    )
-  if config.remat not in REMAT_POLICIES:
-    raise ValueError(
-      f'unknown remat {config.remat!r}; known: {", ".join(REMAT_POLICIES)}'
-    )
-  for name in ('dtype', 'param_dtype'):
-    if getattr(config, name) not in DTYPES:
-      raise ValueError(
-        f'unknown {name} {getattr(config, name)!r}; known: {", ".join(DTYPES)}'
-      )
-  if config.positions == 'learned' and not config.max_positions:
-    raise ValueError(
-      "positions='learned' needs max_positions, the longest sequence"
-    )
 
 
 def _norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:

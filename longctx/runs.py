@@ -6,6 +6,8 @@ import math
 import os
 import pathlib
 
+import numpy as np
+
 from longctx import config as config_lib
 from longctx import metrics, parallel, steps, tasks
 from longctx.checkpoint import Checkpointer
@@ -102,6 +104,8 @@ def prepare(config: ExperimentConfig, workdir: pathlib.Path) -> list[Run]:
         f'model.vocab_size={model.vocab_size} is too small for the task, which '
         f'needs {task.vocab_size}'
       )
+    if model.gate.keep:
+      _check_gate(one, task)
     placement = make_placement(one.parallel, task.seq_len)
     validate(
       model,
@@ -129,6 +133,34 @@ def prepare(config: ExperimentConfig, workdir: pathlib.Path) -> list[Run]:
   metrics.write_json(workdir / 'config.json', config_lib.to_dict(config))
   metrics.write_json(workdir / 'versions.json', metrics.versions())
   return runs
+
+
+def _check_gate(config: ExperimentConfig, task: tasks.Task):
+  """Refuses tasks that ask more than one question, by their first examples."""
+  gate = config.model.gate
+  if config.analysis.every:
+    raise NotImplementedError(
+      f'analysis.every={config.analysis.every}: analysis walks through all '
+      'tokens, and a gate lets few of them pass; take analysis.every=0'
+    )
+  for index in range(8):
+    example = task.get(config.seed, 'train', index)
+    if example.segment_ids is not None:
+      raise NotImplementedError(
+        'a gate has one question per row, and the task packs documents'
+      )
+    scored = np.flatnonzero(example.weights)
+    span = int(scored[-1] - scored[0]) + 1 if scored.size else 0
+    if span > gate.answer:
+      raise ValueError(
+        f'gate.answer={gate.answer} is too small for answers that take {span} '
+        'tokens: a row has one question, and its answer comes at once'
+      )
+    if gate.labels and example.relevant is None:
+      raise ValueError(
+        f'the task does not tell what is relevant, which gate.labels='
+        f'{gate.labels} needs: take labels=0, to learn from answers alone'
+      )
 
 
 def _check_workdir(run: Run):

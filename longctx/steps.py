@@ -103,7 +103,9 @@ def make_steps(
 
   def sums(params, batch, step, dropout_key=None):
     model = nnx.merge(graph, params)
-    optional = {k: batch.get(k) for k in ('positions', 'segment_ids', 'read')}
+    optional = {
+      k: batch.get(k) for k in ('positions', 'segment_ids', 'read', 'relevant')
+    }
     out = model.loss(
       batch['tokens'],
       batch['labels'],
@@ -113,7 +115,7 @@ def make_steps(
       placement=placement,
       **optional,
     )
-    return out['loss'], out
+    return out['loss'] + out.get('auxiliary', 0.0), out
 
   def train(state, batch, step):
     params = state['params']
@@ -121,7 +123,7 @@ def make_steps(
       lambda params, batch, key: sums(params, batch, step, key), has_aux=True
     )
     key = None
-    if config.model.attention_dropout:
+    if config.model.attention_dropout or config.model.gate.noise:
       key = jax.random.fold_in(jax.random.key(config.seed), DROPOUT)
       key = jax.random.fold_in(key, step)
     if accumulation == 1:

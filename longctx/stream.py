@@ -142,6 +142,11 @@ def check(run: evaluate.Trained, config: StreamConfig) -> None:
     ValueError: a policy does not fit the model, or would need more and more
       memory.
   """
+  if run.model.gate.keep:
+    raise NotImplementedError(
+      'a gate chooses once from a whole context, and a stream has no end: take '
+      'a model without one'
+    )
   for policy in config.policies:
     changed = with_policy(run.model, policy, config)
     graph, params = steps.abstract_params(changed)

@@ -5,6 +5,7 @@ checkpoint and ends with the parameters of a run that was never stopped, bit for
 bit on the same mesh, data order included.
 """
 
+import collections
 import json
 import pathlib
 import signal
@@ -19,7 +20,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from longctx import config as config_lib
-from longctx import figures, metrics, phase, steps
+from longctx import figures, gate, metrics, phase, steps
 from longctx import results as results_lib
 from longctx.analysis.analyzer import Analyzer
 from longctx.checkpoint import Checkpointer, abstract
@@ -348,7 +349,7 @@ class Trainer:
 
   def measure(self, batches: Iterable[steps.Batch]) -> dict[str, float]:
     """Mean loss and accuracy over batches, each token counted once."""
-    totals = dict.fromkeys(metrics.Meter.KEYS, 0.0)
+    totals = collections.Counter()
     for batch in batches:
       batch = self._put(batch, training=False)
       values = self.functions.evaluate(
@@ -360,6 +361,7 @@ class Trainer:
     return {
       'loss': totals['loss'] / weight,
       'accuracy': totals['correct'] / weight,
+      **gate.shares(totals),
     }
 
   def _save(self):

@@ -28,6 +28,8 @@ LAYERS = (
   ('ops',),
   ('parallel',),
   ('attention',),
+  ('gate',),
+  ('model_config',),
   ('model', 'tasks'),
   ('analysis',),
 )

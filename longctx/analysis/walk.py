@@ -49,7 +49,15 @@ def walk(
     tokens: in the layout's order, where there is one.
     visit: stands in place of each attention layer.
     placement: where the tokens lie on a mesh; None: all on one device.
+
+  Raises:
+    NotImplementedError: the model has a gate.
   """
+  if model.config.gate.keep:
+    raise NotImplementedError(
+      'analysis walks through all tokens, and a gate lets few of them pass: '
+      'take gate.keep=0'
+    )
   x = model.embed(tokens, placement=placement)
   for index, block in enumerate(model.blocks):
     if placement is not None:

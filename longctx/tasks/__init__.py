@@ -17,6 +17,7 @@ from longctx.tasks.markov import Markov
 from longctx.tasks.mqar import MQAR
 from longctx.tasks.multi_needle import MultiNeedle
 from longctx.tasks.ngram_lookup import NgramLookup
+from longctx.tasks.opinions import Opinions
 from longctx.tasks.passkey import Passkey
 from longctx.tasks.phone_book import PhoneBook
 from longctx.tasks.selective_copying import SelectiveCopying
@@ -34,6 +35,7 @@ TASKS = {
   'mqar': MQAR,
   'multi_needle': MultiNeedle,
   'ngram_lookup': NgramLookup,
+  'opinions': Opinions,
   'passkey': Passkey,
   'phone_book': PhoneBook,
   'selective_copying': SelectiveCopying,

@@ -127,6 +127,7 @@ DIGESTS = {
   'mqar': '2fd1e13d5fabad61',
   'multi_needle': '3eb86121e566d500',
   'ngram_lookup': 'b4b535fa634ff18d',
+  'opinions': '806f61c5b6bdfc63',
   'passkey': '520f83b29b9860c6',
   'phone_book': 'c87715dbd52a4806',
   'selective_copying': 'cedf5420c78ccdd9',
