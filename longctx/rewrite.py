@@ -209,10 +209,10 @@ class Answerer:
     Returns:
       Per question: `answer` (a token), `correct`, tokens `read` and `written`,
       `flops`, and the share of the batch's `seconds`; where the context is
-      rewritten, or there is a gate, `precision` and `recall` of its relevant tokens (a rewritten
-      context without any unit has precision 1), and errors by kind: `dropped`
-      (the fact is not there), `opinion` (somebody's view is), `invented` (units
-      that were struck out).
+      rewritten, or there is a gate, `precision` and `recall` of its relevant
+      tokens (where nothing is kept, precision is 1); and of a rewritten context
+      errors by kind: `dropped` (the fact is not there), `opinion` (somebody's
+      view is), `invented` (units that were struck out).
     """
     how = METHODS[method]
     start = time.perf_counter()

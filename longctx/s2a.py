@@ -134,8 +134,8 @@ def measure(
     its 95% interval (low, high), tokens `read` and `written`, `flops` and
     `seconds` per answer; `precision` and `recall` of the relevant tokens where
     the context is rewritten or passes a gate; and the shares of rewritten ones
-    with errors: `dropped`, `opinion` and `invented`. `recovered` is the share of the gap from baseline to oracle,
-    where that is a point at least.
+    with errors: `dropped`, `opinion` and `invented`. `recovered` is the share
+    of the gap from baseline to oracle, where that is a point at least.
   """
   rows = []
   for run in runs:
