@@ -32,12 +32,20 @@ def jobs(seed: int, quick: bool) -> list[Job]:
         run='s2a',
         seed=seed,
         config='configs/s2a.py:gate',
-        overrides={'steps': 400},
+        overrides={'steps': 600},
         then=(ask('--conditions=suggest_wrong', '--questions=128'),),
       )
     ]
   counts = ','.join(map(str, DISTRACTORS))
   return [
+    # Opinions as good as facts, where the config has better ones.
+    Job(
+      run='even',
+      seed=seed,
+      config='configs/s2a.py:rewriter',
+      overrides={'task.agree': 0.9},
+      then=(ask('--questions=512'),),
+    ),
     Job(
       run='s2a',
       seed=seed,
@@ -66,13 +74,16 @@ def jobs(seed: int, quick: bool) -> list[Job]:
           '--chunk=4096',
         ),
       ),
-    )
+    ),
   ]
 
 
 def measure(job: Job, workdir) -> list[dict]:
-  rows = metrics.read_lines(workdir / 's2a.jsonl')
-  return [{**row, 'model': row['run'], 'run': name_of(row)} for row in rows]
+  found = []
+  for row in metrics.read_lines(workdir / 's2a.jsonl'):
+    model = 'even' if job.run == 'even' else row['run']
+    found.append({**row, 'model': model, 'run': name_of({**row, 'run': model})})
+  return found
 
 
 def name_of(row) -> str:
