@@ -71,6 +71,9 @@ _SENTENCES = flags.DEFINE_integer(
 )
 _MENTIONS = flags.DEFINE_integer('mentions', 1, 'of the fact, for s2a')
 _OPINIONS = flags.DEFINE_integer('opinions', 1, 'that are the same, for s2a')
+_KEEP = flags.DEFINE_integer(
+  'keep', 0, 'spans that may pass a gate, for s2a; 0: as in training'
+)
 _METHODS = flags.DEFINE_list(
   'methods', list(s2a.S2AConfig().methods), 'see longctx/rewrite.py, for s2a'
 )
@@ -117,6 +120,7 @@ def main(argv: list[str]):
         sentences=_SENTENCES.value,
         mentions=_MENTIONS.value,
         opinions=_OPINIONS.value,
+        keep=_KEEP.value,
         chunk=_CHUNK.value,
         batch_size=_BATCH_SIZE.value or 64,
         methods=tuple(_METHODS.value),

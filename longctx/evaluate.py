@@ -213,7 +213,7 @@ def merge_lines(
   path: pathlib.Path, rows: list[dict[str, Any]], fields: tuple[str, ...]
 ):
   """Adds lines to a file; a measurement with the same fields is replaced."""
-  key = lambda row: tuple(str(row[field]) for field in fields)
+  key = lambda row: tuple(str(row.get(field)) for field in fields)
   new = {key(row) for row in rows}
   old = [row for row in metrics.read_lines(path) if key(row) not in new]
   metrics.write_lines(path, old + rows)

@@ -31,6 +31,7 @@ FIELDS = (
   'sentences',
   'mentions',
   'opinions',
+  'keep',
   'method',
 )
 # Of a question's row, where it has them.
@@ -52,6 +53,7 @@ class S2AConfig:
     batch_size: of them, answered at a time.
     chunk: tokens of a prompt that are read at once.
     methods: of `longctx.rewrite`, for runs without a gate.
+    keep: spans that may pass a gate; 0: as many as in training.
   """
 
   conditions: tuple[str, ...] = CONDITIONS[1:]
@@ -63,6 +65,7 @@ class S2AConfig:
   batch_size: int = 64
   chunk: int = 64
   methods: tuple[str, ...] = WITHOUT_GATE
+  keep: int = 0
 
   def __post_init__(self):
     for name, known in (
@@ -75,7 +78,13 @@ class S2AConfig:
           f'unknown {name} {unknown[0]!r}; known: {", ".join(known)}'
         )
     for name, least in dict(
-      sentences=0, mentions=1, opinions=1, count=1, batch_size=1, chunk=1
+      sentences=0,
+      keep=0,
+      mentions=1,
+      opinions=1,
+      count=1,
+      batch_size=1,
+      chunk=1,
     ).items():
       if getattr(self, name) < least:
         raise ValueError(
@@ -139,6 +148,10 @@ def measure(
   """
   rows = []
   for run in runs:
+    if config.keep and run.model.gate.keep:
+      gate = dataclasses.replace(run.model.gate, keep=config.keep)
+      model = dataclasses.replace(run.model, gate=gate)
+      run = dataclasses.replace(run, model=model)
     graph, params, step = evaluate.restore(run)
     model = nnx.merge(graph, params)
     methods = config.methods
@@ -159,6 +172,7 @@ def measure(
             'sentences': config.sentences,
             'mentions': config.mentions,
             'opinions': config.opinions,
+            'keep': config.keep,
             'method': method,
             **summary(answerer, asked, method, config.batch_size),
           }

@@ -63,6 +63,13 @@ def jobs(seed: int, quick: bool) -> list[Job]:
           '--opinions=8',
           '--methods=baseline,oracle,s2a,keep_original,instructed',
         ),
+        # The fact is said once, and one span may pass.
+        ask(
+          '--run=gate',
+          '--conditions=none,suggest_wrong',
+          f'--distractors={counts},{USUAL}',
+          '--keep=1',
+        ),
         ask(
           '--run=gate,window',
           '--conditions=suggest_wrong',
@@ -96,6 +103,8 @@ def name_of(row) -> str:
     name += f' opinions={row["opinions"]}'
   if row['sentences'] == LONG:
     name += ' long'
+  if row['keep']:
+    name += f' keep={row["keep"]}'
   return name
 
 
