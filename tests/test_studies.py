@@ -255,7 +255,11 @@ def test_a_memory_of_sizes_has_a_run_for_every_rate():
   config = retrieval_config.get_config('sizes/window 8')
   rates = [run.optimizer.learning_rate for run in config.runs.values()]
   assert sorted(rates) == [1e-3, 3e-3, 1e-2]
-  assert len(retrieval_config.get_config('sizes').runs) == 26 * 3
+  assert len(retrieval_config.get_config('sizes').runs) == 3 * len(
+    retrieval_config.SIZES
+  )
+  one = retrieval_config.get_config('sizes/window 8 at 1e-2')
+  assert list(one.runs) == ['window 8 at 1e-2']
   with pytest.raises(ValueError, match="unknown memory 'window 9'"):
     retrieval_config.get_config('sizes/window 9')
 

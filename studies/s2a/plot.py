@@ -31,7 +31,7 @@ def show(rows, folder: pathlib.Path):
   """Writes s2a.png and table.md."""
   usual = [row for row in rows if is_usual(row)]
   figure, (bars, *lines) = figures.axes(3)
-  draw_bars(bars, [r for r in usual if r['distractors'] == 8])
+  draw_bars(bars, usual)
   for axis, condition in zip(lines, ('none', 'suggest_wrong'), strict=True):
     draw_lines(axis, [r for r in usual if r['condition'] == condition])
     axis.set_title(condition.replace('_', ' '))
@@ -41,7 +41,9 @@ def show(rows, folder: pathlib.Path):
 
 
 def is_usual(row) -> bool:
-  return row['opinions'] == 1 and row['mentions'] == 1
+  """Each opinion once, and of a gate the one span that the fact is."""
+  spans = {'gate': 1}.get(row['model'], 0)
+  return row['opinions'] == row['mentions'] == 1 and row.get('keep', 0) == spans
 
 
 def who(row) -> str:
@@ -53,18 +55,32 @@ def who(row) -> str:
 
 
 def draw_bars(axis, rows):
-  """Accuracy against a wrong suggestion."""
-  rows = [row for row in rows if row['condition'] == 'suggest_wrong']
-  names = list(dict.fromkeys(who(row) for row in rows))
-  for index, name in enumerate(names):
-    found = [row['accuracy'] for row in rows if who(row) == name]
-    middle = statistics.median(found)
-    error = [[middle - min(found)], [max(found) - middle]]
-    axis.bar(index, middle, color=figures.COLORS[0])
-    axis.errorbar(index, middle, error, color='0.2', lw=1)
+  """Accuracy against a wrong suggestion, by how good opinions were."""
+  rows = [
+    row
+    for row in rows
+    if row['condition'] == 'suggest_wrong' and row['distractors'] == 8
+  ]
+  names = list(METHODS.values())[:-1]
+  for index, (model, label) in enumerate(
+    (('even', 'trained at agree = 0.9'), ('rewriter', 'at 0.95'))
+  ):
+    found = [
+      [r['accuracy'] for r in rows if (r['model'], who(r)) == (model, name)]
+      for name in names
+    ]
+    middles = [statistics.median(f) for f in found]
+    errors = np.array(
+      [[m - min(f), max(f) - m] for m, f in zip(middles, found, strict=True)]
+    ).T
+    places = np.arange(len(names)) + 0.4 * index - 0.2
+    color = figures.COLORS[index]
+    axis.bar(places, middles, 0.4, color=color, label=label)
+    axis.errorbar(places, middles, errors, fmt='none', color='0.2', lw=1)
   axis.set_xticks(range(len(names)), names, rotation=40, ha='right')
   axis.set_title('suggest wrong, 8 distractors')
   axis.set_ylabel('accuracy')
+  axis.legend(frameon=False, fontsize=8)
 
 
 def draw_lines(axis, rows):
@@ -113,7 +129,9 @@ def table(rows) -> str:
       condition += f', {first["opinions"]} times'
     if first['sentences'] > 1000:
       condition += ', 65,536 tokens'
-    cells = [condition, str(first['distractors']), who(first)]
+    method = who(first) + ' (agree = 0.9)' * (first['model'] == 'even')
+    method += f' ({first["keep"]} span)' * bool(first.get('keep'))
+    cells = [condition, str(first['distractors']), method]
     for key in keys:
       values = [row[key] for row in mine if row.get(key) is not None]
       cells.append(ranged(values) if values else '')

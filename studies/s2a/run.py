@@ -103,25 +103,31 @@ def name_of(row) -> str:
     name += f' opinions={row["opinions"]}'
   if row['sentences'] == LONG:
     name += ' long'
-  if row['keep']:
+  if row.get('keep'):
     name += f' keep={row["keep"]}'
   return name
 
 
-def of(key: str, who: str, condition: str = 'suggest_wrong', n: int = USUAL):
-  return lambda rows: rows[f'{who} {condition} {n}'].get(key)
+def of(
+  key: str,
+  who: str,
+  condition: str = 'suggest_wrong',
+  n: int = USUAL,
+  more: str = '',
+):
+  return lambda rows: rows[f'{who} {condition} {n}{more}'].get(key)
 
 
 def gap(rows) -> float:
   """Accuracy that a wrong suggestion costs."""
-  accuracy = lambda method: of('accuracy', f'rewriter/{method}')(rows)
+  accuracy = lambda method: of('accuracy', f'even/{method}')(rows)
   return accuracy('oracle') - accuracy('baseline')
 
 
 def least_step(rows) -> float:
   """The smallest difference along S2A > KeepOrig > Instructed > baseline."""
   recovered = [
-    of('recovered', f'rewriter/{method}')(rows)
+    of('recovered', f'even/{method}')(rows)
     for method in ('s2a', 'keep_original', 'instructed')
   ]
   steps = zip(recovered, [*recovered[1:], 0.0], strict=True)
@@ -137,22 +143,20 @@ def behind(rows) -> float:
   """Accuracy of S2A less that of the gate, the larger of two conditions."""
   return max(
     of('accuracy', 'rewriter/s2a', condition)(rows)
-    - of('accuracy', 'gate', condition)(rows)
+    - of('accuracy', 'gate', condition, more=' keep=1')(rows)
     for condition in ('none', 'suggest_wrong')
   )
 
 
-def spread_of(who: str):
-  """Largest less smallest accuracy over DISTRACTORS, of both conditions."""
-
-  def figure(rows) -> float:
-    worst = 0.0
-    for condition in ('none', 'suggest_wrong'):
-      found = [of('accuracy', who, condition, n)(rows) for n in DISTRACTORS]
-      worst = max(worst, max(found) - min(found))
-    return worst
-
-  return figure
+def spread(rows) -> float:
+  """The gate's largest less its smallest accuracy, the worse condition."""
+  worst = 0.0
+  for condition in ('none', 'suggest_wrong'):
+    found = [
+      of('accuracy', 'gate', condition, n, ' keep=1')(rows) for n in DISTRACTORS
+    ]
+    worst = max(worst, max(found) - min(found))
+  return worst
 
 
 def decay(rows) -> float:
@@ -173,17 +177,17 @@ CLAIMS = (
   ),
   Claim(
     text='share of that gap that S2A recovers',
-    figure=of('recovered', 'rewriter/s2a'),
+    figure=of('recovered', 'even/s2a'),
     at_least=0.8,
   ),
   Claim(
     text='share that KeepOrig recovers, at least',
-    figure=of('recovered', 'rewriter/keep_original'),
+    figure=of('recovered', 'even/keep_original'),
     at_least=0.3,
   ),
   Claim(
     text='share that KeepOrig recovers, at most',
-    figure=of('recovered', 'rewriter/keep_original'),
+    figure=of('recovered', 'even/keep_original'),
     at_most=0.75,
   ),
   Claim(
@@ -203,7 +207,7 @@ CLAIMS = (
   ),
   Claim(
     text='accuracy of the gate varies from 1 to 256 distractors by',
-    figure=spread_of('gate'),
+    figure=spread,
     at_most=0.02,
   ),
   Claim(
