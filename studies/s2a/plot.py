@@ -33,7 +33,8 @@ def show(rows, folder: pathlib.Path):
   figure, (bars, *lines) = figures.axes(3)
   draw_bars(bars, usual)
   for axis, condition in zip(lines, ('none', 'suggest_wrong'), strict=True):
-    draw_lines(axis, [r for r in usual if r['condition'] == condition])
+    mine = [r for r in usual if r['condition'] == condition]
+    draw_lines(axis, [r for r in mine if r['model'] != 'even'])
     axis.set_title(condition.replace('_', ' '))
   figures.legend_below(figure, lines[0])
   figures.save(figure, folder / 's2a.png')
@@ -130,7 +131,8 @@ def table(rows) -> str:
     if first['sentences'] > 1000:
       condition += ', 65,536 tokens'
     method = who(first) + ' (agree = 0.9)' * (first['model'] == 'even')
-    method += f' ({first["keep"]} span)' * bool(first.get('keep'))
+    if first.get('keep'):
+      method += f' ({first["keep"]} span)'
     cells = [condition, str(first['distractors']), method]
     for key in keys:
       values = [row[key] for row in mine if row.get(key) is not None]
