@@ -251,16 +251,11 @@ def ends_of(relevant: Bool[Array, 'B T'], span: int) -> Bool[Array, 'B T']:
 
   A run of relevant tokens is cut into spans from its end on.
   """
-
-  # Relevant tokens from each one to the end of its run.
-  def count(n, x):
-    n = jnp.where(x, n + 1, 0)
-    return n, n
-
-  _, lengths = lax.scan(
-    count, jnp.zeros(relevant.shape[0], jnp.int32), relevant.T, reverse=True
-  )
-  return relevant & (lengths.T % span == 1 % span)
+  T = relevant.shape[1]
+  places = jnp.arange(T)
+  # The next token that is not relevant ends the run.
+  after = lax.cummin(jnp.where(relevant, T, places), axis=1, reverse=True)
+  return relevant & ((after - places) % span == 1 % span)
 
 
 def measure(

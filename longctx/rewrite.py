@@ -220,19 +220,19 @@ class Answerer:
     rewritten = [None] * len(asked)
     if how.rewrite:
       rewritten = self.rewrite(asked, how.rewrite)
-    prompts = []
+    prompts, contexts = [], []
     for q, r in zip(asked, rewritten, strict=True):
       about = q.about
       if how.own_question and len(r.about) == 2:
         about = r.about
-      units = how.context(q, r, rng)
-      prompts.append(self.task.prompt(units, about, how.instruction))
+      contexts.append(how.context(q, r, rng))
+      prompts.append(self.task.prompt(contexts[-1], about, how.instruction))
     answers, stream = self._continue(prompts, 1)
     answers = answers[:, 0]
     seconds = (time.perf_counter() - start) / len(asked)
     rows = []
-    for q, r, prompt, answer in zip(
-      asked, rewritten, prompts, answers, strict=True
+    for q, r, units, prompt, answer in zip(
+      asked, rewritten, contexts, prompts, answers, strict=True
     ):
       row = {'answer': int(answer), 'correct': bool(answer == q.answer)}
       row |= {'read': len(prompt), 'written': 1, 'seconds': seconds}
@@ -242,6 +242,8 @@ class Answerer:
         row['read'] += first
         row['written'] += r.length
         row['flops'] += self.model.flops(first + r.length)
+        if how.context is _at_random:
+          r = r._replace(units=units, invented=0)
         row |= kept(q, r)
       rows.append(row)
     if self._gated:

@@ -3,9 +3,9 @@
     python eval.py --workdir=runs/s2a --mode=s2a --questions=256 \
       --conditions=none,suggest_wrong --distractors=0,8,64,256
 
-A run without a gate answers by every method of `longctx.rewrite`, one with a
-gate by itself. What is asked is of the test split, and conditions and numbers
-of distractors need not be those of training.
+A run with a gate answers by itself, one that learned to rewrite by every method
+of `longctx.rewrite`, and any other as `baseline`. What is asked is of the test
+split, and conditions and numbers of distractors need not be those of training.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class S2AConfig:
     count: questions for each condition and number.
     batch_size: of them, answered at a time.
     chunk: tokens of a prompt that are read at once.
-    methods: of `longctx.rewrite`, for runs without a gate.
+    methods: of `longctx.rewrite`, for runs that learned to rewrite.
     keep: spans that may pass a gate; 0: as many as in training.
   """
 
