@@ -10,6 +10,10 @@ import numpy as np
 
 from longctx.masks.algebra import Positions, Primitive, Range, Reach
 
+# A pattern inside of a program: bits that a word holds (without its sign), and
+# the most words.
+WORD_BITS, MOST_WORDS = 31, 512
+
 
 @dataclasses.dataclass(frozen=True)
 class Full(Primitive):
@@ -301,13 +305,35 @@ class BlockSparse(Primitive):
     on_device = isinstance(q_positions, jax.Array) or isinstance(
       k_positions, jax.Array
     )
+    row, column = q_positions // self.block, k_positions // self.block
+    if on_device and self.is_small:
+      return self._bits(row, column)
     xp = jnp if on_device else np
     table = xp.asarray(np.asarray(self.pattern, bool))
-    row, column = q_positions // self.block, k_positions // self.block
     inside = (row < table.shape[0]) & (column < table.shape[1])
     row = xp.minimum(row, table.shape[0] - 1)
     column = xp.minimum(column, table.shape[1] - 1)
     return inside & table[row, column]
+
+  @property
+  def is_small(self) -> bool:
+    """Whether the pattern can be part of a program, as kernels need it."""
+    words = -(-len(self.pattern[0]) // WORD_BITS)
+    return len(self.pattern) * words <= MOST_WORDS
+
+  def _bits(self, row: jax.Array, column: jax.Array) -> jax.Array:
+    """Looks the pattern up without a table: a word of bits per row."""
+    seen = row + column < 0
+    for start in range(0, len(self.pattern[0]), WORD_BITS):
+      word = 0 * row
+      for index, cells in enumerate(self.pattern):
+        bits = sum(x << i for i, x in enumerate(cells[start:][:WORD_BITS]))
+        word = jnp.where(row == index, bits, word)
+      bit = column - start
+      inside = (bit >= 0) & (bit < WORD_BITS)
+      bit = jnp.where(inside, bit, 0)
+      seen = seen | (inside & ((word >> bit) & 1 == 1))
+    return seen
 
   def bounds(self, q: Range, k: Range):
     # Counts of ones in rectangles, from sums over all the blocks before.

@@ -22,7 +22,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from longctx.masks import Mask
-from longctx.ops.dot_product_attention import BlockSizes, Dropout, blockwise
+from longctx.ops.dot_product_attention import (
+  BlockSizes,
+  Dropout,
+  blockwise,
+  pallas_tpu,
+)
 from longctx.ops.dot_product_attention.normalizers import Normalizer
 from longctx.ops.dot_product_attention.work_list import Indices
 from longctx.ops.merge import merge, merge_devices
@@ -37,6 +42,10 @@ from longctx.typing import Array, Float, Int
 
 Axis = str | tuple[str, ...]
 
+# What computes the parts, by the same functions: sums to go on from, forward
+# and backward.
+PARTS = {'xla': blockwise, 'pallas': pallas_tpu}
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -49,6 +58,11 @@ class Spec:
   logits_soft_cap: float | None
   normalizer: Normalizer
   block_sizes: BlockSizes | None
+  implementation: str
+
+  @property
+  def parts(self) -> Any:
+    return PARTS[self.implementation]
 
 
 class Queries(NamedTuple):
@@ -98,6 +112,7 @@ def attend(
   normalizer: Normalizer,
   dropout: Dropout | None,
   block_sizes: BlockSizes | None,
+  implementation: str,
 ) -> tuple[Float[Array, 'B L N V'], Float[Array, 'B L N']]:
   """Attention of this device's queries to the keys of all of `axis`.
 
@@ -119,6 +134,7 @@ def attend(
     normalizer: of the logits; what it finishes is left to the caller.
     dropout: with this device's first batch row and head.
     block_sizes: of the parts.
+    implementation: of the parts, of `PARTS`.
 
   Returns:
     out in the dtype of q, lse in float32.
@@ -127,7 +143,14 @@ def attend(
   make = make_schedule if natural else full_schedule
   schedule = make(mask, ring)
   spec = Spec(
-    axis, ring, schedule, scale, logits_soft_cap, normalizer, block_sizes
+    axis,
+    ring,
+    schedule,
+    scale,
+    logits_soft_cap,
+    normalizer,
+    block_sizes,
+    implementation,
   )
   if not natural:
     own = ring.positions(lax.axis_index(axis))[None]
@@ -161,7 +184,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _forward(device: '_Device', q, k, v):
-  schedule = device.spec.schedule
+  schedule, parts = device.spec.schedule, device.spec.parts
   queries, keys = device.queries(q), device.keys(k, v)
   arriving = [device.send(chain, keys) for chain in schedule.chains]
   out, lse = device.forward(schedule.travelling, queries, keys)
@@ -182,7 +205,7 @@ def _forward(device: '_Device', q, k, v):
     def stop(hop, sums, arrived, chain=chain, part=part):
       keys = device.arrived(chain, arrived, hop)
       extras = device.extras(queries, keys)
-      return blockwise.add(part, queries.q, keys.k, keys.v, extras, sums)
+      return parts.add(part, queries.q, keys.k, keys.v, extras, sums)
 
     def body(carry, hop, chain=chain, stop=stop):
       arrived, sums = carry
@@ -190,16 +213,16 @@ def _forward(device: '_Device', q, k, v):
       following = device.shift(arrived, chain.pairs)
       return (following, stop(hop, sums, arrived)), None
 
-    sums = blockwise.resume(part, out, lse)
+    sums = parts.resume(part, out, lse)
     if chain.hops > 1:
       hops = jnp.arange(1, chain.hops)
       (arrived, sums), _ = lax.scan(body, (arrived, sums), hops)
-    out, lse = blockwise.finish(part, stop(chain.hops, sums, arrived))
+    out, lse = parts.finish(part, stop(chain.hops, sums, arrived))
   return out, lse
 
 
 def _backward(device: '_Device', q, k, v, lse, dout, delta):
-  schedule = device.spec.schedule
+  schedule, parts = device.spec.schedule, device.spec.parts
   queries, keys = device.queries(q), device.keys(k, v)
   # The cotangents of the queries' rows, which go where the queries go.
   bars = (lse, dout, delta)
@@ -224,7 +247,7 @@ def _backward(device: '_Device', q, k, v, lse, dout, delta):
     def stop(hop, sums, arrived, chain=chain, part=part):
       keys = device.arrived(chain, arrived, hop)
       extras = device.extras(queries, keys)
-      sums, *share = blockwise.add_gradients(
+      sums, *share = parts.add_gradients(
         part, queries.q, keys.k, keys.v, extras, *bars, sums
       )
       return sums, tuple(share)
@@ -237,7 +260,7 @@ def _backward(device: '_Device', q, k, v, lse, dout, delta):
       return (following, jax.tree.map(jnp.add, collected, share), sums), None
 
     collected = None
-    sums = blockwise.no_queries(part, q, dq.dtype)
+    sums = parts.no_queries(part, q, dq.dtype)
     if chain.hops > 1:
       zeros = (
         jnp.zeros_like(dk[:, : chain.length]),
@@ -248,7 +271,7 @@ def _backward(device: '_Device', q, k, v, lse, dout, delta):
       arrived, collected, sums = carry
       collected = device.shift(collected, everyone)
     sums, share = stop(chain.hops, sums, arrived)
-    dq += blockwise.join_queries(part, sums)
+    dq += parts.join_queries(part, sums)
     if collected is not None:
       share = jax.tree.map(jnp.add, collected, share)
     home = device.shift(share, device.neighbours(-chain.direction * chain.hops))
@@ -299,16 +322,18 @@ class _Device:
   def forward(self, mask: Mask, queries: Queries, keys: Keys):
     """(out, lse) of some queries and keys, unrounded."""
     spec, extras = self.part(mask, queries, keys), self.extras(queries, keys)
-    return blockwise.forward(spec, queries.q, keys.k, keys.v, extras)
+    return self.spec.parts.forward(spec, queries.q, keys.k, keys.v, extras)
 
   def backward(self, mask: Mask, queries: Queries, keys: Keys, bars):
     """Their share of (dq, dk, dv), unrounded."""
     spec, extras = self.part(mask, queries, keys), self.extras(queries, keys)
-    return blockwise.backward(spec, queries.q, keys.k, keys.v, extras, *bars)
+    return self.spec.parts.backward(
+      spec, queries.q, keys.k, keys.v, extras, *bars
+    )
 
-  def part(self, mask: Mask, queries: Queries, keys: Keys) -> blockwise.Spec:
+  def part(self, mask: Mask, queries: Queries, keys: Keys) -> Any:
     """How some queries read some keys."""
-    return blockwise.make_spec(
+    return self.spec.parts.make_spec(
       queries.q,
       keys.k,
       mask=mask,

@@ -17,6 +17,7 @@ from longctx.ops.dot_product_attention import (
   NORMALIZERS,
   BlockSizes,
   blockwise,
+  choose,
   resolve,
 )
 from longctx.ops.merge import merge_devices
@@ -100,7 +101,7 @@ def dot_product_attention(
     normalizer: 'softmax', 'softmax1', 'softpick' or 'sigmoid'.
     dropout: (rate, key); drops the same weights on any mesh.
     block_sizes: of the parts.
-    implementation: 'xla' or None for 'ring', any for the others.
+    implementation: 'xla', 'pallas' or None for 'ring', any for the others.
     return_lse: whether to return lse too.
 
   Returns:
@@ -138,7 +139,8 @@ def dot_product_attention(
   if not in_layout:
     q, k, v, call = _into_layout(layout, q, k, v, call, few=few)
   sink_logits = call.pop('sink_logits')
-  plan = _Plan(axes, layout, scheme, implementation or 'xla', few)
+  name = choose(implementation, q, v, **call)
+  plan = _Plan(axes, layout, scheme, name, few)
   out, lse = _on_mesh(plan, q, k, v, call)
   out = NORMALIZERS[normalizer].finish(out, lse)
   if sink_logits is not None:
@@ -172,10 +174,10 @@ def check_scheme(
         f"{axes.seq[-1]!r}, and {here} do not divide; take scheme='ring', "
         'another mesh or another number of heads'
       )
-  if 'ring' in scheme and implementation not in (None, 'xla'):
+  if 'ring' in scheme and implementation not in (None, *ring.PARTS):
     raise NotImplementedError(
-      f'{implementation=} gives no parts for a ring to merge: take None or '
-      "'xla', or another scheme"
+      f'{implementation=} gives no parts for a ring to merge: take None or one '
+      f'of {sorted(ring.PARTS)}, or another scheme'
     )
 
 
@@ -263,7 +265,15 @@ def _local(plan: _Plan, q, k, v, call: dict[str, Any]):
     return _all_gather(plan, q, k, v, call)
   call = _without_padding(layout, call) if 'ring' in plan.scheme else call
   if plan.scheme == 'ring':
-    return ring.attend(q, k, v, axis=axes.seq[0], ring=Ring(layout), **call)
+    return ring.attend(
+      q,
+      k,
+      v,
+      axis=axes.seq[0],
+      ring=Ring(layout),
+      implementation=plan.implementation,
+      **call,
+    )
   indices = {name: call.pop(name) for name in INDICES}
   heads = {name: call.pop(name) for name in ('alibi_slopes', 'dropout')}
   if plan.scheme == 'ulysses':
@@ -271,7 +281,11 @@ def _local(plan: _Plan, q, k, v, call: dict[str, Any]):
   else:
     folded = Ring(layout, fold=axes.size(axes.seq[1]))
     inner = functools.partial(
-      ring.attend, axis=axes.seq[0], ring=folded, **call
+      ring.attend,
+      axis=axes.seq[0],
+      ring=folded,
+      implementation=plan.implementation,
+      **call,
     )
   size, axis = axes.size(axes.seq[-1]), axes.seq[-1]
   return ulysses.attend(

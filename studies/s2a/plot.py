@@ -70,6 +70,9 @@ def draw_bars(axis, rows):
       [r['accuracy'] for r in rows if (r['model'], who(r)) == (model, name)]
       for name in names
     ]
+    if not all(found):
+      # A quick run has one of the two trainings.
+      continue
     middles = [statistics.median(f) for f in found]
     errors = np.array(
       [[m - min(f), max(f) - m] for m, f in zip(middles, found, strict=True)]

@@ -14,77 +14,21 @@ from longctx.ops.dot_product_attention import (
   BlockSizes,
   dot_product_attention,
 )
+from tests.ops.attention_cases import (
+  cases,
+  check,
+  documents,
+  make_inputs,
+  run,
+)
 from tests.tolerances import case_id, tolerance
 
 OTHERS = sorted(set(IMPLEMENTATIONS) - {'reference'})
+# Kernels have tests of these of their own, at lengths of several blocks.
+HERE = sorted(set(OTHERS) - {'pallas'})
 # Several blocks of every kind at the lengths below, other ones backward.
 SMALL = BlockSizes(16, 8, 8, 16)
-
-
-def make_inputs(
-  B=2, T=37, S=None, N=4, K=2, H=8, V=12, dtype='float32', seed=0
-):
-  """q, k, v, sink_logits and the cotangents of out and lse."""
-  rng = np.random.default_rng(seed)
-  S = S or T
-  shapes = [(B, T, N, H), (B, S, K, H), (B, S, K, V), (N,), (B, T, N, V)]
-  arrays = [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
-  wide = jnp.promote_types(dtype, jnp.float32)
-  return *arrays, jnp.asarray(rng.normal(size=(B, T, N)), wide)
-
-
-def documents(B, T, *, seed=1):
-  """Segment ids of packed documents, cut elsewhere in each batch row."""
-  rng = np.random.default_rng(seed)
-  return np.sort(rng.integers(0, 3, (B, T)), axis=1)
-
-
-def shuffled(B, T, *, seed=2):
-  """Positions in another order in each batch row."""
-  rng = np.random.default_rng(seed)
-  return np.stack([rng.permutation(T) for _ in range(B)])
-
-
-def run(implementation, inputs, *, sink=False, rate=0.0, **options):
-  """out, lse and the gradients of q, k, v and sink_logits from both."""
-  static = {
-    name: value
-    for name, value in options.items()
-    if not isinstance(value, jax.Array | np.ndarray)
-  }
-  arrays = {n: jnp.asarray(v) for n, v in options.items() if n not in static}
-  static |= dict(implementation=implementation)
-  return _run(inputs, arrays, tuple(static.items()), sink, rate)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _run(inputs, arrays, static, sink, rate):
-  *primals, out_bar, lse_bar = inputs
-
-  def attend(q, k, v, sink_logits):
-    extra = dict(sink_logits=sink_logits) if sink else {}
-    if rate:
-      extra['dropout'] = (rate, jax.random.key(3))
-    return dot_product_attention(
-      q, k, v, return_lse=True, **extra, **arrays, **dict(static)
-    )
-
-  outputs, vjp = jax.vjp(attend, *primals)
-  return *outputs, *vjp((out_bar, lse_bar))
-
-
-def check(actual, expected, dtype='float32'):
-  names = ('out', 'lse', 'dq', 'dk', 'dv', 'dsink')
-  for name, x, y in zip(names, actual, expected, strict=True):
-    assert x.dtype == y.dtype and x.shape == y.shape, name
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    # Gradients sum over as many terms as there are queries and heads.
-    size = max(1, np.abs(y[np.isfinite(y)]).max(initial=0))
-    y, x = (
-      np.where(np.isfinite(y), y / size, y),
-      np.where(np.isfinite(x), x / size, x),
-    )
-    np.testing.assert_allclose(x, y, **tolerance(dtype), err_msg=name)
+SIZES = dict.fromkeys(IMPLEMENTATIONS, SMALL) | {'pallas': None}
 
 
 SHAPES = [
@@ -97,7 +41,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize('implementation', OTHERS)
+@pytest.mark.parametrize('implementation', HERE)
 @pytest.mark.parametrize(
   ('shape', 'normalizer'),
   [
@@ -109,63 +53,17 @@ SHAPES = [
 def test_equals_reference_for_shape(implementation, shape, normalizer):
   inputs = make_inputs(**shape)
   options = dict(sink=normalizer == 'softmax', normalizer=normalizer)
-  actual = run(implementation, inputs, block_sizes=SMALL, **options)
+  actual = run(
+    implementation, inputs, block_sizes=SIZES[implementation], **options
+  )
   expected = run('reference', inputs, **options)
   check(actual, expected, shape.get('dtype', 'float32'))
 
 
-CASES = {
-  'full': dict(mask=masks.Full()),
-  'window': dict(mask=masks.SlidingWindow(7)),
-  'two-sided': dict(mask=masks.SlidingWindow(9, 3), logits_soft_cap=2.0),
-  'dilated': dict(mask=masks.Causal() & masks.Dilated(4, 3)),
-  'longformer': dict(mask=masks.SlidingWindow(4, 4) | masks.GlobalTokens(3)),
-  'sinks': dict(
-    mask=masks.Causal() & masks.PrefixColumns(2) | masks.SlidingWindow(5)
-  ),
-  'bigbird': dict(mask=masks.RandomBlocks(8, 1, 0) | masks.SlidingWindow(4)),
-  'pattern': dict(mask=masks.BlockSparse(8, ((1, 0, 1), (0, 1, 0), (0, 0, 0)))),
-  'packed': dict(q_segment_ids=documents(2, 37)),
-  'packed-window': dict(
-    q_segment_ids=documents(2, 37), mask=masks.SlidingWindow(7), sink=True
-  ),
-  'shuffled': dict(q_positions=shuffled(2, 37), k_positions=shuffled(2, 37)),
-  'shuffled-window': dict(
-    q_positions=shuffled(1, 37)[0],
-    k_positions=shuffled(1, 37)[0],
-    mask=masks.SlidingWindow(5) | masks.Causal() & masks.PrefixColumns(2),
-  ),
-  'alibi': dict(alibi_slopes=np.float32([1, 0.5, 0.25, 0.125]), scale=0.5),
-  'softmax1': dict(normalizer='softmax1', sink=True),
-  'softpick': dict(normalizer='softpick'),
-  'softpick-packed': dict(
-    normalizer='softpick',
-    q_segment_ids=documents(2, 37),
-    mask=masks.SlidingWindow(7),
-    logits_soft_cap=2.0,
-    rate=0.3,
-  ),
-  'sigmoid': dict(normalizer='sigmoid'),
-  'sigmoid-packed': dict(
-    normalizer='sigmoid',
-    q_segment_ids=documents(2, 37),
-    alibi_slopes=np.float32([1, 0.5, 0.25, 0.125]),
-    rate=0.3,
-  ),
-  'dropout': dict(rate=0.3, q_segment_ids=documents(2, 37)),
-  'everything': dict(
-    mask=masks.SlidingWindow(9, 3),
-    q_segment_ids=documents(2, 37),
-    q_positions=shuffled(2, 37),
-    alibi_slopes=np.float32([1, 0.5, 0.25, 0.125]),
-    logits_soft_cap=2.0,
-    sink=True,
-    rate=0.2,
-  ),
-}
+CASES = cases(37)
 
 
-@pytest.mark.parametrize('implementation', OTHERS)
+@pytest.mark.parametrize('implementation', HERE)
 @pytest.mark.parametrize('case', CASES)
 def test_equals_reference_for_option(implementation, case):
   inputs = make_inputs()
@@ -181,7 +79,9 @@ def test_equals_float64_oracle(implementation, normalizer, x64):
   narrow = [x.astype(jnp.float32) for x in inputs]
   options = dict(sink='softmax' in normalizer, normalizer=normalizer)
   oracle = run('reference', inputs, **options)
-  actual = run(implementation, narrow, block_sizes=SMALL, **options)
+  actual = run(
+    implementation, narrow, block_sizes=SIZES[implementation], **options
+  )
   check(actual, [x.astype(jnp.float32) for x in oracle])
   assert all(x.dtype == jnp.float32 for x in actual)
 
@@ -223,7 +123,10 @@ def test_softpick_is_exact_for_small_logits(implementation, x64):
   inputs[0] = inputs[0].at[:, 3].set(0)
   narrow = [x.astype(jnp.float32) for x in inputs]
   out, _, dq, *rest = run(
-    implementation, narrow, block_sizes=SMALL, normalizer='softpick'
+    implementation,
+    narrow,
+    block_sizes=SIZES[implementation],
+    normalizer='softpick',
   )
   expected = run('reference', inputs, normalizer='softpick')
   np.testing.assert_allclose(out, expected[0], **tolerance('float32'))
@@ -240,7 +143,9 @@ def test_rows_without_keys_give_zeros_and_finite_gradients(
   segments = documents(2, 37)
   none = dict(q_segment_ids=segments, k_segment_ids=segments + 1)
   none |= dict(normalizer=normalizer)
-  out, lse, *gradients = run(implementation, inputs, block_sizes=SMALL, **none)
+  out, lse, *gradients = run(
+    implementation, inputs, block_sizes=SIZES[implementation], **none
+  )
   empty = segments == 0
   assert (out[empty] == 0).all() and (lse[empty] == -jnp.inf).all()
   assert (gradients[0][empty] == 0).all()
@@ -254,7 +159,9 @@ def test_extreme_logits_stay_finite(implementation, normalizer):
   q, k, *rest = make_inputs()
   inputs = (q * 1e4, k, *rest)
   options = dict(normalizer=normalizer)
-  actual = run(implementation, inputs, block_sizes=SMALL, **options)
+  actual = run(
+    implementation, inputs, block_sizes=SIZES[implementation], **options
+  )
   assert all(jnp.isfinite(x).all() for x in actual)
   # The largest logit takes all: rounding of logits near 1e4 is 1e-3.
   expected = run('reference', inputs, **options)
@@ -278,7 +185,7 @@ def test_gradient_reaches_allowed_keys_alone(implementation):
         v,
         mask=mask,
         q_segment_ids=segments,
-        block_sizes=SMALL,
+        block_sizes=SIZES[implementation],
         implementation=implementation,
       )
       return out[0, t].sum()
@@ -291,7 +198,7 @@ def test_gradient_reaches_allowed_keys_alone(implementation):
   np.testing.assert_array_equal(reach(jnp.arange(21), k, v), expected)
 
 
-@pytest.mark.parametrize('implementation', OTHERS)
+@pytest.mark.parametrize('implementation', HERE)
 def test_dropout_does_not_depend_on_block_sizes(implementation):
   inputs = make_inputs()
   results = [
@@ -320,7 +227,9 @@ def test_works_under_vmap_and_shard_map(implementation):
   inputs = make_inputs(B=4)
   q, k, v = inputs[:3]
   attend = functools.partial(
-    dot_product_attention, implementation=implementation, block_sizes=SMALL
+    dot_product_attention,
+    implementation=implementation,
+    block_sizes=SIZES[implementation],
   )
 
   def gradients(attend, *arrays):
@@ -334,7 +243,8 @@ def test_works_under_vmap_and_shard_map(implementation):
   )
   spec = jax.sharding.PartitionSpec('data')
   expected = gradients(attend, q, k, v)
-  for check_vma in (False, True):
+  # Interpreted kernels do not say over which axes their values vary.
+  for check_vma in (False, True)[: 1 if implementation == 'pallas' else 2]:
     sharded = jax.shard_map(
       attend, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma
     )
@@ -369,7 +279,7 @@ def loss(inputs, implementation, **options):
   return (out**2).sum() + (jnp.where(lse > -jnp.inf, lse, 0) ** 2).sum()
 
 
-@pytest.mark.parametrize('implementation', OTHERS)
+@pytest.mark.parametrize('implementation', HERE)
 @pytest.mark.parametrize(
   ('case', 'mode'),
   [

@@ -9,12 +9,14 @@ import numpy as np
 from longctx.masks import Causal, Mask
 from longctx.ops.dot_product_attention import (
   blockwise,
+  pallas_tpu,
   reference,
   side_by_side,
 )
 from longctx.ops.dot_product_attention.blocks import BlockSizes
 from longctx.ops.dot_product_attention.dropout import Dropout, make_dropout
 from longctx.ops.dot_product_attention.normalizers import NORMALIZERS
+from longctx.ops.target import target
 from longctx.typing import Array, Float, Int, Key
 
 __all__ = [
@@ -22,11 +24,13 @@ __all__ = [
   'NORMALIZERS',
   'BlockSizes',
   'Dropout',
+  'choose',
   'dot_product_attention',
   'resolve',
 ]
 
 IMPLEMENTATIONS = {
+  'pallas': pallas_tpu.dot_product_attention,
   'reference': reference.dot_product_attention,
   'side_by_side': side_by_side.dot_product_attention,
   'xla': blockwise.dot_product_attention,
@@ -105,7 +109,9 @@ def dot_product_attention(
     block_sizes: for blockwise implementations; None for heuristics.
     implementation: 'reference' (memory B N T S), 'side_by_side' (the same, for
       few queries), 'xla' (memory linear in T and S, that of second derivatives
-      too) or None for the best that supports the call.
+      too), 'pallas' (kernels for TPUs; on a CPU they are interpreted, to check
+      values) or None for the best that supports the call: 'pallas' on TPUs,
+      else 'xla'.
     return_lse: whether to return lse too.
 
   Returns:
@@ -135,9 +141,35 @@ def dot_product_attention(
     block_sizes=block_sizes,
     implementation=implementation,
   )
-  out, lse = IMPLEMENTATIONS[implementation or 'xla'](q, k, v, **call)
+  name = choose(implementation, q, v, **call)
+  out, lse = IMPLEMENTATIONS[name](q, k, v, **call)
   out = NORMALIZERS[normalizer].finish(out, lse)
   return (out, lse) if return_lse else out
+
+
+def choose(
+  implementation: str | None,
+  q: Float[Array, 'B T N H'],
+  v: Float[Array, 'B S K V'],
+  *,
+  mask: Mask,
+  block_sizes: BlockSizes | None,
+  **call: Any,
+) -> str:
+  """The name of the implementation for arguments as `resolve` gives them.
+
+  Raises:
+    NotImplementedError: the one that is named does not support the call.
+  """
+  del call
+  if implementation not in (None, 'pallas'):
+    return implementation
+  if implementation is None and target().platform != 'tpu':
+    return 'xla'
+  reason = pallas_tpu.refusal(q, v, mask=mask, block_sizes=block_sizes)
+  if reason and implementation:
+    raise NotImplementedError(f'{implementation=}: {reason}')
+  return 'xla' if reason else 'pallas'
 
 
 def resolve(

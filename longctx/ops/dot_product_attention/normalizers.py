@@ -93,8 +93,10 @@ def _softmax(z: Array, shift: Array) -> Terms:
 
 
 def _softpick(z: Array, shift: Array) -> Terms:
-  # |exp(z) - 1| = (1 - exp(-|z|)) exp(max(z, 0)) does not cancel near 0.
-  size = -jnp.expm1(-abs(z)) * jnp.exp(jnp.maximum(z, 0) - shift)
+  # |exp(z) - 1| = (1 - exp(-|z|)) exp(max(z, 0)) does not cancel near 0, with
+  # 1 - exp(-x) = 2 tanh(x/2) / (1 + tanh(x/2)): TPU kernels have no expm1.
+  half = jnp.tanh(abs(z) / 2)
+  size = 2 * half / (1 + half) * jnp.exp(jnp.maximum(z, 0) - shift)
   size = jnp.where(z == -jnp.inf, 0, size)
   slope = jnp.exp(z - shift)
   return Terms(

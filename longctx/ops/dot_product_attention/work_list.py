@@ -51,7 +51,7 @@ def make_work_list(
   """
   if all(x is None for x in indices):
     return _static_work_list(mask, tiling, by_column)
-  kinds = _block_kinds(mask, tiling, indices)
+  kinds = block_kinds(mask, tiling, indices)
   if by_column:
     kinds = kinds.swapaxes(1, 2)
   g, n, width = kinds.shape
@@ -66,7 +66,7 @@ def make_work_list(
 def _static_work_list(
   mask: masks.Mask, tiling: Tiling, by_column: bool
 ) -> WorkList:
-  kinds = _static_kinds(mask, tiling)
+  kinds = block_kinds(mask, tiling, Indices())
   if by_column:
     kinds = kinds.T
   # Full before partial, in ascending order within each.
@@ -93,11 +93,17 @@ def _static_kinds(mask: masks.Mask, tiling: Tiling) -> Int[np.ndarray, 'nq nk']:
   return kinds
 
 
-def _block_kinds(
+def block_kinds(
   mask: masks.Mask, tiling: Tiling, indices: Indices
-) -> Int[Array, 'g nq nk']:
-  """`_static_kinds` at run time, per group of batch rows."""
+) -> Int[np.ndarray, 'nq nk'] | Int[Array, 'g nq nk']:
+  """What each block holds: EMPTY, PARTIAL or FULL, see `make_work_list`.
+
+  On the host for default positions without segments, else at run time and per
+  group of batch rows.
+  """
   t = tiling
+  if all(x is None for x in indices):
+    return _static_kinds(mask, t)
   if indices.q_positions is None and indices.k_positions is None:
     kinds = jnp.asarray(_static_kinds(mask, t))[None]
     possible, certain = kinds > masks.EMPTY, kinds == masks.FULL
