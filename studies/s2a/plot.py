@@ -84,7 +84,8 @@ def draw_bars(axis, rows):
   axis.set_xticks(range(len(names)), names, rotation=40, ha='right')
   axis.set_title('suggest wrong, 8 distractors')
   axis.set_ylabel('accuracy')
-  axis.legend(frameon=False, fontsize=8)
+  if axis.get_legend_handles_labels()[1]:
+    axis.legend(frameon=False, fontsize=8)
 
 
 def draw_lines(axis, rows):
