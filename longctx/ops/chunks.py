@@ -71,6 +71,7 @@ def scan_chunks(
   document: Int[Array, 'B T'] | None,
   *,
   chunk_size: int,
+  own_vjp: bool = True,
 ) -> tuple[Float[Array, 'B T N V'], Array]:
   """(out, last state) of a recurrence that `chunk` computes C steps at a time.
 
@@ -87,6 +88,8 @@ def scan_chunks(
     document: the number of document changes in the row so far.
     chunk_size: C, best a power of two for the sake of halving. A sequence that
       is shorter makes one chunk, as long as the next power of two.
+    own_vjp: if not, JAX derives the backward pass, which keeps every state, and
+      the scan can be differentiated forwards too.
   """
   B, T = jax.tree.leaves(inputs)[0].shape[:2]
   chunk_size = min(chunk_size, 1 << (T - 1).bit_length())
@@ -104,7 +107,8 @@ def scan_chunks(
       [jnp.zeros_like(within[:1, :, 0]), within[:-1, :, -1]]
     )
     documents = Documents(within, before)
-  out, state = _scan(chunk, state, jax.tree.map(split, inputs), documents)
+  scan = _scan if own_vjp else _scan_forward
+  out, state = scan(chunk, state, jax.tree.map(split, inputs), documents)
   out = jnp.moveaxis(out, 0, 1).reshape(B, -1, *out.shape[3:])
   return out[:, :T], state
 
@@ -112,16 +116,21 @@ def scan_chunks(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(chunk, state, inputs, documents):
   """(out [T/C, B, C, N, V], last state) of inputs stacked chunk by chunk."""
-  return _scan_fwd(chunk, state, inputs, documents)[0]
+  return _scan_forward(chunk, state, inputs, documents)
 
 
-def _scan_fwd(chunk, state, inputs, documents):
+def _scan_forward(chunk, state, inputs, documents):
   def step(state, stacked):
     out, state = chunk(state, *stacked)
     return state, out
 
   state_and_out = jax.lax.scan(_recomputed(step), state, (inputs, documents))
-  return state_and_out[::-1], (state, inputs, documents)
+  return state_and_out[::-1]
+
+
+def _scan_fwd(chunk, state, inputs, documents):
+  results = _scan_forward(chunk, state, inputs, documents)
+  return results, (state, inputs, documents)
 
 
 def _scan_bwd(chunk, saved, cotangents):

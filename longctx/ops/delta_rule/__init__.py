@@ -3,12 +3,13 @@
 import jax.numpy as jnp
 
 from longctx.ops.chunks import count_documents
-from longctx.ops.delta_rule import chunked, reference
+from longctx.ops.delta_rule import chunked, pallas_tpu, reference
 from longctx.typing import Array, Float, Int
 
 IMPLEMENTATIONS = {
   'reference': reference.gated_delta_rule,
   'xla': chunked.gated_delta_rule,
+  'pallas': pallas_tpu.gated_delta_rule,
 }
 
 

@@ -48,7 +48,7 @@ def gated_delta_rule(
   that solve the system the full one.
   """
   out, state = scan_chunks(
-    _chunk,
+    chunk,
     initial_state,
     (q, k, v, beta, log_decay),
     document,
@@ -57,7 +57,7 @@ def gated_delta_rule(
   return scale * out, state
 
 
-def _chunk(state, inputs, documents):
+def chunk(state, inputs, documents):
   """(out [B, C, N, V], next state) of one chunk, in the dtype of `state`."""
   q, k, v, beta, log_decay = inputs
   group = q.shape[2] // k.shape[2]

@@ -3,12 +3,13 @@
 import jax.numpy as jnp
 
 from longctx.ops.chunks import count_documents
-from longctx.ops.linear_attention import chunked, reference
+from longctx.ops.linear_attention import chunked, pallas_tpu, reference
 from longctx.typing import Array, Float, Int
 
 IMPLEMENTATIONS = {
   'reference': reference.linear_attention,
   'xla': chunked.linear_attention,
+  'pallas': pallas_tpu.linear_attention,
 }
 
 

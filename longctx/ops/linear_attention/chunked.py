@@ -35,7 +35,7 @@ def linear_attention(
   nothing. Products of float32 have JAX's default matmul precision.
   """
   out, state = scan_chunks(
-    _chunk,
+    chunk,
     initial_state,
     (q, k, v, log_decay),
     document,
@@ -44,7 +44,7 @@ def linear_attention(
   return scale * out, state
 
 
-def _chunk(state, inputs, documents):
+def chunk(state, inputs, documents):
   """(out [B, C, N, V], next state) of one chunk, in the dtype of `state`."""
   q, k, v, log_decay = inputs
   group = q.shape[2] // k.shape[2]
