@@ -11,6 +11,7 @@ from longctx.parallel.mesh import (
   has_accelerator,
   join_processes,
   make_mesh,
+  topology_mesh,
 )
 from longctx.parallel.placement import Placement, sequence_axes
 from longctx.parallel.recurrences import gated_delta_rule, linear_attention
@@ -28,5 +29,6 @@ __all__ = [
   'make_mesh',
   'sequence_axes',
   'short_conv',
+  'topology_mesh',
   'with_all_keys',
 ]

@@ -7,10 +7,14 @@ heads and the MLP (or, under 'ring+ulysses', the sequence again).
 import ctypes
 import glob
 import importlib.util
+import math
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ('data', 'seq', 'model')
@@ -43,10 +47,101 @@ def make_mesh(data: int = 1, seq: int = 1, model: int = 1) -> Mesh:
       f'are {len(devices)} of kind {devices[0].device_kind}; take a smaller '
       'mesh, or start where there are more'
     )
-  kinds = (AxisType.Auto,) * len(AXES)
   if count == len(devices):
-    return jax.make_mesh(shape, AXES, axis_types=kinds)
-  return Mesh(np.array(devices[:count]).reshape(shape), AXES, axis_types=kinds)
+    return topology_mesh(devices, *shape)
+  return _mesh(np.array(devices[:count]).reshape(shape))
+
+
+def topology_mesh(
+  devices: Sequence[Any], data: int = 1, seq: int = 1, model: int = 1
+) -> Mesh:
+  """A mesh over all devices of a machine, neighbours where links are.
+
+  Along `seq` the devices are in the order of a closed walk over links, where
+  there is one: what a ring sends then crosses one link at every hop. On TPU v5e
+  it is this that makes the compiler send while it computes.
+
+  Args:
+    devices: of this machine, or of one that is only described, as
+      `jax.experimental.topologies` does.
+    data: as in `make_mesh`, like the next ones.
+    seq: devices along the sequence.
+    model: devices along the heads.
+
+  Raises:
+    ValueError: the mesh has more or fewer devices.
+    NotImplementedError: the devices belong to several slices.
+  """
+  shape = (data, seq, model)
+  if int(np.prod(shape)) != len(devices):
+    raise ValueError(
+      f'a mesh of {data=} x {seq=} x {model=} has {int(np.prod(shape))} '
+      f'devices, and the topology {len(devices)}: a mesh must fill it'
+    )
+  slices = {getattr(device, 'slice_index', 0) for device in devices}
+  if len(slices) > 1:
+    raise NotImplementedError(
+      f'the devices belong to {len(slices)} slices: start on one of them'
+    )
+  # An axis of the mesh may have to be a part of one of the torus, as 4 of 16.
+  placed = mesh_utils.create_device_mesh(
+    shape, list(devices), allow_split_physical_axes=True
+  )
+  # One walk serves all, as the lines along `seq` are shifted copies.
+  walk = closed_walk([_place(device) for device in placed[0, :, 0]])
+  return _mesh(placed[:, walk])
+
+
+def _place(device: Any) -> tuple[int, ...]:
+  """Coordinates of a device among all; none where it has no links to know."""
+  place = getattr(device, 'coords', None)
+  return () if place is None else (*place, getattr(device, 'core_on_chip', 0))
+
+
+def closed_walk(places: Sequence[tuple[int, ...]]) -> list[int]:
+  """An order in which each of some places is a neighbour of the next.
+
+  Args:
+    places: coordinates of a grid. Where it has two sides or more, of which one
+      is even, the last is a neighbour of the first too.
+
+  Returns:
+    Indices into `places`; the order as it is where there is no such grid.
+  """
+  unchanged = list(range(len(places)))
+  sides = [sorted(set(values)) for values in zip(*places, strict=True)]
+  shape = [len(side) for side in sides]
+  if len(set(places)) < len(places) or math.prod(shape) != len(places):
+    return unchanged
+  grid = np.empty(shape, int)
+  for i, place in enumerate(places):
+    grid[tuple(map(list.index, sides, place))] = i
+  grid = grid.squeeze()
+  if grid.ndim < 2 or len(places) % 2:
+    return unchanged
+  # An even side first, whose rows are walked to and fro; the others as one.
+  even = [n % 2 == 0 for n in grid.shape].index(True)
+  grid = np.moveaxis(grid, even, 0)
+  rows = np.array([_to_and_fro(row) for row in grid])
+  # Down the first column, and back through the others, row by row.
+  there = list(rows[::-1, 0])
+  back = [row[1:][:: 1 if i % 2 == 0 else -1] for i, row in enumerate(rows)]
+  return [int(i) for i in (*there, *np.concatenate(back))]
+
+
+def _to_and_fro(grid: np.ndarray) -> np.ndarray:
+  """All entries of a grid, each a neighbour of the next."""
+  if grid.ndim == 1:
+    return grid
+  rows = [_to_and_fro(row) for row in grid]
+  return np.concatenate(
+    [row[:: 1 if i % 2 == 0 else -1] for i, row in enumerate(rows)]
+  )
+
+
+def _mesh(devices: np.ndarray) -> Mesh:
+  # jax.make_mesh would take Explicit axes.
+  return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def has_accelerator() -> bool:
