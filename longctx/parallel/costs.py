@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
@@ -52,38 +51,72 @@ def executed_blocks(
   Returns:
     int64[R], R being the devices of the ring.
   """
+  return hop_blocks(mask, layout, block_q, block_k, fold=fold).total
+
+
+@dataclasses.dataclass(frozen=True)
+class HopBlocks:
+  """Blocks that each of R devices computes, by when it has their keys.
+
+  Attributes:
+    schedule: whose chains these are.
+    own: int64[R], of its own keys and of what is broadcast.
+    hops: per chain int64[hops, R], of the keys that a hop brings.
+  """
+
+  schedule: Schedule
+  own: Int[np.ndarray, ' R']
+  hops: tuple[Int[np.ndarray, 'hops R'], ...]
+
+  @property
+  def total(self) -> Int[np.ndarray, ' R']:
+    return self.own + sum(chain.sum(0) for chain in self.hops)
+
+
+def hop_blocks(
+  mask: Mask,
+  layout: SequenceLayout,
+  block_q: int,
+  block_k: int,
+  *,
+  fold: int = 1,
+) -> HopBlocks:
+  """`executed_blocks` by hops; arguments are the same."""
   ring = Ring(layout, fold)
-  mask = without_padding(mask, layout)
-  schedule = make_schedule(mask, ring)
-  counts = np.zeros(ring.size, np.int64)
-  for shard, part, queries, keys in _parts(schedule, ring):
-    q, k = _ranges(queries, block_q), _ranges(keys, block_k)
-    some, _ = part.bounds(Range(q.low[:, None], q.high[:, None]), k)
-    counts[shard] += np.count_nonzero(some)
-  return counts
-
-
-def _parts(
-  schedule: Schedule, ring: Ring
-) -> Iterator[tuple[int, Mask, np.ndarray, np.ndarray]]:
-  """(shard, mask, positions of queries, of keys) of all that is computed."""
+  schedule = make_schedule(without_padding(mask, layout), ring)
   R = ring.size
   positions = [ring.positions(shard) for shard in range(R)]
-  for shard, own in enumerate(positions):
-    yield shard, schedule.travelling, own, own
+  queries = [_ranges(own, block_q) for own in positions]
+
+  def blocks(mask: Mask, q: Range, k: Range) -> int:
+    some, _ = mask.bounds(Range(q.low[:, None], q.high[:, None]), k)
+    return int(np.count_nonzero(some))
+
+  columns = _ranges(np.arange(schedule.columns), block_k)
+  rows = _ranges(np.arange(schedule.rows), block_q)
+  own = np.zeros(R, np.int64)
+  for shard in range(R):
+    keys = _ranges(positions[shard], block_k)
+    own[shard] = blocks(schedule.travelling, queries[shard], keys)
     if schedule.columns:
-      yield shard, schedule.mask, own, np.arange(schedule.columns)
+      own[shard] += blocks(schedule.mask, queries[shard], columns)
     if schedule.rows:
-      yield shard, schedule.of_rows, np.arange(schedule.rows), own
-    for chain in schedule.chains:
-      for hop in range(1, chain.hops + 1):
-        keys = positions[(shard - chain.direction * hop) % R]
-        keys = keys[chain.start : chain.stop]
-        yield shard, schedule.travelling, own, keys
+      own[shard] += blocks(schedule.of_rows, rows, keys)
+  hops = []
+  for chain in schedule.chains:
+    sent = [_ranges(p[chain.start : chain.stop], block_k) for p in positions]
+    counts = np.zeros((chain.hops, R), np.int64)
+    for hop, shard in np.ndindex(*counts.shape):
+      keys = sent[(shard - chain.direction * (hop + 1)) % R]
+      counts[hop, shard] = blocks(schedule.travelling, queries[shard], keys)
+    hops.append(counts)
+  return HopBlocks(schedule, own, tuple(hops))
 
 
 def _ranges(positions: Int[np.ndarray, ' L'], block: int) -> Range:
   """The smallest and the largest position of each block."""
+  if not len(positions):
+    return Range(positions, positions)
   starts = np.arange(0, len(positions), min(block, len(positions)))
   lowest = np.minimum.reduceat(positions, starts)
   return Range(lowest, np.maximum.reduceat(positions, starts))

@@ -23,9 +23,15 @@ _SENT: dict[str, Callable[[int, int, int], int]] = {
 _UNKNOWN = ('collective-broadcast', 'ragged-all-to-all')
 KINDS = ('collective-permute', *_SENT)
 
+# What libtpu calls a fused all-reduce of which each device keeps a slice, and
+# the work that it fuses with a collective which goes on meanwhile.
+SCATTER, MEANWHILE = 'all-reduce-scatter', 'async_collective_fusion'
+
 
 @dataclasses.dataclass(frozen=True)
-class _Instruction:
+class Instruction:
+  """`name = shape opcode(operands), attributes`."""
+
   name: str
   shape: str
   opcode: str
@@ -86,13 +92,8 @@ def collective_bytes(hlo_text: str) -> dict[str, int]:
     ValueError: a loop with collectives has no known number of trips.
     NotImplementedError: there is a collective of another kind.
   """
-  devices = math.prod(
-    int(count)
-    for count in re.findall(
-      r'(?:num_partitions|replica_count)=(\d+)', hlo_text.split('\n', 1)[0]
-    )
-  )
-  computations, entry = _parse(hlo_text)
+  devices = num_devices(hlo_text)
+  computations, entry = parse(hlo_text)
   shapes = {
     instruction.name: instruction.shape
     for computation in computations.values()
@@ -104,16 +105,34 @@ def collective_bytes(hlo_text: str) -> dict[str, int]:
     if name not in counted:
       total = collections.Counter()
       for instruction in computations[name]:
-        total.update(_own_bytes(instruction, shapes, devices))
+        total.update(sent_bytes(instruction, shapes, devices))
         total.update(_called_bytes(instruction, computations, count))
-      counted[name] = total
+      if name.startswith(SCATTER):
+        total['reduce-scatter'] += total.pop('all-reduce', 0) // 2
+      counted[name] = (
+        collections.Counter() if continues(name, computations) else total
+      )
     return counted[name]
 
   total = count(entry)
   return {kind: total[kind] for kind in KINDS}
 
 
-def _parse(hlo_text):
+def continues(name: str, computations: dict[str, list[Instruction]]) -> bool:
+  """Whether a fusion names a collective that another one has started.
+
+  libtpu's asynchronous collectives are fusions: one that starts, some that do
+  other work meanwhile, and one that waits for the end. All contain the
+  collective, which is sent once.
+  """
+  return name.startswith(MEANWHILE) or any(
+    'custom_call_target="AsyncCollectiveDone"' in instruction.attributes
+    for instruction in computations[name]
+    if instruction.opcode == 'custom-call'
+  )
+
+
+def parse(hlo_text: str) -> tuple[dict[str, list[Instruction]], str]:
   """({computation: its instructions}, name of the entry computation)."""
   computations, entry, current = {}, None, None
   for line in hlo_text.splitlines():
@@ -144,18 +163,36 @@ def _parse_instruction(line):
     depth += {'(': 1, ')': -1}.get(line[end], 0)
     if depth == 0:
       break
-  return _Instruction(*head.groups(), line[head.end() : end], line[end + 1 :])
+  return Instruction(*head.groups(), line[head.end() : end], line[end + 1 :])
 
 
-def _own_bytes(instruction, shapes, devices):
-  """{kind: bytes} of one execution of one instruction."""
+def num_devices(hlo_text: str) -> int:
+  """Devices that run a compiled program together."""
+  return math.prod(
+    int(count)
+    for count in re.findall(
+      r'(?:num_partitions|replica_count)=(\d+)', hlo_text.split('\n', 1)[0]
+    )
+  )
+
+
+def sent_bytes(
+  instruction: Instruction, shapes: dict[str, str], devices: int
+) -> dict[str, int]:
+  """{kind: bytes} of one execution of one instruction.
+
+  Args:
+    instruction: any one; of most, nothing is sent.
+    shapes: by the name of an instruction.
+    devices: of the program.
+  """
   kind = instruction.opcode.removesuffix('-start')
   if kind in _UNKNOWN:
     raise NotImplementedError(f'no rule for the bytes of {kind}')
   if kind not in KINDS:
     return {}
   operand = sum(
-    _bytes(shapes[name])
+    shape_bytes(shapes[name])
     for name in re.findall(r'%([\w.\-]+)', instruction.operands)
   )
   if kind == 'collective-permute':
@@ -175,39 +212,44 @@ def _called_bytes(instruction, computations, count):
     return {}
   attributes = instruction.attributes
   if instruction.opcode == 'while':
-    body = count(_attribute('body', attributes))
+    body = count(attribute('body', attributes))
     if not any(body.values()):
       return {}
-    trips = _trips(instruction, computations)
-    return {kind: trips * sent for kind, sent in body.items()}
+    times = trips(instruction, computations)
+    return {kind: times * sent for kind, sent in body.items()}
   if instruction.opcode == 'conditional':
     names = re.search(r'branch_computations=\{(.*?)\}', attributes)
     if names:
       names = re.findall(r'[\w.\-]+', names[1])
     else:
       names = [
-        _attribute(f'{branch}_computation', attributes)
+        attribute(f'{branch}_computation', attributes)
         for branch in ('true', 'false')
       ]
     return max(map(count, names), key=lambda branch: sum(branch.values()))
   if instruction.opcode.removesuffix('-start') in ('call', 'fusion', 'async'):
-    return count(_attribute('(?:calls|to_apply)', attributes))
+    return count(attribute('(?:calls|to_apply)', attributes))
   return {}
 
 
-def _attribute(name, attributes):
+def attribute(name: str, attributes: str) -> str:
+  """The computation that an instruction names as its `name`."""
   return re.search(rf'\b{name}=%?([\w.\-]+)', attributes)[1]
 
 
-def _trips(loop, computations):
-  """How often a while loop runs."""
+def trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
+  """How often a while loop runs.
+
+  Raises:
+    ValueError: the text does not say.
+  """
   known = re.search(
     r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes.replace(' ', '')
   )
   if known:
     return int(known[1])
   # The loops of scan and fori_loop run while i < n, from 0 in steps of 1.
-  condition = computations[_attribute('condition', loop.attributes)]
+  condition = computations[attribute('condition', loop.attributes)]
   limits = [
     int(instruction.operands)
     for instruction in condition
@@ -242,7 +284,7 @@ def _groups(attributes, devices):
   return len(groups[0].split(',')), len(groups)
 
 
-def _bytes(shape):
+def shape_bytes(shape: str) -> int:
   """Bytes of an array or a tuple of arrays: `(f32[4,12]{1,0}, s32[])`."""
   total = 0
   for dtype, sizes in re.findall(r'\b([a-z][a-z0-9]*)\[([\d,]*)\]', shape):
