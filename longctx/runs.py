@@ -7,6 +7,7 @@ import os
 import pathlib
 
 import numpy as np
+from jax.sharding import Mesh
 
 from longctx import config as config_lib
 from longctx import metrics, parallel, steps, tasks
@@ -99,13 +100,7 @@ def prepare(config: ExperimentConfig, workdir: pathlib.Path) -> list[Run]:
   for name, one in config_lib.expand_runs(config).items():
     task = tasks.make_task(**one.task)
     model = resolve_model(one.model, task)
-    if model.vocab_size < task.vocab_size:
-      raise ValueError(
-        f'model.vocab_size={model.vocab_size} is too small for the task, which '
-        f'needs {task.vocab_size}'
-      )
-    if model.gate.keep:
-      _check_gate(one, task)
+    check_task(one, task, model)
     placement = make_placement(one.parallel, task.seq_len)
     validate(
       model,
@@ -133,6 +128,28 @@ def prepare(config: ExperimentConfig, workdir: pathlib.Path) -> list[Run]:
   metrics.write_json(workdir / 'config.json', config_lib.to_dict(config))
   metrics.write_json(workdir / 'versions.json', metrics.versions())
   return runs
+
+
+def check_task(
+  config: ExperimentConfig, task: tasks.Task, model: TransformerConfig
+) -> None:
+  """Refuses a model that the task does not suit.
+
+  Args:
+    config: of the run.
+    task: of the run.
+    model: with the vocabulary resolved.
+
+  Raises:
+    ValueError, NotImplementedError: with the reason.
+  """
+  if model.vocab_size < task.vocab_size:
+    raise ValueError(
+      f'model.vocab_size={model.vocab_size} is too small for the task, which '
+      f'needs {task.vocab_size}'
+    )
+  if model.gate.keep:
+    _check_gate(config, task)
 
 
 def _check_gate(config: ExperimentConfig, task: tasks.Task):
@@ -198,15 +215,23 @@ def _check_same_config(run: Run):
     )
 
 
-def make_placement(config: ParallelConfig, seq_len: int) -> Placement | None:
+def make_placement(
+  config: ParallelConfig, seq_len: int, *, mesh: Mesh | None = None
+) -> Placement | None:
   """Where sequences of a length lie; None for a mesh of one device.
+
+  Args:
+    config: of the mesh.
+    seq_len: tokens of a sequence.
+    mesh: of those sizes, of devices elsewhere; None: of those here.
 
   Raises:
     ValueError: there are fewer devices than the mesh has.
   """
-  if config.devices == 1:
+  if mesh is None and config.devices == 1:
     return None
-  mesh = parallel.make_mesh(config.data, config.seq, config.model)
+  if mesh is None:
+    mesh = parallel.make_mesh(config.data, config.seq, config.model)
   axes = parallel.sequence_axes(config.scheme)
   shards = math.prod(mesh.shape[name] for name in axes)
   layout = SequenceLayout(config.layout, seq_len, shards)

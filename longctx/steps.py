@@ -62,6 +62,34 @@ def init_state(
     config: names the seed, the optimizer, and whether the state is split.
     placement: where it lies; None: one device.
   """
+  init = _make_init(model, config)
+  key = jax.random.key(config.seed)
+  shardings = _state_shardings(jax.eval_shape(init, key), config, placement)
+  return jax.jit(init, out_shardings=shardings)(key)
+
+
+def abstract_state(
+  model: TransformerConfig,
+  config: ExperimentConfig,
+  *,
+  placement: Placement | None = None,
+) -> State:
+  """`init_state` as ShapeDtypeStructs, whose devices need not be there."""
+  state = jax.eval_shape(_make_init(model, config), jax.random.key(config.seed))
+  if placement is None:
+    return state
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding
+    ),
+    state,
+    _state_shardings(state, config, placement),
+  )
+
+
+def _make_init(
+  model: TransformerConfig, config: ExperimentConfig
+) -> Callable[[jax.Array], State]:
   optimizer = make_optimizer(config.optimizer, config.steps)
 
   def init(key):
@@ -69,9 +97,7 @@ def init_state(
     params = nnx.to_pure_dict(nnx.split(transformer, nnx.Param)[1])
     return {'params': params, 'opt': optimizer.init(params)}
 
-  key = jax.random.key(config.seed)
-  shardings = _state_shardings(jax.eval_shape(init, key), config, placement)
-  return jax.jit(init, out_shardings=shardings)(key)
+  return init
 
 
 def _state_shardings(

@@ -1,0 +1,55 @@
+r"""What a config costs on a machine that is not there.
+
+    python -m longctx.plan --config=configs/ring_1m.py:pod --topology=v5p:4x4x8
+    python -m longctx.plan --config=configs/ring_1m.py:pod \
+      --topology=v5e:16x16 --config.parallel.seq=64 --plot=plan.png
+    python -m longctx.plan --config=configs/ring_1m.py:pod --topology=h100:8 \
+      --config.parallel.data=1 --config.parallel.seq=8
+
+The config and its overrides are those of train.py. `docs/pods.md` reads a
+report.
+"""
+
+import contextlib
+import json
+import sys
+
+import jax
+from absl import flags
+
+from longctx import cli
+from longctx.config import ExperimentConfig, from_config_dict
+from longctx.plan import hops, report
+from longctx.plan.planner import make_plan
+from longctx.plan.program import find_run
+
+_TOPOLOGY = flags.DEFINE_string(
+  'topology', '', 'generation:shape, as in v5p:4x4x8, v5e:16x16 or h100:8'
+)
+_RUN = flags.DEFINE_string('run', '', 'which run, of a config that has several')
+_UTILIZATION = flags.DEFINE_float(
+  'utilization', hops.UTILIZATION, 'share of the peak that products reach'
+)
+_JSON = flags.DEFINE_bool('json', False, 'print JSON instead of text')
+
+
+def main(argv: list[str]):
+  # The compilers of other machines run beside it.
+  jax.config.update('jax_platforms', 'cpu')
+  with cli.before_compiling():
+    # Configs say which size they take, and JSON stands alone.
+    with contextlib.redirect_stdout(sys.stderr):
+      _, overridden = cli.parse_config_flags(argv)
+    config = from_config_dict(ExperimentConfig, overridden)
+    config = find_run(config, _RUN.value)
+    if not _TOPOLOGY.value:
+      raise ValueError('--topology=GENERATION:SHAPE is missing, e.g. v5p:4x4x8')
+    plan = make_plan(config, _TOPOLOGY.value, utilization=_UTILIZATION.value)
+  if _JSON.value:
+    print(json.dumps(report.to_json(plan), indent=2))
+  else:
+    print(report.text(plan))
+
+
+if __name__ == '__main__':
+  main(sys.argv)
