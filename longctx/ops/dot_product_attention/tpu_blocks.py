@@ -63,7 +63,7 @@ def make_tiling(
       if not fits and not (fixed_q and fixed_k):
         continue
       tiling = Tiling(B, T, S, K, G, block_q, block_k, 1, 1)
-      cost = (_cost(mask, tiling), -block_q, -block_k)
+      cost = (_cost(mask, tiling), -block_k, -block_q)
       if least is None or cost < least:
         best, least = tiling, cost
   if best is None:
