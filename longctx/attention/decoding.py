@@ -101,6 +101,9 @@ class DecodingContext(Context):
     if implementation is None and q.shape[1] == 1:
       # The equation itself, where a chunk would be mostly padding.
       implementation = 'reference'
+    elif implementation is None and self.axes is not None:
+      # What the compiler itself spreads over a mesh cannot be a kernel.
+      implementation = 'xla'
     common = dict(
       log_decay=log_decay,
       scale=recurrence.scale,

@@ -26,6 +26,7 @@ from longctx.typing import Array, Float, Int
 _KEY_HEADS = ('k', 'v')
 # A tile of bfloat16 has this many rows.
 _SMALLEST_CHUNK = 16
+_LARGEST_WIDTH = 512
 _MIB = 1 << 20
 # What a kernel may take of the VMEM without being given more: the limit is 16
 # MiB on some chips, and part of it is the compiler's.
@@ -92,41 +93,37 @@ class Kernel:
   interpret: bool
 
 
-def why_unsupported(
+def refusal(
   q: Float[Array, 'B T N P'],
   k: Float[Array, 'B T K P'],
   v: Float[Array, 'B T K V'],
 ) -> str | None:
-  """The reason why the kernels do not take such a call, or None."""
+  """Why the kernels do not take a call, and what to take; None if they do."""
   platform = target().platform
   if platform == 'gpu':
-    return f'the kernel is for TPUs, and the program for {platform!r}'
+    return "its kernels are for TPUs, not for GPUs: take 'xla' or None"
   for name, x in dict(q=q, k=k, v=v).items():
     if x.dtype not in (jnp.float32, jnp.bfloat16):
-      return f'{name} is {x.dtype}; the kernel takes float32 and bfloat16'
+      return (
+        f'{name} is {x.dtype}, and its kernels take float32 and bfloat16: '
+        "take 'xla' or None"
+      )
   G = q.shape[2] // k.shape[2]
   P, V = q.shape[-1], v.shape[-1]
-  if max(P, V) > 512:
-    return f'{P=} and {V=} are more than the 512 that the kernel takes'
+  if max(P, V) > _LARGEST_WIDTH:
+    return (
+      f'{P=} and {V=} must be at most {_LARGEST_WIDTH}, or a state does not '
+      "fit into VMEM: take 'xla' or None"
+    )
+  # What enters and what leaves, of float32, each of them twice.
   size = 16 * G * _rows(P) * _lanes(V)
   if size > _LARGEST_VMEM // 2:
     return (
-      f'the states [{P}, {V}] of {G} query heads that share a key head take '
-      f'{size // _MIB} MiB, more than the {_LARGEST_VMEM // 2 // _MIB} MiB of '
-      'a chip that the kernel has for them'
+      f'the states {P=} x {V=} of {G} query heads that share a key head take '
+      f'{size // _MIB} MiB of VMEM, more than {_LARGEST_VMEM // 2 // _MIB}: '
+      "take 'xla' or None"
     )
   return None
-
-
-def check_supported(
-  q: Float[Array, 'B T N P'],
-  k: Float[Array, 'B T K P'],
-  v: Float[Array, 'B T K V'],
-) -> None:
-  """NotImplementedError, with the reason, if the kernels do not take a call."""
-  reason = why_unsupported(q, k, v)
-  if reason is not None:
-    raise NotImplementedError(f"{reason}: take implementation 'xla' or None")
 
 
 def scan_chunks(

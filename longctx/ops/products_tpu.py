@@ -141,6 +141,18 @@ def products(
   return Products(scores, list(readers), k, kept)
 
 
+def product_costs(
+  C: int, P: int, log_decay: Float[Array, 'B T N *P'] | None
+) -> tuple[int, int]:
+  """(flops, exponentials) of `products` for one reader."""
+  if log_decay is None:
+    return 2 * C * C * P, 0
+  if log_decay.ndim == 3:
+    return 2 * C * C * (P + 6 * C), C * (C + 2)
+  levels = C.bit_length()
+  return levels * 2 * C * C * P, (levels + 1) * C * P
+
+
 def indices(C: int) -> tuple[Int[Array, 'C C'], Int[Array, 'C C']]:
   """Of the row, and of the column."""
   i, j = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from longctx.ops.linear_attention import IMPLEMENTATIONS, linear_attention
+from longctx.ops.target import Target, compiling_for
 from tests.tolerances import case_id, tolerance
 
 CHUNKED = [name for name in IMPLEMENTATIONS if name != 'reference']
@@ -74,20 +75,32 @@ def assert_trees_close(result, expected, **tolerances):
     np.testing.assert_allclose(x / size, y / size, err_msg=name, **tolerances)
 
 
-def case(T, dtype='float32', *, segments=False, normalize=False, **kwargs):
+def case(
+  T,
+  dtype='float32',
+  *,
+  implementation='xla',
+  segments=False,
+  normalize=False,
+  **kwargs,
+):
   name = case_id(
     T=T,
     dtype=dtype,
     **{letter: kwargs[letter] for letter in 'NK' if letter in kwargs},
   )
   extras = [kwargs.get('decay'), segments and 'packed', normalize and 'norm']
-  name = '-'.join([name, *filter(None, extras)])
-  return pytest.param(T, dtype, segments, normalize, kwargs, id=name)
+  name = '-'.join([name, *filter(None, extras), implementation])
+  return pytest.param(
+    T, dtype, segments, normalize, kwargs, implementation, id=name
+  )
 
 
-@pytest.mark.parametrize('implementation', CHUNKED)
+kernel_case = functools.partial(case, implementation='pallas')
+
+
 @pytest.mark.parametrize(
-  ('T', 'dtype', 'segments', 'normalize', 'kwargs'),
+  ('T', 'dtype', 'segments', 'normalize', 'kwargs', 'implementation'),
   [
     case(1, decay='channel'),
     case(5, decay='head', segments=True),
@@ -97,6 +110,13 @@ def case(T, dtype='float32', *, segments=False, normalize=False, **kwargs):
     case(37, decay='channel', dtype='float64'),
     case(37, decay='head', segments=True, dtype='bfloat16'),
     case(37, N=2, K=1, decay='channel', segments=True, normalize=True),
+    # One chunk that is mostly padding, and several of 128.
+    kernel_case(1, decay='channel'),
+    kernel_case(260, B=1, N=2, K=1, decay='channel', segments=True),
+    kernel_case(150, decay='head', segments=True, dtype='bfloat16'),
+    # More query heads share a key head than a step of the grid takes.
+    kernel_case(37, N=8, K=1, segments=True),
+    kernel_case(150, N=4, K=2, decay='head', normalize=True),
   ],
 )
 def test_implementation_equals_recurrence(
@@ -111,7 +131,7 @@ def test_implementation_equals_recurrence(
       inputs['initial_state'] = np.concatenate(state, axis=-1)
     inputs = as_dtype(inputs, dtype)
     kwargs = dict(
-      segment_ids=make_segments(2, T) if segments else None,
+      segment_ids=make_segments(inputs['q'].shape[0], T) if segments else None,
       normalize=normalize,
       chunk_size=16,
     )
@@ -151,8 +171,9 @@ def test_reference_equals_double_sum(decay, x64):
     np.testing.assert_allclose(state[0, n], memory, **tolerance('float64'))
 
 
+@pytest.mark.parametrize('implementation', CHUNKED)
 @pytest.mark.parametrize('decay', ['head', 'channel'])
-def test_chunks_are_exact_for_extreme_decay(decay):
+def test_chunks_are_exact_for_extreme_decay(decay, implementation):
   patterns = [
     [-8.0],
     [-8.0] * 40 + [-1e-3] * 24,
@@ -172,7 +193,9 @@ def test_chunks_are_exact_for_extreme_decay(decay):
       inputs['log_decay'].shape,
     )
     inputs = as_dtype(inputs, 'float32')
-    result = value_and_gradients(inputs, implementation='xla', chunk_size=64)
+    result = value_and_gradients(
+      inputs, implementation=implementation, chunk_size=64
+    )
     expected = value_and_gradients(
       as_dtype(inputs, 'float64'), implementation='reference'
     )
@@ -279,8 +302,17 @@ def test_normalizer_of_zero_gives_zero_and_finite_gradients():
   assert all(np.isfinite(x).all() for x in gradients.values())
 
 
-@pytest.mark.parametrize('mode', ['forward', 'reverse'])
-def test_second_derivative_equals_that_of_the_recurrence(mode, x64):
+@pytest.mark.parametrize(
+  ('mode', 'implementation', 'dtype'),
+  [
+    ('forward', 'xla', 'float64'),
+    ('reverse', 'xla', 'float64'),
+    ('reverse', 'pallas', 'float32'),
+  ],
+)
+def test_second_derivative_equals_that_of_the_recurrence(
+  mode, implementation, dtype, x64
+):
   inputs = as_dtype(make_inputs(7, B=1, decay='head'), 'float64')
   segment_ids = make_segments(1, 7)
 
@@ -302,14 +334,43 @@ def test_second_derivative_equals_that_of_the_recurrence(mode, x64):
     return vjp(direction)[0]
 
   assert_trees_close(
-    second(inputs, 'xla'), second(inputs, 'reference'), **tolerance('float64')
+    second(as_dtype(inputs, dtype), implementation),
+    second(inputs, 'reference'),
+    **tolerance(dtype),
   )
+
+
+@pytest.mark.parametrize(
+  ('platform', 'dtype', 'width', 'message'),
+  [
+    ('cpu', 'float64', 4, "q is float64, .* take 'xla' or None"),
+    ('gpu', 'float32', 4, "for TPUs, not for GPUs: take 'xla' or None"),
+    ('tpu', 'float32', 513, 'P=513 and V=513 must be at most 512'),
+  ],
+)
+def test_kernel_says_what_it_does_not_support(
+  platform, dtype, width, message, x64
+):
+  x = jnp.zeros((1, 5, 2, width), dtype)
+  run = functools.partial(linear_attention, x, x, x)
+  with compiling_for(Target(platform)):
+    with pytest.raises(NotImplementedError, match=message):
+      run(implementation='pallas')
+    assert 'pallas' not in str(jax.make_jaxpr(run)())
+
+
+def test_kernel_is_what_tpus_take():
+  x = jnp.zeros((1, 5, 2, 4))
+  run = functools.partial(linear_attention, x, x, x)
+  assert 'pallas' not in str(jax.make_jaxpr(run)())
+  with compiling_for(Target('tpu')):
+    assert 'pallas' in str(jax.make_jaxpr(lambda: run())())
 
 
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    (dict(implementation='triton'), r"known: \['reference', 'xla'\]"),
+    (dict(implementation='triton'), r"known: \['pallas', 'reference', 'xla'\]"),
     (dict(chunk_size=0), 'chunk_size=0 must be at least 1'),
     (dict(k=(1, 5, 3, 4), v=(1, 5, 3, 4)), 'N=4 query heads .* K=3 key heads'),
     (dict(q=(1, 0, 4, 4), k=(1, 0, 2, 4), v=(1, 0, 2, 4)), 'has no steps'),

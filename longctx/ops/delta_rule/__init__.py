@@ -2,8 +2,10 @@
 
 import jax.numpy as jnp
 
+from longctx.ops import chunks_tpu
 from longctx.ops.chunks import count_documents
 from longctx.ops.delta_rule import chunked, pallas_tpu, reference
+from longctx.ops.target import target
 from longctx.typing import Array, Float, Int
 
 IMPLEMENTATIONS = {
@@ -56,11 +58,13 @@ def gated_delta_rule(
       to the next, so packed documents do not see each other.
     initial_state: S_0, as returned by an earlier call; the first segment
       continues it. None: zero.
-    chunk_size: C of the chunked implementation, best a power of two. Smaller
-      ones are more precise where beta |k|² is near 2 and keys are nearly
-      parallel.
-    implementation: 'reference' (one step at a time), 'xla' (chunks), or None
-      for the best that supports the call.
+    chunk_size: C of the chunked implementations, best a power of two; 'pallas'
+      takes the next one from 16 to 128. Smaller ones are more precise where
+      beta |k|² is near 2 and keys are nearly parallel.
+    implementation: 'reference' (one step at a time), 'xla' (chunks), 'pallas'
+      (chunks in kernels for TPUs; on a CPU they are interpreted, to check
+      values), or None for the best that supports the call: 'pallas' on TPUs,
+      else 'xla'.
 
   Returns:
     out, in the dtype of v, and the last state, in float32 (float64 for float64
@@ -68,13 +72,15 @@ def gated_delta_rule(
 
   Raises:
     ValueError: if shapes do not fit or `implementation` is not known.
+    NotImplementedError: 'pallas' does not support the call: float64, GPUs, more
+      than 512 channels.
   """
   _check(q, k, v, beta, log_decay, segment_ids, initial_state, chunk_size)
   B, _, N, P = q.shape
   dtype = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
   if initial_state is None:
     initial_state = jnp.zeros((B, N, P, v.shape[-1]), dtype)
-  out, state = _implementation(implementation)(
+  out, state = _implementation(implementation, q, k, v)(
     q,
     k,
     v,
@@ -84,18 +90,22 @@ def gated_delta_rule(
     document=count_documents(segment_ids),
     initial_state=initial_state.astype(dtype),
     chunk_size=chunk_size,
+    out_dtype=v.dtype,
   )
-  return out.astype(v.dtype), state
+  return out, state
 
 
-def _implementation(name):
-  if name is None:
-    name = 'xla'
-  if name not in IMPLEMENTATIONS:
+def _implementation(name, q, k, v):
+  if name is not None and name not in IMPLEMENTATIONS:
     raise ValueError(
       f'unknown implementation {name!r}; known: {sorted(IMPLEMENTATIONS)}'
     )
-  return IMPLEMENTATIONS[name]
+  if name == 'pallas' or (name is None and target().platform == 'tpu'):
+    reason = chunks_tpu.refusal(q, k, v)
+    if reason and name:
+      raise NotImplementedError(f'implementation={name!r}: {reason}')
+    name = 'xla' if reason else 'pallas'
+  return IMPLEMENTATIONS[name or 'xla']
 
 
 def _check(q, k, v, beta, log_decay, segment_ids, initial_state, chunk_size):

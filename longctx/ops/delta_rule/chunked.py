@@ -38,6 +38,7 @@ def gated_delta_rule(
   document: Int[Array, 'B T'] | None,
   initial_state: Float[Array, 'B N P V'],
   chunk_size: int,
+  out_dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N P V']]:
   """The recurrence of reference.py, chunk by chunk; same arguments, same sums.
 
@@ -54,7 +55,7 @@ def gated_delta_rule(
     document,
     chunk_size=chunk_size,
   )
-  return scale * out, state
+  return (scale * out).astype(out_dtype or state.dtype), state
 
 
 def chunk(state, inputs, documents):

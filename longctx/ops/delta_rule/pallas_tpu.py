@@ -13,16 +13,16 @@ from longctx.ops import chunks
 from longctx.ops.chunks_tpu import (
   BlockSizes,
   Kernel,
-  check_supported,
   scan_chunks,
 )
 from longctx.ops.delta_rule import chunked
-from longctx.ops.products_tpu import indices, product, products
+from longctx.ops.products_tpu import indices, product, product_costs, products
 from longctx.ops.target import target
 from longctx.typing import Array, Float, Int
 
-_CHUNK = 128
-_HEADS = 4
+_LARGEST_CHUNK = 128
+# Of float32.
+_TILE_ROWS = 8
 
 
 def gated_delta_rule(
@@ -40,32 +40,40 @@ def gated_delta_rule(
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N P V']]:
   """The recurrence of reference.py, chunk by chunk; same arguments, same sums.
 
-  Raises:
-    NotImplementedError: if the kernel does not take the call; see
-      `chunks_tpu.why_unsupported`.
+  Time T (2 C (P + V) + C² log2(C) + 3 P V) per head, and with a decay per
+  channel 2 T C P log2(C) more. The backward pass keeps the inputs only and
+  computes the T/C states between chunks again (memory T P V / C per head while
+  it runs). Query heads that share a key head read one copy of it. Products of
+  float32 have JAX's default matmul precision, as `linear_attention`'s kernels
+  read it, those that solve the system the full one.
+
+  Args:
+    chunk_size: C is the next power of two, from 16 to 128.
+    out_dtype: of out; None: that of `initial_state`.
   """
-  check_supported(q, k, v)
   T, N, P = q.shape[1:]
   K, V = v.shape[2:]
-  sizes = BlockSizes.choose(T=T, K=K, G=N // K, chunk=_CHUNK, heads=_HEADS)
+  by_channel = log_decay is not None and log_decay.ndim == 4
+  sizes = BlockSizes.choose(
+    T=T,
+    K=K,
+    G=N // K,
+    chunk=min(1 << (chunk_size - 1).bit_length(), _LARGEST_CHUNK),
+    heads=2 if by_channel else 4,
+  )
   inputs = dict(q=q, k=k, v=v, beta=beta)
   if log_decay is not None:
     inputs['log_decay'] = log_decay
   C = sizes.chunk
-  levels = 1
-  exponentials = 0
-  if log_decay is not None:
-    exponentials = C * (C + 3)
-  if log_decay is not None and log_decay.ndim == 4:
-    levels = C.bit_length()
-    exponentials = (levels + 2) * C * P
-  solving = 2 * 6 * (C.bit_length() - 2) * C
+  scores, exponentials = product_costs(C, P, log_decay)
+  # A product in full precision is six in bfloat16.
+  solving = 6 * 2 * C**3 * C.bit_length()
   kernel = Kernel(
     'delta_rule',
     functools.partial(_chunk, scale),
     functools.partial(_plain, scale),
     sizes,
-    flops=2 * C * (C * (2 * levels * P + 2 * V + solving) + 3 * P * V),
+    flops=2 * scores + solving + 2 * C * (2 * C * V + 3 * P * V),
     exponentials=exponentials,
     out_dtype=out_dtype or initial_state.dtype,
     interpret=target().platform != 'tpu',
@@ -120,12 +128,19 @@ def _inverse(below):
   # Where i and j are in the two halves of a block.
   rest = lambda size: jnp.where(((i ^ j) & -size) == size, below, 0)
   inverse = (i == j).astype(below.dtype) - rest(1)
+  exact = functools.partial(product, form='NN', exact=True)
   size = 2
   while size < C:
-    change = product(
-      product(inverse, rest(size), 'NN', True), inverse, 'NN', True
-    )
-    inverse = inverse - change
+    # Only second halves change; whole tiles of rows can be taken apart.
+    begins = range(size, C, 2 * size) if size >= _TILE_ROWS else [0]
+    rows = size if size >= _TILE_ROWS else C
+    changing = [inverse[n : n + rows] for n in begins]
+    change = exact(exact(jnp.concatenate(changing), rest(size)), inverse)
+    parts = []
+    for m, n in enumerate(begins):
+      parts += [inverse[n - rows : n]] if n else []
+      parts.append(changing[m] - change[m * rows : (m + 1) * rows])
+    inverse = jnp.concatenate(parts)
     size *= 2
   return inverse
 

@@ -17,6 +17,7 @@ def gated_delta_rule(
   document: Int[Array, 'B T'] | None,
   initial_state: Float[Array, 'B N P V'],
   chunk_size: int,
+  out_dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N P V']]:
   """The recurrence as one `lax.scan` over the steps.
 
@@ -31,9 +32,10 @@ def gated_delta_rule(
       not pass from one number to another. Zero continues `initial_state`.
     initial_state: S_0, in the dtype in which everything is summed.
     chunk_size: not used; taken so that every implementation is called alike.
+    out_dtype: of out; None: that of `initial_state`.
 
   Returns:
-    out and the last state, in the dtype of `initial_state`.
+    out, and the last state in the dtype of `initial_state`.
   """
   del chunk_size
   B, T, N, P = q.shape
@@ -60,4 +62,5 @@ def gated_delta_rule(
 
   steps = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, beta, decay))
   state, out = jax.lax.scan(step, initial_state, steps)
-  return jnp.moveaxis(out, 0, 1), state
+  out = jnp.moveaxis(out, 0, 1).astype(out_dtype or dtype)
+  return out, state

@@ -2,8 +2,10 @@
 
 import jax.numpy as jnp
 
+from longctx.ops import chunks_tpu
 from longctx.ops.chunks import count_documents
 from longctx.ops.linear_attention import chunked, pallas_tpu, reference
+from longctx.ops.target import target
 from longctx.typing import Array, Float, Int
 
 IMPLEMENTATIONS = {
@@ -50,9 +52,11 @@ def linear_attention(
     initial_state: S_0, as returned by an earlier call; the first segment
       continues it. None: zero.
     normalize: divide by q_t · z_t; where that is zero, so is the output.
-    chunk_size: C of the chunked implementation.
-    implementation: 'reference' (one step at a time), 'xla' (chunks), or None
-      for the best that supports the call.
+    chunk_size: C of 'xla'. 'pallas' has chunks of its own, of 128 steps.
+    implementation: 'reference' (one step at a time), 'xla' (chunks), 'pallas'
+      (chunks in kernels for TPUs; on a CPU they are interpreted, to check
+      values), or None for the best that supports the call: 'pallas' on TPUs,
+      else 'xla'.
 
   Returns:
     out, in the dtype of v, and the last state, in float32 (float64 for float64
@@ -61,6 +65,8 @@ def linear_attention(
 
   Raises:
     ValueError: if shapes do not fit or `implementation` is not known.
+    NotImplementedError: 'pallas' does not support the call: float64, GPUs, more
+      than 512 channels.
   """
   _check(q, k, v, log_decay, segment_ids, chunk_size)
   B, _, N, P = q.shape
@@ -77,7 +83,7 @@ def linear_attention(
     raise ValueError(
       f'{initial_state.shape=} must be {state_shape} with {normalize=}'
     )
-  out, state = _implementation(implementation)(
+  out, state = _implementation(implementation, q, k, v)(
     q,
     k,
     v,
@@ -86,6 +92,8 @@ def linear_attention(
     document=count_documents(segment_ids),
     initial_state=initial_state.astype(dtype),
     chunk_size=chunk_size,
+    # A quotient is rounded once, after the division.
+    out_dtype=dtype if normalize else v.dtype,
   )
   if normalize:
     total = out[..., V:]
@@ -95,14 +103,17 @@ def linear_attention(
   return out.astype(v.dtype), state
 
 
-def _implementation(name):
-  if name is None:
-    name = 'xla'
-  if name not in IMPLEMENTATIONS:
+def _implementation(name, q, k, v):
+  if name is not None and name not in IMPLEMENTATIONS:
     raise ValueError(
       f'unknown implementation {name!r}; known: {sorted(IMPLEMENTATIONS)}'
     )
-  return IMPLEMENTATIONS[name]
+  if name == 'pallas' or (name is None and target().platform == 'tpu'):
+    reason = chunks_tpu.refusal(q, k, v)
+    if reason and name:
+      raise NotImplementedError(f'implementation={name!r}: {reason}')
+    name = 'xla' if reason else 'pallas'
+  return IMPLEMENTATIONS[name or 'xla']
 
 
 def _check(q, k, v, log_decay, segment_ids, chunk_size):

@@ -10,6 +10,7 @@ which is the form of Mamba-2 (arXiv 2405.21060) for one decay per head and of
 GLA (arXiv 2312.06635) for one decay per head and channel.
 """
 
+import jax
 import jax.numpy as jnp
 
 from longctx.ops.chunks import products, scan_chunks
@@ -26,6 +27,7 @@ def linear_attention(
   document: Int[Array, 'B T'] | None,
   initial_state: Float[Array, 'B N P V'],
   chunk_size: int,
+  out_dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N P V']]:
   """The recurrence of reference.py, chunk by chunk; same arguments, same sums.
 
@@ -41,7 +43,7 @@ def linear_attention(
     document,
     chunk_size=chunk_size,
   )
-  return scale * out, state
+  return (scale * out).astype(out_dtype or state.dtype), state
 
 
 def chunk(state, inputs, documents):

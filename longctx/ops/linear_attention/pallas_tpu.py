@@ -12,16 +12,14 @@ from longctx.ops import chunks
 from longctx.ops.chunks_tpu import (
   BlockSizes,
   Kernel,
-  check_supported,
   scan_chunks,
 )
 from longctx.ops.linear_attention import chunked
-from longctx.ops.products_tpu import product, products
+from longctx.ops.products_tpu import product, product_costs, products
 from longctx.ops.target import target
 from longctx.typing import Array, Float, Int
 
 _CHUNK = 128
-_HEADS = 4
 
 
 def linear_attention(
@@ -47,34 +45,26 @@ def linear_attention(
 
   Args:
     chunk_size: not used; the kernel has sizes of its own.
-    out_dtype: of out; that of `initial_state` if None.
-
-  Raises:
-    NotImplementedError: if the kernel does not take the call; see
-      `chunks_tpu.why_unsupported`.
+    out_dtype: of out; None: that of `initial_state`.
   """
   del chunk_size
-  check_supported(q, k, v)
   T, N, P = q.shape[1:]
   K, V = v.shape[2:]
-  sizes = BlockSizes.choose(T=T, K=K, G=N // K, chunk=_CHUNK, heads=_HEADS)
+  by_channel = log_decay is not None and log_decay.ndim == 4
+  sizes = BlockSizes.choose(
+    T=T, K=K, G=N // K, chunk=_CHUNK, heads=2 if by_channel else 4
+  )
   inputs = dict(q=q, k=k, v=v)
   if log_decay is not None:
     inputs['log_decay'] = log_decay
   C = sizes.chunk
-  levels = 1
-  exponentials = 0
-  if log_decay is not None:
-    exponentials = C * (C + 3)
-  if log_decay is not None and log_decay.ndim == 4:
-    levels = C.bit_length()
-    exponentials = (levels + 2) * C * P
+  scores, exponentials = product_costs(C, P, log_decay)
   kernel = Kernel(
     'linear_attention',
     functools.partial(_chunk, scale),
     functools.partial(_plain, scale),
     sizes,
-    flops=2 * C * (C * (levels * P + V) + 2 * P * V),
+    flops=scores + 2 * C * (C * V + 2 * P * V),
     exponentials=exponentials,
     out_dtype=out_dtype or initial_state.dtype,
     interpret=target().platform != 'tpu',
