@@ -180,6 +180,23 @@ def test_shards_equal_one_device_under_the_delta_rule(
   assert_trees_close(result, expected(inputs, gated_delta_rule, **settings))
 
 
+@pytest.mark.parametrize('op', [linear_attention, gated_delta_rule])
+def test_kernels_of_shards_equal_one_device(op):
+  layout = SequenceLayout('zigzag', T, 2)
+  make = make_inputs if op is linear_attention else make_delta_inputs
+  inputs = make(decay='head')
+  settings = dict(scale=0.7, segment_ids=make_segments(layout), chunk_size=16)
+  run = functools.partial(
+    getattr(recurrences, op.__name__),
+    mesh=make_mesh(seq=2, model=2),
+    layout='zigzag',
+    implementation='pallas',
+    **settings,
+  )
+  result = value_and_gradients(lambda x: run(**x), as_dtype(inputs, 'float32'))
+  assert_trees_close(result, expected(inputs, op, **settings))
+
+
 def test_padding_in_the_layout_changes_nothing_under_the_delta_rule():
   layout = SequenceLayout('zigzag', T, 4)
   inputs = as_dtype(make_delta_inputs(decay='head'), 'float32')
