@@ -25,14 +25,17 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import tempfile
 
 # Before the compiler is loaded.
-DUMPS = tempfile.TemporaryDirectory(prefix='bundles')
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['LIBTPU_INIT_ARGS'] = (
-  f'--xla_jf_dump_to={DUMPS.name} --xla_jf_dump_llo_text=true '
-  '--xla_jf_dump_llo_pass_label_regex=final'
+os.environ['LIBTPU_INIT_ARGS'] = ' '.join(
+  [
+    '--xla_jf_dump_to=' + tempfile.mkdtemp(prefix='bundles'),
+    '--xla_jf_dump_llo_text=true',
+    '--xla_jf_dump_llo_pass_label_regex=final',
+  ]
 )
 
 import jax
@@ -52,6 +55,8 @@ from longctx.ops.dot_product_attention.work_list import Indices
 from longctx.ops.linear_attention import linear_attention
 from longctx.ops.target import Target, compiling_for
 from longctx.plan import topologies
+
+DUMPS = pathlib.Path(os.environ['LIBTPU_INIT_ARGS'].split()[0].split('=')[1])
 
 CHIPS = {
   'v5e': 'v5e:2x4',
@@ -156,13 +161,12 @@ def bundles(text: str) -> dict[str, int]:
 
 def kernels(op: str, chip: str, shape, *, backward: bool) -> list[dict]:
   """A line per kernel of an op."""
-  folder = pathlib.Path(DUMPS.name)
-  for path in folder.iterdir():
+  for path in DUMPS.iterdir():
     path.unlink()
   program = compiled(op, chip, shape, backward=backward).as_text()
   lines = []
   for name, size in vmem_bytes(program).items():
-    paths = folder.glob(f'*-{name}*[0-9]-final_bundles.txt')
+    paths = DUMPS.glob(f'*-{name}*[0-9]-final_bundles.txt')
     found = [bundles(path.read_text(errors='replace')) for path in paths]
     largest = max(found, key=lambda one: one['bundles'])
     if op != 'attention':
@@ -228,4 +232,7 @@ def main():
 
 
 if __name__ == '__main__':
-  main()
+  try:
+    main()
+  finally:
+    shutil.rmtree(DUMPS)

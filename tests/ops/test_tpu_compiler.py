@@ -11,7 +11,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from longctx import masks
 from longctx.ops.delta_rule import gated_delta_rule
-from longctx.ops.dot_product_attention import dot_product_attention
+from longctx.ops.dot_product_attention import BlockSizes, dot_product_attention
 from longctx.ops.linear_attention import linear_attention
 from longctx.ops.target import Target, compiling_for
 from longctx.plan import topologies
@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 CHIPS = ('v5e:2x4', 'v5p:2x2x1', 'v6e:2x4', 'tpu7x:2x2x1')
-B, T, N, K = 2, 1100, 4, 2
+B, T, N, K = 2, 300, 4, 2
+BLOCKS = BlockSizes(128, 128, 128, 128)
 
 
 def kernels_of(function, chip, *arrays, **named):
@@ -65,7 +66,10 @@ def attention_kernels(chip, *, H=128, dtype='bfloat16', indices=(), **options):
   def attend(q, k, v, **given):
     if rate:
       given['dropout'] = (rate, jax.random.key(0))
-    return dot_product_attention(q, k, v, return_lse=True, **given, **options)
+    # Of the smallest blocks: what is compiled is as long as a block is large.
+    return dot_product_attention(
+      q, k, v, return_lse=True, block_sizes=BLOCKS, **given, **options
+    )
 
   heads = [(dtype, (B, T, n, H)) for n in (N, K, K)]
   named = {name: ('int32', shapes[name]) for name in indices}
@@ -77,7 +81,7 @@ CASES = {
   'float32': dict(dtype='float32'),
   'H64': dict(H=64),
   'H256': dict(H=256),
-  'window': dict(mask=masks.SlidingWindow(300)),
+  'window': dict(mask=masks.SlidingWindow(100)),
   'longformer': dict(mask=masks.SlidingWindow(64, 64) | masks.GlobalTokens(3)),
   'dilated': dict(mask=masks.Causal() & masks.Dilated(64, 3)),
   'bigbird': dict(mask=masks.RandomBlocks(64, 3, 0) | masks.SlidingWindow(64)),
@@ -95,8 +99,7 @@ CASES = {
 
 @pytest.mark.parametrize('chip', CHIPS)
 def test_attention_compiles_for_every_chip(chip):
-  packed = attention_kernels(chip, indices=(*PLACES, 'q_segment_ids'))
-  assert attention_kernels(chip) == packed == 3
+  assert attention_kernels(chip, indices=(*PLACES, 'q_segment_ids')) == 3
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -104,11 +107,13 @@ def test_attention_compiles_with_every_option(case):
   assert attention_kernels('v5e:2x4', **CASES[case]) == 3
 
 
-@pytest.mark.parametrize('chip', CHIPS)
-@pytest.mark.parametrize('decay', ['head', 'channel'])
+@pytest.mark.parametrize(
+  ('chip', 'decay'),
+  [*((chip, 'head') for chip in CHIPS), (CHIPS[1], 'channel')],
+)
 @pytest.mark.parametrize('op', [linear_attention, gated_delta_rule])
-def test_recurrence_compiles_for_every_chip(op, decay, chip):
-  T, P, V = 300, 64, 128
+def test_recurrence_compiles_for_every_chip(op, chip, decay):
+  P, V = 64, 128
   arrays = [('bfloat16', (B, T, n, d)) for n, d in ((N, P), (K, P), (K, V))]
   if op is gated_delta_rule:
     arrays.append(('bfloat16', (B, T, N)))
