@@ -6,16 +6,19 @@ import jax
 
 from longctx.attention import AttentionConfig
 from longctx.gate import GateConfig
+from longctx.ops.remat import keeping
 
 DTYPES = ('float32', 'bfloat16', 'float64')
 
-# What a block keeps for its backward pass, by name. The attention op keeps its
-# own inputs and outputs in any case but 'full'.
+# What a block keeps for its backward pass, by name. What softmax attention gives
+# is kept by all but 'full', which runs it forward twice.
 REMAT_POLICIES = {
   'none': None,
   'full': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.dots_saveable,
-  'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'dots': keeping(jax.checkpoint_policies.dots_saveable),
+  'dots_no_batch': keeping(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  ),
 }
 
 

@@ -89,6 +89,17 @@ def test_loss_never_holds_all_the_logits():
   assert compiled.memory_analysis().temp_size_in_bytes < 4 * T * V
 
 
+def test_only_full_remat_runs_attention_forward_twice():
+  def loops(remat):
+    graph, params = nnx.split(build(remat=remat))
+
+    loss = lambda p: nnx.merge(graph, p).loss(*batch())['loss']
+    return str(jax.make_jaxpr(jax.grad(loss))(params)).count('while[')
+
+  once, full = loops('none'), loops('full')
+  assert loops('dots') == loops('dots_no_batch') == once < full
+
+
 @pytest.mark.parametrize('remat', list(model_lib.REMAT_POLICIES))
 def test_remat_changes_no_gradient(remat):
   data = batch()

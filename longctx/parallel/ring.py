@@ -31,6 +31,7 @@ from longctx.ops.dot_product_attention import (
 from longctx.ops.dot_product_attention.normalizers import Normalizer
 from longctx.ops.dot_product_attention.work_list import Indices
 from longctx.ops.merge import merge, merge_devices
+from longctx.ops.remat import keep
 from longctx.parallel.schedule import (
   Chain,
   Ring,
@@ -167,7 +168,7 @@ def _attend(spec: Spec, q, k, v, extras: Extras):
 
 def _attend_fwd(spec: Spec, q, k, v, extras: Extras):
   out, lse = _forward(_Device(spec, extras), q, k, v)
-  out = out.astype(q.dtype)
+  out, lse = keep(out.astype(q.dtype), lse)
   return (out, lse), (q, k, v, extras, out, lse)
 
 

@@ -37,6 +37,7 @@ from longctx.ops.dot_product_attention.work import (
   vary_like,
 )
 from longctx.ops.dot_product_attention.work_list import Indices
+from longctx.ops.remat import keep
 from longctx.typing import Array, Float, Int
 
 
@@ -133,7 +134,7 @@ def _attend(spec: Spec, q, k, v, extras: Extras):
 
 def _attend_fwd(spec: Spec, q, k, v, extras: Extras):
   out, lse = forward(spec, q, k, v, extras)
-  out = out.astype(q.dtype)
+  out, lse = keep(out.astype(q.dtype), lse)
   return (out, lse), (q, k, v, extras, out, lse)
 
 

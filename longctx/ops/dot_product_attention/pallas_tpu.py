@@ -38,6 +38,7 @@ from longctx.ops.dot_product_attention.tpu_call import Operand, call_kernel
 from longctx.ops.dot_product_attention.work import Extras
 from longctx.ops.dot_product_attention.work_list import Indices
 from longctx.ops.merge import merge
+from longctx.ops.remat import keep
 from longctx.ops.target import target
 from longctx.typing import Array, Float, Int
 
@@ -193,7 +194,7 @@ def _attend(spec: Spec, q, k, v, extras: Extras):
 
 
 def _attend_fwd(spec: Spec, q, k, v, extras: Extras):
-  out, lse = _forward(spec, q.dtype.name, q, k, v, extras)
+  out, lse = keep(*_forward(spec, q.dtype.name, q, k, v, extras))
   return (out, lse), (q, k, v, extras, out, lse)
 
 
