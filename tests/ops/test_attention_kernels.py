@@ -11,6 +11,7 @@ import pytest
 from longctx import masks
 from longctx.masks import Causal, SlidingWindow
 from longctx.ops.dot_product_attention import (
+  NORMALIZERS,
   BlockSizes,
   choose,
   dot_product_attention,
@@ -186,10 +187,17 @@ TPU = Target('tpu', 'TPU v5')
 
 
 def chosen(target, implementation=None, *, mask=None, sizes=None, **shape):
-  q, _, v, *_ = make_inputs(**shape)
+  q, k, v, *_ = make_inputs(**shape)
   with compiling_for(target):
     return choose(
-      implementation, q, v, mask=mask or Causal(), block_sizes=sizes
+      implementation,
+      q,
+      k,
+      v,
+      mask=mask or Causal(),
+      block_sizes=sizes,
+      normalizer=NORMALIZERS['softmax'],
+      uses_lse=False,
     )
 
 

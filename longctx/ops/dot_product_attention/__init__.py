@@ -9,6 +9,7 @@ import numpy as np
 from longctx.masks import Causal, Mask
 from longctx.ops.dot_product_attention import (
   blockwise,
+  cudnn,
   pallas_tpu,
   reference,
   side_by_side,
@@ -30,11 +31,17 @@ __all__ = [
 ]
 
 IMPLEMENTATIONS = {
+  'cudnn': cudnn.dot_product_attention,
   'pallas': pallas_tpu.dot_product_attention,
   'reference': reference.dot_product_attention,
   'side_by_side': side_by_side.dot_product_attention,
   'xla': blockwise.dot_product_attention,
 }
+
+# Why those that run on some machines alone do not support a call, and what is
+# best on a platform where they do.
+KERNELS = {'cudnn': cudnn.refusal, 'pallas': pallas_tpu.refusal}
+BEST = {'gpu': 'cudnn', 'tpu': 'pallas'}
 
 Integers = Int[Array, '...'] | Int[np.ndarray, '...']
 
@@ -110,8 +117,9 @@ def dot_product_attention(
     implementation: 'reference' (memory B N T S), 'side_by_side' (the same, for
       few queries), 'xla' (memory linear in T and S, that of second derivatives
       too), 'pallas' (kernels for TPUs; on a CPU they are interpreted, to check
-      values) or None for the best that supports the call: 'pallas' on TPUs,
-      else 'xla'.
+      values), 'cudnn' (on NVIDIA GPUs, plain causal and windowed attention,
+      without second derivatives) or None for the best that supports the call:
+      'pallas' on TPUs and 'cudnn' on GPUs, else 'xla'.
     return_lse: whether to return lse too.
 
   Returns:
@@ -141,7 +149,8 @@ def dot_product_attention(
     block_sizes=block_sizes,
     implementation=implementation,
   )
-  name = choose(implementation, q, v, **call)
+  uses_lse = return_lse or call['sink_logits'] is not None
+  name = choose(implementation, q, k, v, uses_lse=uses_lse, **call)
   out, lse = IMPLEMENTATIONS[name](q, k, v, **call)
   out = NORMALIZERS[normalizer].finish(out, lse)
   return (out, lse) if return_lse else out
@@ -150,26 +159,36 @@ def dot_product_attention(
 def choose(
   implementation: str | None,
   q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
   v: Float[Array, 'B S K V'],
   *,
-  mask: Mask,
-  block_sizes: BlockSizes | None,
+  uses_lse: bool,
   **call: Any,
 ) -> str:
   """The name of the implementation for arguments as `resolve` gives them.
 
+  Args:
+    implementation: a name, or None for the best that supports the call.
+    q: queries.
+    k: keys.
+    v: values.
+    uses_lse: whether anything reads lse beside out, as rings do.
+    **call: the other arguments.
+
   Raises:
     NotImplementedError: the one that is named does not support the call.
   """
-  del call
-  if implementation not in (None, 'pallas'):
+  if implementation not in (None, *KERNELS):
     return implementation
-  if implementation is None and target().platform != 'tpu':
-    return 'xla'
-  reason = pallas_tpu.refusal(q, v, mask=mask, block_sizes=block_sizes)
+  name = implementation or BEST.get(target().platform, 'xla')
+  if name == 'xla':
+    return name
+  reason = KERNELS[name](q, k, v, uses_lse=uses_lse, **call)
   if reason and implementation:
-    raise NotImplementedError(f'{implementation=}: {reason}')
-  return 'xla' if reason else 'pallas'
+    raise NotImplementedError(
+      f"{implementation=}: {reason}; take 'xla', or None for the best"
+    )
+  return 'xla' if reason else name
 
 
 def resolve(

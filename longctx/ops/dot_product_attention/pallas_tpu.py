@@ -71,29 +71,32 @@ class Spec:
 
 def refusal(
   q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
   v: Float[Array, 'B S K V'],
   *,
   mask: Mask,
   block_sizes: BlockSizes | None,
+  **call: Any,
 ) -> str | None:
   """Why the kernels do not support a call, or None where they do."""
+  del k, call
   if target().platform == 'gpu':
-    return "the kernels are for TPUs: on a GPU take 'xla' or 'cudnn'"
+    return 'the kernels are for TPUs, and this is for a GPU'
   if q.dtype.name not in DTYPES:
-    return f"q.dtype={q.dtype.name} is not of {DTYPES}: take 'xla'"
+    return f'q.dtype={q.dtype.name} is not of {DTYPES}'
   H, V = q.shape[-1], v.shape[-1]
   if max(H, V) > WIDEST_HEAD:
-    return f"{H=} and {V=} must be at most {WIDEST_HEAD}: take 'xla'"
+    return f'{H=} and {V=} must be at most {WIDEST_HEAD}'
   sizes = dataclasses.asdict(block_sizes or BlockSizes())
   for name, size in sizes.items():
     if name.startswith('block_') and size is not None and size % LANES:
-      return f"{name}={size} must be a multiple of {LANES}, or take 'xla'"
+      return f'{name}={size} must be a multiple of {LANES}'
   for primitive in mask.primitives():
     if isinstance(primitive, masks.BlockSparse) and not primitive.is_small:
       return (
         f'a pattern of {len(primitive.pattern)} x '
         f'{len(primitive.pattern[0])} blocks is too large to be looked up in a '
-        "kernel: take 'xla'"
+        'kernel'
       )
   return None
 
