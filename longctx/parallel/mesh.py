@@ -177,6 +177,9 @@ def ensure_devices(count: int) -> str | None:
   """
   if has_accelerator():
     return None
+  if importlib.util.find_spec('libtpu') and not jax.config.jax_platforms:
+    # The compiler of TPUs would look for one, and complain in several lines.
+    jax.config.update('jax_platforms', 'cpu')
   _keep_one_heap()
   if count == 1:
     return None
