@@ -270,11 +270,11 @@ def _estimate(
   utilization: float,
 ) -> Estimate:
   devices = step.placement.mesh.size
-  exposed = sum(
-    transfer.wire_bytes / devices / chip.link_bandwidth * (transfer.times or 1)
-    for transfer in found
-    if not transfer.overlapped
-  )
+  exposed = 0.0
+  for transfer in found:
+    if not transfer.overlapped:
+      sent = transfer.wire_bytes / devices * (transfer.times or 1)
+      exposed += sent / chip.link_bandwidth
   for kind in attention:
     for ring in kind.rings:
       passes = [*[ring.forward] * (1 + work.again), ring.backward]
