@@ -17,6 +17,7 @@ from longctx.model import Transformer, TransformerConfig
 from longctx.ops.target import Target, compiling_for
 from longctx.parallel import Placement
 from longctx.plan.chips import Chip
+from longctx.plan.memory import totals
 from longctx.plan.topologies import check_mesh
 
 DTYPES = {
@@ -203,15 +204,13 @@ def _read(folder: str) -> dict[str, str]:
   """The files of the largest program that was compiled into a folder."""
   found = {}
   for end in (ASSIGNMENT, LIVE_RANGE, SCHEDULED):
-    files = pathlib.Path(folder).glob(f'*.{end}')
+    files = pathlib.Path(folder).glob(f'*{end}')
     largest = max(files, key=lambda file: file.stat().st_size, default=None)
     found[end] = largest.read_text() if largest else ''
   return found
 
 
 def _refused(message: str, dump: dict[str, str]) -> Program:
-  from longctx.plan.memory import totals
-
   sizes = totals(dump[ASSIGNMENT])
   return Program(
     dump[SCHEDULED],
