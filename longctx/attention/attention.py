@@ -342,6 +342,7 @@ def _asked_for(config: AttentionConfig) -> list[str]:
     'gqa': config.num_kv_heads < config.num_heads,
     'dropout': config.attention_dropout > 0,
     'short_conv': config.short_conv > 0,
+    'pallas': config.implementation == 'pallas',
     config.positions: config.positions in CAPABILITIES,
   }
   return [capability for capability, is_asked in asked.items() if is_asked]

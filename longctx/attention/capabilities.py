@@ -31,6 +31,15 @@ CAPABILITIES = {
   'zigzag': 'likewise',
   'striped': 'likewise',
   'model': 'heads on several devices',
+  'pallas': 'kernels for TPUs, forward and backward',
+}
+
+# What holds where a query chooses what it reads.
+OF_SELECTIONS = {
+  'pallas': (
+    'what a query chooses is gathered, for which there is no kernel yet: take '
+    'no implementation, or xla'
+  ),
 }
 
 # What holds for anything that passes a state from token to token.

@@ -7,6 +7,7 @@ from flax import nnx
 
 from longctx import masks
 from longctx.attention.attention import Attention, AttentionConfig
+from longctx.attention.capabilities import OF_SELECTIONS
 from longctx.attention.context import Context
 from longctx.ops import block_selection
 from longctx.typing import Array, Float
@@ -30,6 +31,7 @@ class MixtureOfBlockAttention(Attention):
   """
 
   mask_is_bound = True
+  unsupported: ClassVar = OF_SELECTIONS
   small: ClassVar = {'block_size': 4, 'top_k': 2}
 
   def __init__(

@@ -8,6 +8,7 @@ from flax import nnx
 
 from longctx import masks
 from longctx.attention.attention import Attention, AttentionConfig, linear
+from longctx.attention.capabilities import OF_SELECTIONS
 from longctx.attention.context import Context
 from longctx.ops import block_selection
 from longctx.typing import Array, Float
@@ -49,6 +50,7 @@ class NativeSparseAttention(Attention):
   # Their order: compressed, selected, window.
   branches = 3
   unsupported: ClassVar = {
+    **OF_SELECTIONS,
     'analysis': (
       'compressed values pass a hidden layer, so that outputs are no weighted '
       'sums of them: analyse other layers'

@@ -248,7 +248,7 @@ def _work(
     if any(kind.layer == layer and not kind.reason for kind in attention)
   )
   dense = (forward - rows * mixing) / step.placement.mesh.size
-  again = step.model.remat != 'none'
+  again = step.model.remat == 'full'
   loops = [t for t in found if t.kind == 'collective-permute' and t.in_loop]
   if loops:
     # Nothing but a ring sends in a loop.

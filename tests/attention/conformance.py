@@ -22,6 +22,7 @@ from longctx.attention import (
 from longctx.attention.cells import empty
 from longctx.layouts import SequenceLayout
 from longctx.masks import Causal, SlidingWindow
+from longctx.ops.target import Target, compiling_for
 from longctx.parallel import Placement
 from longctx.parallel.axes import make_axes
 from tests.tiny import tiny_layer
@@ -415,6 +416,22 @@ def on_mesh(variant: str, place: tuple | None):
   return [np.asarray(y) for y in (out, dx, *jax.tree.leaves(dparams))]
 
 
+def check_pallas(variant: str):
+  graph, params = make_layer(variant, implementation='pallas')
+  x = make_input()
+  # Interpreted; the gradients of the kernels are tested with the ops.
+  run = jax.jit(functools.partial(apply, graph), compiler_options=FAST)
+  assert_close([run(params, x)], oracle(variant)[:1])
+
+  def loss(params, x):
+    return apply(graph, params, x).sum()
+
+  with compiling_for(Target('tpu', 'TPU v5')):
+    program = str(jax.make_jaxpr(jax.grad(loss))(params, x))
+  # One forward, and one or two backward.
+  assert program.count('pallas_call[') >= 2
+
+
 CHECKS = {
   'float32': check_float32,
   'bfloat16': check_bfloat16,
@@ -434,6 +451,7 @@ CHECKS = {
   'analysis': check_analysis,
   'packing': check_packing,
   **{name: functools.partial(check_mesh, capability=name) for name in MESHES},
+  'pallas': check_pallas,
 }
 
 
