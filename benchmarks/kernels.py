@@ -16,8 +16,10 @@ and those that hold an allowed pair, `area`, their scores over those of all
 pairs, and `pairs`, the allowed pairs over all.
 
 Bundles say what a block costs if nothing waits for memory. They are counted
-without a device, so that a slower kernel is seen where there is none. With
-`--quick` small arrays, and the forward pass of attention on one chip alone.
+without a device, so that a slower kernel is seen where there is none: the tests
+hold them to tests/ops/kernel_limits.json, which `--chips=v5p
+--write=tests/ops/kernel_limits.json` renews. With `--quick` small arrays, and
+the forward pass of attention on one chip alone.
 """
 
 import argparse
@@ -214,11 +216,13 @@ def main():
   parser.add_argument('--chips', default=','.join(CHIPS))
   parser.add_argument('--ops', default=','.join(OPS))
   parser.add_argument('--quick', action='store_true')
+  parser.add_argument('--write', help='a file for the lines of kernels')
   args = parser.parse_args()
   chips, ops = args.chips.split(','), args.ops.split(',')
   if args.quick:
     chips, ops = ['v5e'], ['attention']
   shape = (2048, 2, 1, 128) if args.quick else (4096, 8, 2, 128)
+  limits = {}
   for chip in chips:
     lines = [
       line
@@ -229,6 +233,10 @@ def main():
       lines += work(chip, name, 2**14 if args.quick else 2**16)
     for line in lines:
       print(json.dumps(line), flush=True)
+      if 'kernel' in line:
+        limits[f'{line.pop("chip")} {line.pop("kernel")}'] = line
+  if args.write:
+    pathlib.Path(args.write).write_text(json.dumps(limits, indent=2) + '\n')
 
 
 if __name__ == '__main__':
