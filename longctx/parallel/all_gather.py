@@ -23,4 +23,15 @@ def gather(
   """The whole sequence in natural order, without padding."""
   if x is None:
     return None
-  return layout.restore(lax.all_gather(x, axis, axis=1, tiled=True))
+  B, L, *rest = x.shape
+  if not rest:
+    return layout.restore(lax.all_gather(x, axis, axis=1, tiled=True))
+  # Heads and their dimension as one axis, as kernels take them, and no axis of
+  # a single row: else the compiler of TPUs sums gradients whole on every device
+  # where it could scatter them.
+  if B == 1:
+    x = lax.all_gather(x.reshape(L, -1), axis, axis=0, tiled=True)[None]
+  else:
+    x = lax.all_gather(x.reshape(B, L, -1), axis, axis=1, tiled=True)
+  x = layout.restore(x)
+  return x.reshape(*x.shape[:2], *rest)

@@ -140,9 +140,7 @@ def dot_product_attention(
     q, k, v, call = _into_layout(layout, q, k, v, call, few=few)
   sink_logits = call.pop('sink_logits')
   # Rings merge parts, and few queries are merged over the devices.
-  uses_lse = (
-    return_lse or 'ring' in scheme or few or call['sink_logits'] is not None
-  )
+  uses_lse = return_lse or 'ring' in scheme or few or sink_logits is not None
   name = choose(implementation, q, k, v, uses_lse=uses_lse, **call)
   plan = _Plan(axes, layout, scheme, name, few)
   out, lse = _on_mesh(plan, q, k, v, call)

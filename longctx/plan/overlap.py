@@ -216,13 +216,8 @@ def _multiplies(fusion: Instruction, computations: Computations) -> bool:
 
 def kernel_name(call: Instruction) -> str:
   """The name of a Pallas kernel."""
-  for pattern in (
-    r'kernel_name\\?"?\s*[:=]\s*\\?"([\w.\-]+)',
-    r'op_name="[^"]*/([\w.\-\[\]=]+)"',
-  ):
-    if name := re.search(pattern, call.attributes):
-      return name[1]
-  return call.name
+  name = re.search(r'([\w.\-]+)/pallas_call', _source(call))
+  return name[1] if name else re.sub(r'(\.\d+)+$', '', call.name)
 
 
 def _source(instruction: Instruction) -> str:

@@ -36,7 +36,7 @@ collective-permute-start(%x), {PAIRS}, \
 metadata={{op_name="jit(f)/jvp()/ppermute"}}
   %kernel = bf16[4,8]{{1,0}} custom-call(%x), \
 custom_call_target="tpu_custom_call", \
-metadata={{op_name="jit(f)/jvp()/flash_forward"}}
+metadata={{op_name="jit(f)/jvp()/flash_forward/pallas_call"}}
   %w.1 = (s32[], bf16[4,8]{{1,0}}) while(%p), condition=%until, body=%inner
   %hop-done = bf16[4,8]{{1,0}} collective-permute-done(%hop-start)
   ROOT %t = (s32[], bf16[4,8]{{1,0}}) tuple(%x, %hop-done)

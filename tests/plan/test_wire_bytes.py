@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
   reason='libtpu, the TPU compiler, is for Linux on x86-64 alone',
 )
 
-B, N, K, H, T = 2, 8, 2, 128, 1024
+N, K, H, T = 8, 2, 128, 1024
 
 BOTH = dict(seq=4, model=2), ('seq', 'model')
 SCHEMES = {
@@ -32,7 +32,9 @@ SCHEMES = {
 }
 
 
-def compiled_and_predicted(scheme, dtype, *, mask=Causal(), backward=True):
+def compiled_and_predicted(
+  scheme, dtype, *, B=2, mask=Causal(), backward=True, implementation=None
+):
   """Bytes by kind, of attention on v5e:2x4: of the programs, of the formula."""
   axes, axis = SCHEMES[scheme]
   devices = topologies.describe('v5e:2x4')
@@ -55,6 +57,7 @@ def compiled_and_predicted(scheme, dtype, *, mask=Causal(), backward=True):
       layout=layout,
       in_layout=True,
       mask=mask,
+      implementation=implementation,
     )
 
   def forward(q, k, v):
@@ -87,9 +90,10 @@ def compiled_and_predicted(scheme, dtype, *, mask=Causal(), backward=True):
   return {kind: sent for kind, sent in counted.items() if sent}, predicted
 
 
+@pytest.mark.parametrize('B', [1, 2])
 @pytest.mark.parametrize('scheme', SCHEMES)
-def test_bytes_of_a_tpu_program_are_those_of_the_formula(scheme):
-  compiled, predicted = compiled_and_predicted(scheme, jnp.bfloat16)
+def test_bytes_of_a_tpu_program_are_those_of_the_formula(scheme, B):
+  compiled, predicted = compiled_and_predicted(scheme, jnp.bfloat16, B=B)
   assert compiled == predicted
 
 
@@ -112,8 +116,13 @@ def test_float32_is_sent_where_products_are_of_float32(scheme):
 
 def test_float32_is_rounded_before_it_is_sent_where_products_round_it():
   # A TPU multiplies in bfloat16 unless told otherwise, and its compiler moves
-  # the rounding of keys and values from the products to the sender.
+  # the rounding of keys and values from the products to the sender. It sees no
+  # product inside of a kernel.
   compiled, predicted = compiled_and_predicted(
     'ring', jnp.float32, backward=False
+  )
+  assert compiled == predicted
+  compiled, predicted = compiled_and_predicted(
+    'ring', jnp.float32, backward=False, implementation='xla'
   )
   assert compiled == {kind: sent // 2 for kind, sent in predicted.items()}
