@@ -11,7 +11,8 @@ from longctx.ops.remat import keeping
 DTYPES = ('float32', 'bfloat16', 'float64')
 
 # What a block keeps for its backward pass, by name. What softmax attention
-# gives is kept by all but 'full', which runs it forward twice.
+# gives is kept by all but 'full', which runs it forward twice (as do all where
+# cuDNN computes it).
 REMAT_POLICIES = {
   'none': None,
   'full': jax.checkpoint_policies.nothing_saveable,

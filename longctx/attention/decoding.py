@@ -101,8 +101,13 @@ class DecodingContext(Context):
     if implementation is None and q.shape[1] == 1:
       # The equation itself, where a chunk would be mostly padding.
       implementation = 'reference'
-    elif implementation is None and self.axes is not None:
+    elif self.axes is not None and implementation in (None, 'pallas'):
       # What the compiler itself spreads over a mesh cannot be a kernel.
+      if implementation:
+        raise NotImplementedError(
+          f'{implementation=} does not read a cache that lies on a mesh: take '
+          "'xla' or None"
+        )
       implementation = 'xla'
     common = dict(
       log_decay=log_decay,

@@ -12,7 +12,7 @@ from longctx.masks.algebra import Positions, Primitive, Range, Reach
 
 # A pattern inside of a program: bits that a word holds (without its sign), and
 # the most words.
-WORD_BITS, MOST_WORDS = 31, 512
+WORD_BITS, MOST_WORDS = 31, 640
 
 
 @dataclasses.dataclass(frozen=True)

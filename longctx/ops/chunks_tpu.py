@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from longctx.ops.chunks import SMALLEST_LOG_DECAY
 from longctx.ops.products_tpu import Documents
 from longctx.ops.target import target
+from longctx.ops.tpu import VMEM_LIMIT, why_not
 from longctx.typing import Array, Float, Int
 
 # Arrays with one head per key head; all others have one per query head.
@@ -31,8 +32,8 @@ _MIB = 1 << 20
 # What a kernel may take of the VMEM without being given more: the limit is 16
 # MiB on some chips, and part of it is the compiler's.
 _FREE_VMEM = 10 * _MIB
-# Of 64 MiB on the chips that have the least.
-_LARGEST_VMEM = 48 * _MIB
+# Of the states that a forward step holds; a backward step has more of them.
+_MOST_STATES = 8 * _MIB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +53,23 @@ class BlockSizes:
 
   @classmethod
   def choose(
-    cls, *, T: int, K: int, G: int, chunk: int, heads: int
+    cls, *, T: int, K: int, G: int, P: int, V: int, chunk: int, heads: int
   ) -> 'BlockSizes':
     """At most `chunk` steps and `heads` heads, as far as there are as many.
 
     Heads do not depend on each other, so the matrix unit is busy with one while
-    another waits for its last product.
+    another waits for its last product. Wide states leave room for few.
+
+    Args:
+      T: steps of the sequence.
+      K: key heads.
+      G: query heads of each.
+      P: width of keys.
+      V: width of values.
+      chunk: the most steps, a power of two.
+      heads: the most query heads.
     """
+    heads = min(heads, max(1, _MOST_STATES // _state_bytes(P, V)))
     chunk = min(chunk, max(_SMALLEST_CHUNK, 1 << (T - 1).bit_length()))
     query_heads = _largest_divisor(G, heads)
     key_heads = _largest_divisor(K, heads // G) if query_heads == G else 1
@@ -99,9 +110,8 @@ def refusal(
   v: Float[Array, 'B T K V'],
 ) -> str | None:
   """Why the kernels do not take a call, and what to take; None if they do."""
-  platform = target().platform
-  if platform == 'gpu':
-    return "its kernels are for TPUs, not for GPUs: take 'xla' or None"
+  if reason := why_not(target()):
+    return f"{reason}: take 'xla' or None"
   for name, x in dict(q=q, k=k, v=v).items():
     if x.dtype not in (jnp.float32, jnp.bfloat16):
       return (
@@ -115,12 +125,11 @@ def refusal(
       f'{P=} and {V=} must be at most {_LARGEST_WIDTH}, or a state does not '
       "fit into VMEM: take 'xla' or None"
     )
-  # What enters and what leaves, of float32, each of them twice.
-  size = 16 * G * _rows(P) * _lanes(V)
-  if size > _LARGEST_VMEM // 2:
+  size = G * _state_bytes(P, V)
+  if size > VMEM_LIMIT // 2:
     return (
       f'the states {P=} x {V=} of {G} query heads that share a key head take '
-      f'{size // _MIB} MiB of VMEM, more than {_LARGEST_VMEM // 2 // _MIB}: '
+      f'{size // _MIB} MiB of VMEM, more than {VMEM_LIMIT // 2 // _MIB}: '
       "take 'xla' or None"
     )
   return None
@@ -546,7 +555,7 @@ def _call(
     scratch_shapes=jax.tree.leaves(scratch),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel', 'arbitrary', 'arbitrary'),
-      vmem_limit_bytes=None if vmem <= _FREE_VMEM else _LARGEST_VMEM,
+      vmem_limit_bytes=None if vmem <= _FREE_VMEM else VMEM_LIMIT,
     ),
     cost_estimate=pl.CostEstimate(
       flops=passes * calls * kernel.flops,
@@ -565,6 +574,11 @@ def _vmem_bytes(spec, x):
   for n in outer:
     size *= n
   return size
+
+
+def _state_bytes(P: int, V: int) -> int:
+  """Of a head: what enters and what leaves, in float32, each of them twice."""
+  return 16 * _rows(P) * _lanes(V)
 
 
 def _rows(n):

@@ -19,8 +19,10 @@ def merge(
 
   A part without any key has lse = -inf; two of them stay one.
   """
-  lse = jnp.logaddexp(lse_a, lse_b)
-  total = jnp.where(lse == -jnp.inf, 0, lse)
+  # Of two parts without a key a logaddexp has no derivative.
+  none = (lse_a == -jnp.inf) & (lse_b == -jnp.inf)
+  total = jnp.logaddexp(jnp.where(none, 0, lse_a), jnp.where(none, 0, lse_b))
+  lse = jnp.where(none, -jnp.inf, total)
   out = (
     jnp.exp(lse_a - total)[..., None] * out_a
     + jnp.exp(lse_b - total)[..., None] * out_b

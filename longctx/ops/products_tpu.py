@@ -15,12 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
+from longctx.ops.tpu import precision
 from longctx.typing import Array, Float, Int
 
 # The axes that are summed over: A B, A Bᵀ and Aᵀ B.
 _CONTRACTED = {'NN': ((1,), (0,)), 'NT': ((1,), (1,)), 'TN': ((0,), (0,))}
-# Names of JAX's default precision for which one pass in bfloat16 will do.
-_ONE_PASS = (None, 'default', 'fastest', 'bfloat16', 'BF16_BF16_F32')
 
 
 class Documents(NamedTuple):
@@ -56,15 +55,11 @@ def product(
     form: which of the two is transposed.
     exact: in full float32, whatever JAX's default precision.
   """
-  default = jax.config.jax_default_matmul_precision in _ONE_PASS
-  precision = lax.Precision.HIGHEST
-  if default and not exact:
-    precision = lax.Precision.DEFAULT
   return lax.dot_general(
     a,
     b,
     (_CONTRACTED[form], ((), ())),
-    precision=precision,
+    precision=precision(exact=exact),
     preferred_element_type=jnp.float32,
   )
 

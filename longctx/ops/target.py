@@ -35,8 +35,18 @@ _TARGET = jax.make_user_context(default_value=None)
 
 def target() -> Target:
   """The machine that what is traced now will run on."""
-  return _TARGET.value or Target(
-    jax.default_backend(), jax.devices()[0].device_kind
+  if _TARGET.value is not None:
+    return _TARGET.value
+  device = jax.config.jax_default_device or jax.devices()[0]
+  if isinstance(device, str):
+    device = jax.devices(device)[0]
+  # JAX calls devices 'cuda' or 'rocm' where it calls their backend 'gpu'; what
+  # it has no name for takes what runs anywhere.
+  platform = {'cuda': 'gpu', 'rocm': 'gpu'}.get(
+    device.platform, device.platform
+  )
+  return Target(
+    platform if platform in PLATFORMS else 'cpu', device.device_kind
   )
 
 

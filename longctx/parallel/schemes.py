@@ -139,9 +139,13 @@ def dot_product_attention(
   if not in_layout:
     q, k, v, call = _into_layout(layout, q, k, v, call, few=few)
   sink_logits = call.pop('sink_logits')
-  # Rings merge parts, and few queries are merged over the devices.
-  uses_lse = return_lse or 'ring' in scheme or few or sink_logits is not None
-  name = choose(implementation, q, k, v, uses_lse=uses_lse, **call)
+  if scheme != 'ulysses' or few:
+    # What devices compute is a part, at positions of its own, to be merged.
+    call_of_device = {**call, 'q_positions': np.arange(0)}
+  else:
+    call_of_device = call
+  uses_lse = return_lse or sink_logits is not None
+  name = choose(implementation, q, k, v, uses_lse=uses_lse, **call_of_device)
   plan = _Plan(axes, layout, scheme, name, few)
   out, lse = _on_mesh(plan, q, k, v, call)
   out = NORMALIZERS[normalizer].finish(out, lse)

@@ -15,26 +15,20 @@ class Chip:
   Attributes:
     kind: as JAX names it.
     platform: 'tpu' or 'gpu'.
-    hbm_bytes: of its memory.
     usable_bytes: those that the compiler lets a program have.
     flops: per second, dense bfloat16, at the peak.
-    hbm_bandwidth: bytes per second.
     link_bandwidth: bytes per second over one link, one way.
     wraps: a torus closes along the dimensions that this number divides; 0:
       every device is as near as any other.
-    devices_per_chip: that JAX counts.
     example: a topology.
   """
 
   kind: str
   platform: str = 'tpu'
-  hbm_bytes: int
   usable_bytes: int
   flops: float
-  hbm_bandwidth: float
   link_bandwidth: float
   wraps: int
-  devices_per_chip: int = 1
   example: str
 
 
@@ -45,30 +39,24 @@ class Chip:
 CHIPS = {
   'v5e': Chip(
     kind='TPU v5 lite',
-    hbm_bytes=16 * GiB,
     usable_bytes=int(15.75 * GiB),
     flops=197e12,
-    hbm_bandwidth=819e9,
     link_bandwidth=45e9,
     wraps=16,
     example='v5e:4x8',
   ),
   'v5p': Chip(
     kind='TPU v5',
-    hbm_bytes=95 * GiB,
     usable_bytes=int(95.74 * GiB),
     flops=459e12,
-    hbm_bandwidth=2765e9,
     link_bandwidth=90e9,
     wraps=4,
     example='v5p:4x4x8',
   ),
   'v6e': Chip(
     kind='TPU v6 lite',
-    hbm_bytes=32 * GiB,
     usable_bytes=int(31.25 * GiB),
     flops=918e12,
-    hbm_bandwidth=1640e9,
     link_bandwidth=90e9,
     wraps=16,
     example='v6e:4x8',
@@ -77,13 +65,10 @@ CHIPS = {
   # taken to be those of v6e, which was not found written anywhere.
   'tpu7x': Chip(
     kind='TPU7x',
-    hbm_bytes=96 * GiB,
     usable_bytes=int(94.75 * GiB),
     flops=2307e12 / 2,
-    hbm_bandwidth=7370e9 / 2,
     link_bandwidth=90e9,
     wraps=4,
-    devices_per_chip=2,
     example='tpu7x:4x4x4',
   ),
   # NVIDIA's data sheet of the H100 SXM; NVLink gives 900 GB/s both ways. JAX
@@ -92,10 +77,8 @@ CHIPS = {
   'h100': Chip(
     kind='NVIDIA H100 80GB HBM3',
     platform='gpu',
-    hbm_bytes=84_978_434_048,
     usable_bytes=int(0.75 * 84_978_434_048),
     flops=989e12,
-    hbm_bandwidth=3350e9,
     link_bandwidth=450e9,
     wraps=0,
     example='h100:8',

@@ -2,8 +2,9 @@
 
 What a hop brings is computed while the next one is under way. Forward a block
 of scores takes two products, q kᵀ and p v; backward five: q kᵀ, dout vᵀ, and
-those that give dv, dk and dq. Forward keys and values travel, backward their
-gradients beside them, in float32.
+those that give dv, dk and dq. The TPU kernels compute the first two of them
+twice, once for dq and once for dk and dv. Forward keys and values travel,
+backward their gradients beside them, in float32.
 """
 
 import dataclasses
@@ -42,7 +43,6 @@ class Pass:
     compute_seconds: of the blocks whose keys a hop brings: the shortest of all
       hops, so that the worst is told.
     own_seconds: of the blocks of a device's own keys, before the first hop.
-    last_bytes: that go home after the last hop, with nothing to do meanwhile.
   """
 
   hops: int
@@ -50,7 +50,6 @@ class Pass:
   transfer_seconds: float
   compute_seconds: float
   own_seconds: float
-  last_bytes: int
 
   @property
   def ratio(self) -> float:
@@ -138,6 +137,7 @@ def _attended(
 ) -> Attended:
   placement, config = step.placement, attention.config
   axes, scheme = placement.axes, placement.scheme
+  kernels = chip.platform == 'tpu' and config.implementation in (None, 'pallas')
   blocks = _blocks(scheme, attention.mask, step, config.block_sizes)
   data, model = axes.size(axes.data), axes.size(axes.heads)
   parts = step.config.optimizer.accumulation
@@ -152,15 +152,15 @@ def _attended(
     # A device has all tokens, for its share of the heads.
     heads //= axes.size(axes.seq)
   area = parts * rows * heads * blocks.area
-  forward, backward = 2 * (H + V) * area, 2 * (3 * H + 2 * V) * area
+  products = (H + V, 4 * H + 3 * V if kernels else 3 * H + 2 * V)
+  forward, backward = (2 * n * area for n in products)
   if 'ring' in scheme:
     keys = math.lcm(config.num_kv_heads // model, fold) // fold
     itemsize = jnp.dtype(config.dtype).itemsize
     token = rows * keys * (H + V)
     rate = chip.flops * utilization
-    seconds = (
-      rows * heads * blocks.block_area * 2 * (H + V) / rate,
-      rows * heads * blocks.block_area * 2 * (3 * H + 2 * V) / rate,
+    seconds = tuple(
+      rows * heads * blocks.block_area * 2 * n / rate for n in products
     )
     rings = tuple(
       LayerRing(
@@ -235,13 +235,9 @@ def _passes(
   forward_bytes = chain.length * token * itemsize
   gradients = chain.length * token * SUM
   passes = []
-  for sent, each, last in (
-    (forward_bytes, seconds[0], 0),
-    (
-      forward_bytes + (gradients if chain.hops > 1 else 0),
-      seconds[1],
-      gradients * (2 if chain.hops > 1 else 1),
-    ),
+  for sent, each in (
+    (forward_bytes, seconds[0]),
+    (forward_bytes + (gradients if chain.hops > 1 else 0), seconds[1]),
   ):
     passes.append(
       Pass(
@@ -250,7 +246,6 @@ def _passes(
         sent / chip.link_bandwidth,
         least * each,
         own * each,
-        last,
       )
     )
   return tuple(passes)

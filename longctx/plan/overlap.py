@@ -131,7 +131,14 @@ def executions(
         branches = re.search(
           r'branch_computations=\{(.*?)\}', instruction.attributes
         )
-        called = re.findall(r'[\w.\-]+', branches[1]) if branches else []
+        called = (
+          re.findall(r'[\w.\-]+', branches[1])
+          if branches
+          else [
+            attribute(f'{branch}_computation', instruction.attributes)
+            for branch in ('true', 'false')
+          ]
+        )
       elif instruction.opcode == 'call':
         called = [attribute('to_apply', instruction.attributes)]
       else:
@@ -196,6 +203,11 @@ def _work(
     opcode = instruction.opcode
     if opcode == 'custom-call' and 'tpu_custom_call' in instruction.attributes:
       found.append(f'kernel {kernel_name(instruction)}')
+    elif opcode == 'custom-call' and re.search(
+      'custom_call_target="__(cublas|cudnn)', instruction.attributes
+    ):
+      # What GPUs leave to their libraries.
+      found.append(f'product {last_name(_source(instruction))}'.strip())
     elif opcode == 'while':
       count = known_trips(instruction, computations)
       often = 'a number of' if count is None else count

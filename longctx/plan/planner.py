@@ -175,7 +175,7 @@ def make_plan(
   compiled = time.perf_counter()
   found = overlap.transfers(program.text)
   attention = hops.attended(step, chip, utilization)
-  work = _work(step, attention, found)
+  work = _work(step, attention)
   temporaries, how = memory.largest(
     program.text, program.dump[ASSIGNMENT], program.dump[LIVE_RANGE]
   )
@@ -238,7 +238,6 @@ def shard_bytes(tree: Any) -> int:
 def _work(
   step: Step,
   attention: Sequence[hops.Attended],
-  found: Sequence[overlap.Transfer],
 ) -> Work:
   T, rows = step.task.seq_len, step.config.batch_size
   forward = rows * step.module.flops(T)
@@ -248,11 +247,8 @@ def _work(
     if any(kind.layer == layer and not kind.reason for kind in attention)
   )
   dense = (forward - rows * mixing) / step.placement.mesh.size
+  # Other policies keep what attention gives.
   again = step.model.remat == 'full'
-  loops = [t for t in found if t.kind == 'collective-permute' and t.in_loop]
-  if loops:
-    # Nothing but a ring sends in a loop.
-    again = any(transfer.part == 'forward again' for transfer in loops)
   blocks = sum(
     kind.count * (kind.forward_flops * (1 + again) + kind.backward_flops)
     for kind in attention

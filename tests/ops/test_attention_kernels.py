@@ -20,6 +20,7 @@ from longctx.ops.dot_product_attention import (
 from longctx.ops.dot_product_attention.flat_list import make_flat_list
 from longctx.ops.dot_product_attention.tpu_blocks import make_tiling
 from longctx.ops.dot_product_attention.work_list import Indices
+from longctx.ops.merge import merge
 from longctx.ops.target import Target, compiling_for
 from tests.ops.attention_cases import (
   cases,
@@ -183,6 +184,23 @@ def test_second_derivative_is_that_of_the_reference(mode):
     np.testing.assert_allclose(x, y, atol=1e-3, rtol=1e-4)
 
 
+def test_parts_without_keys_merge_with_second_derivatives():
+  lse = jnp.array([[[0.5, -jnp.inf, -jnp.inf]]])
+  other = jnp.array([[[0.1, 0.2, -jnp.inf]]])
+  out = jnp.ones((1, 1, 3, 2))
+
+  def loss(scale):
+    a, b = (
+      jnp.where(x > -jnp.inf, jnp.maximum(x, 0) * scale, x)
+      for x in (lse, other)
+    )
+    merged, total = merge(out * scale, a, 2 * out, b)
+    return merged.sum() + jnp.where(total > -jnp.inf, total, 0).sum()
+
+  for derivative in (jax.grad(loss), jax.hessian(loss)):
+    assert jnp.isfinite(derivative(1.0))
+
+
 TPU = Target('tpu', 'TPU v5')
 
 
@@ -206,6 +224,7 @@ def test_a_tpu_takes_the_kernels_where_they_support_the_call():
   assert chosen(TPU, 'xla') == 'xla'
   for other in (Target('cpu'), Target('gpu')):
     assert chosen(other) == 'xla'
+  assert chosen(Target('tpu', 'TPU v4')) == 'xla'
   assert chosen(TPU, H=264) == 'xla'
   assert chosen(TPU, sizes=BlockSizes(block_q=16)) == 'xla'
 
@@ -217,6 +236,7 @@ LARGE = masks.BlockSparse(8, np.ones((200, 200), int))
   ('target', 'options', 'message'),
   [
     (Target('gpu'), dict(), 'TPUs'),
+    (Target('tpu', 'TPU v4'), dict(), 'TPU v4'),
     (TPU, dict(H=264), 'H=264'),
     (TPU, dict(sizes=BlockSizes(block_k=64)), 'block_k=64'),
     (TPU, dict(mask=LARGE & Causal()), '200 x 200'),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx import masks
+from longctx import masks, parallel
 from longctx.ops.dot_product_attention import dot_product_attention
 from longctx.ops.target import Target, compiling_for
 from tests.ops.attention_cases import make_inputs
@@ -80,6 +80,23 @@ def test_what_cudnn_lacks_goes_elsewhere_or_is_refused(calls, case):
       attend(implementation='cudnn')
 
 
+@pytest.mark.parametrize(
+  ('scheme', 'count'),
+  [('ring', 0), ('all_gather', 0), ('ulysses', 1)],
+)
+def test_a_mesh_sends_whole_sequences_alone_to_cudnn(calls, scheme, count):
+  # What a device has of the others is at positions that cuDNN does not know.
+  attend = functools.partial(
+    parallel.dot_product_attention,
+    mesh=parallel.make_mesh(seq=2),
+    scheme=scheme,
+    layout='contiguous',
+  )
+  with compiling_for(GPU):
+    jax.eval_shape(attend, *make_inputs(T=36, V=8, dtype='bfloat16')[:3])
+  assert len(calls) == count
+
+
 def test_cudnn_is_refused_by_name_where_it_cannot_run():
   for shape, message in (
     (dict(), 'float32'),
@@ -92,6 +109,11 @@ def test_cudnn_is_refused_by_name_where_it_cannot_run():
       pytest.raises(NotImplementedError, match=message),
     ):
       dot_product_attention(q, k, v, implementation='cudnn')
+  with (
+    compiling_for(Target('gpu', 'Tesla V100-SXM2-16GB')),
+    pytest.raises(NotImplementedError, match='V100'),
+  ):
+    dot_product_attention(q, k, v, implementation='cudnn')
   q, k, v = make_inputs()[:3]
   with pytest.raises(NotImplementedError, match='for cpu'):
     dot_product_attention(q, k, v, implementation='cudnn')

@@ -97,6 +97,13 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize('precision', ['highest', 'high'])
+def test_attention_compiles_at_every_precision(precision):
+  with jax.default_matmul_precision(precision):
+    for dtype in ('float32', 'bfloat16'):
+      assert attention_kernels('v5e:2x4', dtype=dtype) == 3
+
+
 @pytest.mark.parametrize('chip', CHIPS)
 def test_attention_compiles_for_every_chip(chip):
   assert attention_kernels(chip, indices=(*PLACES, 'q_segment_ids')) == 3

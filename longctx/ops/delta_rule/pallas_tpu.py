@@ -58,6 +58,8 @@ def gated_delta_rule(
     T=T,
     K=K,
     G=N // K,
+    P=P,
+    V=V,
     chunk=min(1 << (chunk_size - 1).bit_length(), _LARGEST_CHUNK),
     heads=2 if by_channel else 4,
   )

@@ -90,7 +90,7 @@ def dot_product_attention(
 
   Query head n reads key head n // (N / K) (grouped queries, arXiv:2305.13245).
   Gradients reach q, k, v and sink_logits, from out and from lse alike, and can
-  be differentiated again, forwards and backwards.
+  be differentiated again, forwards and backwards (not those of cuDNN).
 
   Args:
     q: queries.

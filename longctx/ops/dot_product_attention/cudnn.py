@@ -2,6 +2,7 @@
 
 JAX's call rounds lse to the dtype of out, and drops its cotangent without a
 word: so it serves only where nothing reads lse, and never as a part of a ring.
+Its gradients have none of their own.
 """
 
 from typing import Any
@@ -16,6 +17,22 @@ from longctx.typing import Array, Float
 
 DTYPES = ('bfloat16', 'float16')
 WIDEST_HEAD = 128
+
+# GPUs that have cuDNN's flash attention, by what their names hold.
+KINDS = ('A100', 'H100', 'H200', 'B100', 'B200')
+
+# Arguments that there is no place for in the call.
+UNKNOWN = (
+  'q_positions',
+  'k_positions',
+  'q_segment_ids',
+  'k_segment_ids',
+  'logits_soft_cap',
+  'sink_logits',
+  'alibi_slopes',
+  'dropout',
+  'block_sizes',
+)
 
 
 def refusal(
@@ -41,8 +58,13 @@ def refusal(
   """
   if target().platform != 'gpu':
     return f'cuDNN runs on NVIDIA GPUs, and this is for {target().platform}'
-  if q.dtype.name not in DTYPES:
-    return f'q.dtype={q.dtype.name} is not of {DTYPES}'
+  if not any(kind in target().kind for kind in KINDS):
+    return f'{target().kind!r} is not known to run it, as {KINDS} are'
+  dtypes = {x.dtype.name for x in (q, k, v)}
+  if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+    return (
+      f'q, k and v are of {sorted(dtypes)}, and must all be of one {DTYPES}'
+    )
   H, V = q.shape[-1], v.shape[-1]
   if H != V or H > WIDEST_HEAD or H % 8:
     return f'{H=} and {V=} must be the same, a multiple of 8, at most 128'
@@ -57,17 +79,12 @@ def refusal(
     return 'it has no other normalizer than softmax'
   if uses_lse:
     return 'its lse is rounded and has no gradient, and lse is asked for'
-  for name in (
-    'q_positions',
-    'k_positions',
-    'q_segment_ids',
-    'k_segment_ids',
-    'logits_soft_cap',
-    'sink_logits',
-    'alibi_slopes',
-    'dropout',
-    'block_sizes',
-  ):
+  return _not_taken(call)
+
+
+def _not_taken(call: dict[str, Any]) -> str | None:
+  """Names an argument that cuDNN would not be given."""
+  for name in UNKNOWN:
     if call.get(name) is not None:
       return f'it does not take {name}'
   return None
@@ -87,7 +104,9 @@ def dot_product_attention(
   Returns:
     out in the dtype of q, and NaN in place of lse, which nobody reads.
   """
-  del others
+  # Block sizes are a mesh's own, where the caller gave none.
+  if reason := _not_taken({**others, 'block_sizes': None}):
+    raise NotImplementedError(f'cuDNN: {reason}')
   window = None
   if isinstance(mask, SlidingWindow):
     window = (mask.left, 0)

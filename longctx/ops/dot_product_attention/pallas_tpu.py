@@ -33,13 +33,14 @@ from longctx.ops.dot_product_attention.blockwise import add_sink, make_delta
 from longctx.ops.dot_product_attention.dropout import Dropout
 from longctx.ops.dot_product_attention.flat_list import make_flat_list
 from longctx.ops.dot_product_attention.normalizers import Normalizer
-from longctx.ops.dot_product_attention.tpu_blocks import LANES, make_tiling
+from longctx.ops.dot_product_attention.tpu_blocks import make_tiling
 from longctx.ops.dot_product_attention.tpu_call import Operand, call_kernel
 from longctx.ops.dot_product_attention.work import Extras
 from longctx.ops.dot_product_attention.work_list import Indices
 from longctx.ops.merge import merge
 from longctx.ops.remat import keep
 from longctx.ops.target import target
+from longctx.ops.tpu import LANES, why_not
 from longctx.typing import Array, Float, Int
 
 DTYPES = ('float32', 'bfloat16')
@@ -79,11 +80,14 @@ def refusal(
   **call: Any,
 ) -> str | None:
   """Why the kernels do not support a call, or None where they do."""
-  del k, call
-  if target().platform == 'gpu':
-    return 'the kernels are for TPUs, and this is for a GPU'
-  if q.dtype.name not in DTYPES:
-    return f'q.dtype={q.dtype.name} is not of {DTYPES}'
+  del call
+  if reason := why_not(target()):
+    return reason
+  dtypes = {x.dtype.name for x in (q, k, v)}
+  if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+    return (
+      f'q, k and v are of {sorted(dtypes)}, and must all be of one {DTYPES}'
+    )
   H, V = q.shape[-1], v.shape[-1]
   if max(H, V) > WIDEST_HEAD:
     return f'{H=} and {V=} must be at most {WIDEST_HEAD}'

@@ -10,9 +10,7 @@ from longctx.ops.dot_product_attention.blocks import (
   BlockSizes,
   Tiling,
 )
-
-# Lanes of a vector register: what a block's last axis is a multiple of.
-LANES = 128
+from longctx.ops.tpu import LANES
 
 BLOCKS = (128, 256, 512, 1024)
 

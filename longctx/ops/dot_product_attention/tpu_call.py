@@ -19,12 +19,8 @@ from jax.experimental.pallas import tpu as pltpu
 from longctx.ops.dot_product_attention import flat_list
 from longctx.ops.dot_product_attention.blocks import Tiling
 from longctx.ops.dot_product_attention.flat_list import FlatList
-from longctx.ops.dot_product_attention.tpu_blocks import LANES
+from longctx.ops.tpu import LANES, VMEM_LIMIT
 from longctx.typing import Array
-
-# VMEM that a kernel may take, of 64 MiB on the smallest chips. The compiler's
-# own limit is 16 or 32 MiB.
-VMEM_LIMIT = 48 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from longctx import masks
 from longctx.ops.dot_product_attention import flat_list
 from longctx.ops.dot_product_attention.dropout import Dropout, keep_factor
 from longctx.ops.dot_product_attention.normalizers import SOFTMAX, Terms
+from longctx.ops.tpu import precision
 
 FLOAT = jnp.float32
 
@@ -29,7 +30,15 @@ _AB, _ABT, _ATB = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
 
 
 def _product(a, b, axes):
-  return lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=FLOAT)
+  # Products of bfloat16 are exact, and ask for nothing else.
+  narrow = a.dtype == jnp.bfloat16
+  return lax.dot_general(
+    a,
+    b,
+    (axes, ((), ())),
+    precision=lax.Precision.DEFAULT if narrow else precision(),
+    preferred_element_type=FLOAT,
+  )
 
 
 class Block:

@@ -52,7 +52,7 @@ def linear_attention(
   K, V = v.shape[2:]
   by_channel = log_decay is not None and log_decay.ndim == 4
   sizes = BlockSizes.choose(
-    T=T, K=K, G=N // K, chunk=_CHUNK, heads=2 if by_channel else 4
+    T=T, K=K, G=N // K, P=P, V=V, chunk=_CHUNK, heads=2 if by_channel else 4
   )
   inputs = dict(q=q, k=k, v=v)
   if log_decay is not None:
