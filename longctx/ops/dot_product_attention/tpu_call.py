@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -185,66 +186,45 @@ def call_kernel(
   Returns:
     The outputs, in the model's order.
   """
-  t, listed = tiling, 'k' if by_column else 'q'
-  arrays = [operand.blocked(x, t) for operand, x in inputs]
-  block = t.block_k if by_column else t.block_q
-  tokens = work.rows * block
-  place = places(t, by_column=by_column)
+  listed = 'k' if by_column else 'q'
+  arrays = [operand.blocked(x, tiling) for operand, x in inputs]
+  tokens = work.rows * (tiling.block_k if by_column else tiling.block_q)
   # All batch rows at once, where they share the list.
-  B = t.B if work.groups == 1 else 1
+  B = tiling.B if work.groups == 1 else 1
   shapes = [
-    out.output(B, tokens if out.side == listed else out.padded(t))
+    out.output(B, tokens if out.side == listed else out.padded(tiling))
     for out in outputs
   ]
-  grid_heads = (B, t.K if by_column else t.K * t.G)
-  heads = (t.G,) if by_column else ()
-  widest = max(operand.shape[-1] for operand, _ in inputs[:3])
-  scores = t.block_q * t.block_k * -(-work.blocks // work.chunks)
-  scores *= B * t.K * t.G
-  in_specs = [operand.spec(t, place[operand.side]) for operand, _ in inputs]
-  in_specs += [pl.BlockSpec(memory_space=pltpu.SMEM) for _ in scalars]
-  out_specs = [out.spec(t, place[out.side]) for out in outputs]
-
-  def part(operand, x, group, chunk):
-    """What of an array a call needs."""
-    if work.groups > 1 and x.shape[0] > 1:
-      x = lax.dynamic_slice_in_dim(x, group, 1, 0)
-    axis = operand.token_axis
-    if work.chunks > 1 and operand.side == listed:
-      x = _pad_to(x, axis, work.chunks * tokens)
-      x = lax.dynamic_slice_in_dim(x, chunk * tokens, tokens, axis)
-    return x
+  operands = [operand for operand, _ in inputs]
+  grid = _Grid(tiling, B, by_column)
+  options = dict(
+    out_shape=shapes,
+    compiler_params=grid.compiler_params(),
+    cost_estimate=_cost(work, tiling, B, operands, arrays, products),
+    interpret=interpret,
+    name=name,
+  )
 
   def call(number, entries, count):
     group, chunk = divmod(number, work.chunks)
     given = [
-      part(operand, x, group, chunk)
-      for (operand, _), x in zip(inputs, arrays, strict=True)
+      _part(
+        operand,
+        x,
+        work,
+        tokens,
+        group,
+        chunk if operand.side == listed else None,
+      )
+      for operand, x in zip(operands, arrays, strict=True)
     ]
-    place_of_call = jnp.stack([group, chunk * work.rows]).astype(jnp.int32)
-    return pl.pallas_call(
+    run = pl.pallas_call(
       kernel,
-      out_shape=shapes,
-      grid_spec=pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=2,
-        grid=(*grid_heads, count, *heads),
-        in_specs=in_specs,
-        out_specs=out_specs,
-        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
-      ),
-      compiler_params=pltpu.CompilerParams(
-        dimension_semantics=('parallel', 'parallel', 'arbitrary')
-        + ('arbitrary',) * len(heads),
-        vmem_limit_bytes=VMEM_LIMIT,
-      ),
-      cost_estimate=pl.CostEstimate(
-        flops=2 * products * scores * widest,
-        bytes_accessed=sum(x.size * x.dtype.itemsize for x in given),
-        transcendentals=scores,
-      ),
-      interpret=interpret,
-      name=name,
-    )(entries, place_of_call, *given, *scalars)
+      grid_spec=grid.spec(count, operands, len(scalars), outputs, scratch),
+      **options,
+    )
+    place = jnp.stack([group, chunk * work.rows]).astype(jnp.int32)
+    return run(entries, place, *given, *scalars)
 
   if work.calls == 1:
     count = work.count[0]
@@ -258,6 +238,99 @@ def call_kernel(
       for x, out in zip(results, outputs, strict=True)
     ]
   return [out.natural(x) for out, x in zip(outputs, results, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+  """[B, heads, entries], by column with the query heads of a key head after it.
+
+  Attributes:
+    tiling: of the arrays.
+    B: batch rows of a call.
+    by_column: whether rows of the list are blocks of keys.
+  """
+
+  tiling: Tiling
+  B: int
+  by_column: bool
+
+  def spec(
+    self,
+    count: Array | np.integer,
+    inputs: list[Operand],
+    scalars: int,
+    outputs: list[Operand],
+    scratch: list[tuple[int, ...]],
+  ) -> pltpu.PrefetchScalarGridSpec:
+    t = self.tiling
+    place = places(t, by_column=self.by_column)
+    of = lambda operand: operand.spec(t, place[operand.side])
+    small = pl.BlockSpec(memory_space=pltpu.SMEM)
+    grid = (self.B, t.K * t.G, count)
+    if self.by_column:
+      grid = (self.B, t.K, count, t.G)
+    return pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=2,
+      grid=grid,
+      in_specs=[*map(of, inputs), *[small] * scalars],
+      out_specs=[*map(of, outputs)],
+      scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+    )
+
+  def compiler_params(self) -> pltpu.CompilerParams:
+    # Entries of a row follow each other, as they share what is summed.
+    in_order = ('arbitrary',) * (1 + self.by_column)
+    return pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'parallel', *in_order),
+      vmem_limit_bytes=VMEM_LIMIT,
+    )
+
+
+def _cost(
+  work: FlatList,
+  tiling: Tiling,
+  B: int,
+  operands: list[Operand],
+  arrays: list[Array],
+  products: int,
+) -> pl.CostEstimate:
+  """What the compiler's scheduler is told of a call."""
+  t = tiling
+  scores = t.block_q * t.block_k * -(-work.blocks // work.chunks)
+  scores *= B * t.K * t.G
+  widest = max(x.shape[-1] for x in operands if x.kind == 'heads')
+  return pl.CostEstimate(
+    flops=2 * products * scores * widest,
+    bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+    transcendentals=scores,
+  )
+
+
+def _part(
+  operand: Operand,
+  x: Array,
+  work: FlatList,
+  tokens: int,
+  group: Array,
+  chunk: Array | None,
+) -> Array:
+  """What of an array a call needs.
+
+  Args:
+    operand: how it is cut.
+    x: the array, in blocks.
+    work: the list.
+    tokens: of the block rows of a call.
+    group: which batch row, where each has its own list.
+    chunk: which of the calls of a group; None where all tokens are needed.
+  """
+  if work.groups > 1 and x.shape[0] > 1:
+    x = lax.dynamic_slice_in_dim(x, group, 1, 0)
+  if work.chunks > 1 and chunk is not None:
+    axis = operand.token_axis
+    x = _pad_to(x, axis, work.chunks * tokens)
+    x = lax.dynamic_slice_in_dim(x, chunk * tokens, tokens, axis)
+  return x
 
 
 def _pad_to(x: Array, axis: int, length: int) -> Array:
