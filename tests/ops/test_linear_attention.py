@@ -344,7 +344,12 @@ def test_second_derivative_equals_that_of_the_recurrence(
   ('platform', 'dtype', 'width', 'message'),
   [
     ('cpu', 'float64', 4, "q is float64, .* take 'xla' or None"),
-    ('gpu', 'float32', 4, "for TPUs, not for GPUs: take 'xla' or None"),
+    (
+      'gpu',
+      'float32',
+      4,
+      "for TPUs, and this is for a GPU: take 'xla' or None",
+    ),
     ('tpu', 'float32', 513, 'P=513 and V=513 must be at most 512'),
   ],
 )
@@ -353,7 +358,7 @@ def test_kernel_says_what_it_does_not_support(
 ):
   x = jnp.zeros((1, 5, 2, width), dtype)
   run = functools.partial(linear_attention, x, x, x)
-  with compiling_for(Target(platform)):
+  with compiling_for(Target(platform, 'TPU v5')):
     with pytest.raises(NotImplementedError, match=message):
       run(implementation='pallas')
     assert 'pallas' not in str(jax.make_jaxpr(run)())
@@ -363,7 +368,7 @@ def test_kernel_is_what_tpus_take():
   x = jnp.zeros((1, 5, 2, 4))
   run = functools.partial(linear_attention, x, x, x)
   assert 'pallas' not in str(jax.make_jaxpr(run)())
-  with compiling_for(Target('tpu')):
+  with compiling_for(Target('tpu', 'TPU v5')):
     assert 'pallas' in str(jax.make_jaxpr(lambda: run())())
 
 
