@@ -348,7 +348,7 @@ def test_second_derivative_equals_that_of_the_recurrence(
       'gpu',
       'float32',
       4,
-      "for TPUs, and this is for a GPU: take 'xla' or None",
+      "a GPU: take 'xla' or None",
     ),
     ('tpu', 'float32', 513, 'P=513 and V=513 must be at most 512'),
   ],
