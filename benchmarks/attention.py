@@ -45,6 +45,7 @@ from longctx.ops.dot_product_attention import (
   dot_product_attention,
 )
 from longctx.ops.linear_attention import linear_attention
+from longctx.ops.target import target
 
 try:
   import torch
@@ -95,6 +96,9 @@ def _split(text, of=str):
 def implementations(args, variant, T):
   """Names of what can run a variant at length T."""
   names = ['xla'] if variant == 'linear' else list(IMPLEMENTATIONS)
+  # An interpreter's time says nothing of a kernel, and cuDNN has no float32.
+  elsewhere = {'cudnn'} | ({'pallas'} if target().platform != 'tpu' else set())
+  names = [name for name in names if name not in elsewhere]
   if variant == 'causal' and torch is not None:
     names.append('torch')
   if T > REFERENCE_MOST and 'reference' in names:
