@@ -15,12 +15,10 @@ from longctx.ops.dot_product_attention import BlockSizes, dot_product_attention
 from longctx.ops.linear_attention import linear_attention
 from longctx.ops.target import Target, compiling_for
 from longctx.plan import topologies
+from tests import needs
 from tests.test_benchmarks import lines_of
 
-pytestmark = pytest.mark.skipif(
-  not topologies.has_tpu_compiler(),
-  reason='libtpu, the TPU compiler, is for Linux on x86-64 alone',
-)
+pytestmark = needs.tpu_compiler
 
 CHIPS = ('v5e:2x4', 'v5p:2x2x1', 'v6e:2x4', 'tpu7x:2x2x1')
 B, T, N, K = 2, 300, 4, 2

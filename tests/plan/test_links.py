@@ -10,11 +10,9 @@ from longctx import parallel
 from longctx.layouts import SequenceLayout
 from longctx.plan import topologies
 from longctx.plan.overlap import transfers
+from tests import needs
 
-pytestmark = pytest.mark.skipif(
-  not topologies.has_tpu_compiler(),
-  reason='libtpu, the TPU compiler, is for Linux on x86-64 alone',
-)
+pytestmark = needs.tpu_compiler
 
 
 @pytest.mark.parametrize(

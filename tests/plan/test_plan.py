@@ -14,14 +14,10 @@ from longctx.model import TransformerConfig
 from longctx.plan import memory, report, topologies
 from longctx.plan.planner import make_plan
 from longctx.plan.program import find_run
+from tests import needs
 from tests.test_train import ROOT
 
 DEFAULT = f'--config={ROOT}/configs/default.py:passkey'
-
-needs_tpu_compiler = pytest.mark.skipif(
-  not topologies.has_tpu_compiler(),
-  reason='libtpu, the TPU compiler, is for Linux on x86-64 alone',
-)
 
 
 def small(**parallel) -> ExperimentConfig:
@@ -48,7 +44,7 @@ def plan():
   return make_plan(small(), 'v5e:2x4')
 
 
-@needs_tpu_compiler
+@needs.tpu_compiler
 def test_plan_reads_memory_traffic_and_overlap_from_the_program(plan):
   assert plan.fits and plan.devices == 8 and plan.kind == 'TPU v5 lite'
   assert plan.hop_links == 1
@@ -81,7 +77,7 @@ def test_plan_reads_memory_traffic_and_overlap_from_the_program(plan):
     assert words in text
 
 
-@needs_tpu_compiler
+@needs.tpu_compiler
 def test_a_program_that_is_too_large_says_by_how_much(plan):
   small = dataclasses.replace(plan.memory, limit=2**20)
   assert report.verdict(dataclasses.replace(plan, memory=small)).endswith(
@@ -171,7 +167,7 @@ def planned(argv):
     make_plan(find_run(from_config_dict(ExperimentConfig, config), ''), argv[0])
 
 
-@needs_tpu_compiler
+@needs.tpu_compiler
 @pytest.mark.parametrize(
   ('argv', 'message'),
   [

@@ -15,11 +15,9 @@ from longctx.ops.target import Target, compiling_for
 from longctx.parallel.costs import wire_bytes
 from longctx.parallel.hlo import collective_bytes
 from longctx.plan import topologies
+from tests import needs
 
-pytestmark = pytest.mark.skipif(
-  not topologies.has_tpu_compiler(),
-  reason='libtpu, the TPU compiler, is for Linux on x86-64 alone',
-)
+pytestmark = needs.tpu_compiler
 
 N, K, H, T = 8, 2, 128, 1024
 
