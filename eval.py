@@ -3,12 +3,13 @@ r"""Measures a trained workdir, as trained or at other values of its task.
 python eval.py --workdir=runs/mqar
 python eval.py --workdir=runs/mqar --sweep=seq_len=64,128,256 --batches=32
 
-With --mode=s2a it asks questions against opinions (longctx/s2a.py):
+With --mode=s2a it asks questions against opinions
+(longctx/evaluation/system2.py):
 
 python eval.py --workdir=runs/s2a --mode=s2a --distractors=0,8,64,256
 
 With --mode=stream it reads an endless stream in constant memory, full attention
-exchanged for what each policy keeps (longctx/stream.py):
+exchanged for what each policy keeps (longctx/evaluation/streaming.py):
 
 python eval.py --workdir=runs/bytes_lm --mode=stream --tokens=1000000 \
   --policies=dense,window,recompute,sinks,sinks_text --slots=256 --sinks=4
@@ -19,9 +20,18 @@ import sys
 
 from absl import flags
 
-from longctx import cli, evaluate, s2a, stream
-from longctx.config import ExperimentConfig
-from longctx.runs import start_devices
+from longctx.cli import flags as cli
+from longctx.evaluation import (
+  streaming as stream,
+)
+from longctx.evaluation import (
+  sweep as evaluate,
+)
+from longctx.evaluation import (
+  system2 as s2a,
+)
+from longctx.training.config import ExperimentConfig
+from longctx.training.runs import start_devices
 
 _WORKDIR = flags.DEFINE_string('workdir', '', 'folder that train.py wrote')
 _SWEEP = flags.DEFINE_string(
@@ -41,7 +51,9 @@ _MODE = flags.DEFINE_enum(
 )
 _TOKENS = flags.DEFINE_integer('tokens', 65536, 'of a stream')
 _POLICIES = flags.DEFINE_list(
-  'policies', ['window', 'sinks'], 'what a stream keeps, see longctx/stream.py'
+  'policies',
+  ['window', 'sinks'],
+  'what a stream keeps',
 )
 _SLOTS = flags.DEFINE_integer('slots', 256, 'keys that a layer keeps')
 _SINKS = flags.DEFINE_integer('sinks', 4, 'of them, how many are the first')
@@ -75,7 +87,9 @@ _KEEP = flags.DEFINE_integer(
   'keep', 0, 'spans that may pass a gate, for s2a; 0: as in training'
 )
 _METHODS = flags.DEFINE_list(
-  'methods', list(s2a.S2AConfig().methods), 'see longctx/rewrite.py, for s2a'
+  'methods',
+  list(s2a.S2AConfig().methods),
+  'how to answer, for s2a',
 )
 
 

@@ -16,8 +16,10 @@ import sys
 
 from absl import flags
 
-from longctx import cli, runs, train
-from longctx.config import ExperimentConfig, from_config_dict
+from longctx.cli import flags as cli
+from longctx.training import runs
+from longctx.training import trainer as train
+from longctx.training.config import ExperimentConfig, from_config_dict
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', '', 'folder of the run; runs/<config> by default'

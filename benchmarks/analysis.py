@@ -29,12 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from longctx import config as config_lib
-from longctx import parallel, runs, steps, tasks
+from longctx import parallel, tasks
 from longctx.analysis import heads, sequences
 from longctx.analysis.analyzer import Analyzer
 from longctx.attention import AttentionConfig, make_attention
 from longctx.attention.context import Context
+from longctx.training import config as config_lib
+from longctx.training import runs, steps
 
 
 def million(args):

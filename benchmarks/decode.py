@@ -20,7 +20,7 @@ has read `context` tokens of `--batch` rows and goes on greedily:
 
 then, per layer, `growth`: time at the longest context over the shortest.
 
-The process keeps memory that is freed, as `longctx.generate` does; with
+The process keeps memory that is freed, as `longctx.decoding.sampler` does; with
 `--keep=0` it has what Python gives it, which slows PyTorch and not us.
 
 Weights and caches are random or zero: time does not depend on them.
@@ -39,10 +39,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longctx import cache as cache_lib
 from longctx import parallel
-from longctx.generate import Generator, Stream
-from longctx.model import Transformer, TransformerConfig
+from longctx.decoding import cache as cache_lib
+from longctx.decoding.sampler import Generator, Stream
+from longctx.models.transformer import Transformer, TransformerConfig
 
 LAYERS = (
   'full;sliding_window(window=4096);'

@@ -47,9 +47,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longctx import parallel
-from longctx.layouts import LAYOUTS, SequenceLayout
 from longctx.masks import Causal
 from longctx.ops.dot_product_attention import dot_product_attention
+from longctx.parallel.layout import LAYOUTS, SequenceLayout
 
 try:
   import torch

@@ -6,7 +6,7 @@ The argument names the task, 'mqar' if it is left out.
 """
 
 from longctx import tasks
-from longctx.config import ExperimentConfig, to_config_dict
+from longctx.training.config import ExperimentConfig, to_config_dict
 
 
 def get_config(task: str = 'mqar'):

@@ -1,8 +1,9 @@
 r"""System 2 Attention: answer where opinions contradict the facts.
 
 Runs on `tasks.opinions`. `rewriter` learns two instructions, to write the
-context anew and to answer, and does one after the other (longctx/rewrite.py).
-`gate` learns to answer with a hard gate on its context (longctx/gate.py), from
+context anew and to answer, and does one after the other
+(longctx/evaluation/rewrite.py). `gate` learns to answer with a hard gate on its
+context (longctx/models/gate.py), from
 what is relevant; `gate_answers` from the answers alone; `window` is the gate's
 model without one.
 

@@ -31,9 +31,9 @@ from ml_collections import ConfigDict
 from configs import default
 from longctx import tasks
 from longctx.attention import VARIANTS
-from longctx.config import from_config_dict
-from longctx.matching import cost_of, match
-from longctx.model import TransformerConfig
+from longctx.models.matching import cost_of, match
+from longctx.models.transformer import TransformerConfig
+from longctx.training.config import from_config_dict
 
 TASK = tasks.task_defaults('mqar', seq_len=64, vocab_size=256, num_pairs=8)
 

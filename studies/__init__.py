@@ -20,7 +20,7 @@ To add a study, make `studies/<name>/` with
         main(STUDY)
 
 - `plot.py`: `show(rows, folder)`, which draws results.jsonl into a PNG by
-  `longctx.figures`;
+  `longctx.training.figures`;
 - `README.md`: the figure, what it says and what not, command, commit and
   hardware.
 

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from longctx import metrics
+from longctx.training import metrics
 from studies.claims import Claim, conclude, number, spread, table
 from studies.jobs import ROOT, Job, folder_of, run_all
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from longctx import metrics
+from longctx.training import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 

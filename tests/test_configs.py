@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from longctx import cli, runs, steps
-from longctx.config import ExperimentConfig, from_config_dict
-from tests.test_train import ROOT
+from longctx.cli import flags as cli
+from longctx.training import runs, steps
+from longctx.training.config import ExperimentConfig, from_config_dict
+from tests.training.test_trainer import ROOT
 
 # 'file:argument' for configs whose get_config takes one, and 'file' for all.
 SPECS = sorted(path.stem for path in (ROOT / 'configs').glob('[a-z]*.py'))

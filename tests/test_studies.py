@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from longctx import cli, metrics
+from longctx.cli import flags as cli
+from longctx.training import metrics
 from studies import all as all_studies
 from studies import claims, jobs, report
 from studies.claims import Claim

@@ -1,10 +1,10 @@
 """The smallest experiment that learns something, shared by several tests."""
 
-from longctx import config as config_lib
 from longctx import tasks
 from longctx.attention import VARIANTS
-from longctx.config import ExperimentConfig
-from longctx.model import TransformerConfig
+from longctx.models.transformer import TransformerConfig
+from longctx.training import config as config_lib
+from longctx.training.config import ExperimentConfig
 
 
 def tiny_config(**overrides) -> ExperimentConfig:

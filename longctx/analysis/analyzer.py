@@ -13,10 +13,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from longctx import tasks
 from longctx.analysis import model_scores, sequences, walk
-from longctx.layouts import SequenceLayout
-from longctx.model import TransformerConfig
+from longctx.models.transformer import TransformerConfig
 from longctx.ops.cross_entropy import cross_entropy_sums
 from longctx.parallel import Placement
+from longctx.parallel.layout import SequenceLayout
 from longctx.typing import Array, Float
 
 # A head that gives this share of its attention to what a score asks for is said

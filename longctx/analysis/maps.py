@@ -7,7 +7,7 @@ from longctx.analysis import model_scores, walk
 from longctx.analysis.probes import weighted_sums
 from longctx.attention import Attention
 from longctx.attention.context import Context
-from longctx.model import Transformer
+from longctx.models.transformer import Transformer
 from longctx.parallel import Placement
 from longctx.typing import Array, Float, Int
 

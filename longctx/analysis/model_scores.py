@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from longctx.analysis import heads, logits, walk
 from longctx.attention import Attention
 from longctx.attention.context import Context
-from longctx.model import Transformer
+from longctx.models.transformer import Transformer
 from longctx.parallel import Placement
 from longctx.typing import Array, Bool, Float, Int
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from longctx.attention import Attention
 from longctx.attention.context import Context
-from longctx.model import Transformer
+from longctx.models.transformer import Transformer
 from longctx.ops.cross_entropy import project
 from longctx.parallel import Placement
 from longctx.typing import Array, Float, Int

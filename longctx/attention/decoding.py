@@ -15,7 +15,6 @@ from longctx import parallel
 from longctx.attention.cells import Tape
 from longctx.attention.context import Context, biased
 from longctx.attention.recurrence import Recurrence
-from longctx.layouts import SequenceLayout
 from longctx.masks import Mask, Reach
 from longctx.ops import delta_rule, linear_attention
 from longctx.ops import dot_product_attention as softmax
@@ -23,6 +22,7 @@ from longctx.ops import short_conv as convolution
 from longctx.ops.block_selection import Summary
 from longctx.ops.block_selection.documents import take_blocks
 from longctx.parallel.axes import Axes
+from longctx.parallel.layout import SequenceLayout
 from longctx.typing import Array, Bool, Float, Int, Shaped
 
 # Where there is no token: later than any query, which causal masks exclude.

@@ -10,7 +10,7 @@ All functions here run inside of `shard_map`, on one device's arrays.
 
 from jax import lax
 
-from longctx.layouts import SequenceLayout
+from longctx.parallel.layout import SequenceLayout
 from longctx.typing import Array, Shaped
 
 

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from longctx.layouts import SequenceLayout
 from longctx.ops.dot_product_attention import Dropout
 from longctx.ops.dot_product_attention.dropout import make_dropout
 from longctx.parallel.all_gather import gather
 from longctx.parallel.axes import Axes, make_axes, make_layout
+from longctx.parallel.layout import SequenceLayout
 from longctx.typing import Array, Float, Int, Key
 
 INDICES = ('q_positions', 'k_positions', 'q_segment_ids', 'k_segment_ids')

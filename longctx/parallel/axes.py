@@ -7,7 +7,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from longctx.layouts import SequenceLayout
+from longctx.parallel.layout import SequenceLayout
 
 
 @dataclasses.dataclass(frozen=True)

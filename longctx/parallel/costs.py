@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from longctx.layouts import SequenceLayout
 from longctx.masks import Causal, Mask, Range
 from longctx.parallel.axes import make_axes
+from longctx.parallel.layout import SequenceLayout
 from longctx.parallel.schedule import (
   Ring,
   Schedule,

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from longctx.layouts import SequenceLayout
 from longctx.ops.short_conv import short_conv as local_short_conv
 from longctx.parallel.axes import make_axes, make_layout
+from longctx.parallel.layout import SequenceLayout
 from longctx.typing import Array, Float, Int, Shaped
 
 

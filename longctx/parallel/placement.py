@@ -10,9 +10,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longctx.layouts import SequenceLayout
 from longctx.parallel import all_keys, halo, parameters, recurrences, schemes
 from longctx.parallel.axes import Axes
+from longctx.parallel.layout import SequenceLayout
 from longctx.parallel.schemes import SCHEMES
 
 

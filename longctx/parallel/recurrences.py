@@ -5,12 +5,12 @@ import functools
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from longctx.layouts import SequenceLayout
 from longctx.ops import delta_rule
 from longctx.ops import linear_attention as linear
 from longctx.ops.delta_rule import final_state as delta_final
 from longctx.ops.linear_attention import final_state as linear_final
 from longctx.parallel.axes import make_axes
+from longctx.parallel.layout import SequenceLayout
 from longctx.parallel.state_scan import Recurrence, run_recurrence
 from longctx.typing import Array, Float, Int
 

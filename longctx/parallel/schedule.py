@@ -16,7 +16,6 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from longctx.layouts import SequenceLayout
 from longctx.masks import (
   Beyond,
   GlobalTokens,
@@ -24,6 +23,7 @@ from longctx.masks import (
   PrefixColumns,
   PrefixRows,
 )
+from longctx.parallel.layout import SequenceLayout
 from longctx.typing import Bool, Int
 
 # What a neighbour reads is found to 1 / TRIMMING of a run.

@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from longctx.layouts import SequenceLayout
 from longctx.masks import Causal, Mask
 from longctx.ops.dot_product_attention import (
   IMPLEMENTATIONS,
@@ -24,6 +23,7 @@ from longctx.ops.merge import merge_devices
 from longctx.parallel import ring, ulysses
 from longctx.parallel.all_gather import gather
 from longctx.parallel.axes import Axes, make_axes, make_layout
+from longctx.parallel.layout import SequenceLayout
 from longctx.parallel.schedule import Ring, without_padding
 from longctx.typing import Array, Float, Int, Key
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from longctx.layouts import SequenceLayout
 from longctx.parallel.axes import make_axes, make_layout
 from longctx.parallel.halo import of_preceding_run
+from longctx.parallel.layout import SequenceLayout
 from longctx.typing import Array, Bool, Float, Int
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 
-from longctx.config import ExperimentConfig
 from longctx.parallel.hlo import collective_bytes
 from longctx.plan import hops, memory, overlap
 from longctx.plan.chips import Chip
@@ -21,6 +20,7 @@ from longctx.plan.program import (
   trace,
 )
 from longctx.plan.topologies import describe, find_chip, longest_hop
+from longctx.training.config import ExperimentConfig
 
 
 @dataclasses.dataclass(frozen=True)

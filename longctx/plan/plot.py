@@ -4,9 +4,9 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from longctx import figures
 from longctx.plan.hops import Pass
 from longctx.plan.planner import Plan
+from longctx.training import figures
 
 # Hops that are drawn; the others are like them.
 DRAWN = 4

@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longctx import config as config_lib
-from longctx import parallel, runs, steps, tasks
-from longctx.config import ExperimentConfig
-from longctx.model import Transformer, TransformerConfig
+from longctx import parallel, tasks
+from longctx.models.transformer import Transformer, TransformerConfig
 from longctx.ops.target import Target, compiling_for
 from longctx.parallel import Placement
 from longctx.plan.chips import Chip
 from longctx.plan.memory import totals
 from longctx.plan.topologies import check_mesh
+from longctx.training import config as config_lib
+from longctx.training import runs, steps
+from longctx.training.config import ExperimentConfig
 
 DTYPES = {
   'tokens': jnp.int32,

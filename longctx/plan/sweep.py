@@ -5,12 +5,12 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from longctx.config import ExperimentConfig
-from longctx.layouts import LAYOUTS
-from longctx.model_config import REMAT_POLICIES
+from longctx.models.config import REMAT_POLICIES
 from longctx.parallel import SCHEMES
+from longctx.parallel.layout import LAYOUTS
 from longctx.plan.report import gib
 from longctx.plan.topologies import meshes
+from longctx.training.config import ExperimentConfig
 
 # How many programs are compiled: a pod's takes minutes.
 MOST = 12

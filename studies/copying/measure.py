@@ -15,8 +15,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from longctx import evaluate, metrics, tasks
-from longctx.data import make_iterator
+from longctx import tasks
+from longctx.data.pipeline import make_iterator
+from longctx.evaluation import sweep as evaluate
+from longctx.training import metrics
 
 LENGTHS = (2, 5, 10, 20, 35, 50, 100, 200, 500, 1000)
 TOKENS = 32768

@@ -6,7 +6,7 @@ python -m studies.copying.plot
 import pathlib
 import statistics
 
-from longctx import figures, metrics
+from longctx.training import figures, metrics
 from studies.copying.bound import least_error
 
 HERE = pathlib.Path(__file__).parent

@@ -8,8 +8,9 @@ Writes measured.json.
 import argparse
 import pathlib
 
-from longctx import evaluate, metrics
 from longctx.analysis.analyzer import Analyzer
+from longctx.evaluation import sweep as evaluate
+from longctx.training import metrics
 
 ROWS = 64
 

@@ -5,7 +5,7 @@ python -m studies.induction.plot
 
 import pathlib
 
-from longctx import figures, metrics
+from longctx.training import figures, metrics
 from studies.claims import ranged
 
 HERE = pathlib.Path(__file__).parent

@@ -11,8 +11,8 @@ is looked for in layers of other kinds. One to two minutes each on one CPU core.
 
 import json
 
-from longctx import metrics
-from longctx.phase import jump_within
+from longctx.training import metrics
+from longctx.training.phase import jump_within
 from studies.common import Claim, Job, Study, main
 from studies.induction.plot import show
 

@@ -10,7 +10,8 @@ import argparse
 import dataclasses
 import pathlib
 
-from longctx import evaluate, metrics
+from longctx.evaluation import sweep as evaluate
+from longctx.training import metrics
 from studies.retrieval import law
 from studies.retrieval.config import PAIRS
 

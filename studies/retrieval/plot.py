@@ -6,7 +6,7 @@ python -m studies.retrieval.plot
 import pathlib
 import statistics
 
-from longctx import figures, metrics
+from longctx.training import figures, metrics
 
 HERE = pathlib.Path(__file__).parent
 

@@ -18,8 +18,8 @@ import pathlib
 
 import numpy as np
 
-from longctx import metrics
 from longctx.analysis.capacity import capacity, most_recalled
+from longctx.training import metrics
 from studies.common import Claim, Job, Study, main
 from studies.retrieval import plot
 from studies.retrieval.config import BEST, SIZES

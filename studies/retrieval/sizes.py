@@ -14,8 +14,10 @@ import pathlib
 import jax
 import numpy as np
 
-from longctx import evaluate, metrics, steps, tasks
-from longctx.data import make_iterator
+from longctx import tasks
+from longctx.data.pipeline import make_iterator
+from longctx.evaluation import sweep as evaluate
+from longctx.training import metrics, steps
 from studies.retrieval.config import LOADS
 
 

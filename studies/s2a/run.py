@@ -8,7 +8,7 @@ every method in every condition, more distractors than in training, a crowd of
 opinions, and contexts of 65,536 tokens.
 """
 
-from longctx import metrics
+from longctx.training import metrics
 from studies.common import Claim, Job, Study, main
 from studies.s2a.plot import show
 

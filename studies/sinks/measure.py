@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from longctx import evaluate, metrics
 from longctx.analysis import model_scores, probes, walk
+from longctx.evaluation import sweep as evaluate
+from longctx.training import metrics
 
 ROWS = 256
 

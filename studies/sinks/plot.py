@@ -8,7 +8,7 @@ import statistics
 
 import numpy as np
 
-from longctx import figures, metrics
+from longctx.training import figures, metrics
 from studies.claims import ranged
 
 HERE = pathlib.Path(__file__).parent

@@ -5,7 +5,7 @@ python -m studies.streaming.plot
 
 import pathlib
 
-from longctx import figures, metrics
+from longctx.training import figures, metrics
 
 HERE = pathlib.Path(__file__).parent
 TRAINED_AT = 256

@@ -13,7 +13,8 @@ import pathlib
 
 import numpy as np
 
-from longctx import evaluate, metrics
+from longctx.evaluation import sweep as evaluate
+from longctx.training import metrics
 from studies.common import Claim, Job, Study, main, number, spread
 from studies.streaming import plot
 from studies.streaming.measure import BUCKET, POLICIES

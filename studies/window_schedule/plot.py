@@ -6,7 +6,7 @@ python -m studies.window_schedule.plot
 import pathlib
 import statistics
 
-from longctx import figures, metrics
+from longctx.training import figures, metrics
 from studies.window_schedule.config import SCHEDULES
 
 HERE = pathlib.Path(__file__).parent

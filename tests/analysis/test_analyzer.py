@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx import parallel, steps, tasks
+from longctx import parallel, tasks
 from longctx.analysis import heads, model_scores, walk
 from longctx.analysis.analyzer import Analyzer
 from longctx.attention.context import Context
-from longctx.layouts import SequenceLayout
-from longctx.model import Transformer, TransformerConfig
+from longctx.models.transformer import Transformer, TransformerConfig
 from longctx.parallel import Placement
+from longctx.parallel.layout import SequenceLayout
+from longctx.training import steps
 
 TASK = tasks.make_task(
   'induction', seq_len=20, vocab_size=12, min_period=8, max_period=10

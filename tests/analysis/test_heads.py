@@ -12,8 +12,8 @@ from longctx import parallel
 from longctx.analysis import heads, logits, model_scores, probes, sequences
 from longctx.attention import AttentionConfig, make_attention
 from longctx.attention.context import Context
-from longctx.layouts import SequenceLayout
 from longctx.parallel import Placement
+from longctx.parallel.layout import SequenceLayout
 
 B, T, D, N = 2, 13, 8, 4
 LAYERS = ('full', 'linear', 'deltanet', 'sigmoid')

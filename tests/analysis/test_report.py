@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx import parallel, runs, train
+from longctx import parallel
 from longctx.analysis import __main__ as command
 from longctx.analysis import (
   findings,
@@ -23,8 +23,10 @@ from longctx.analysis import (
 from longctx.analysis.glossary import SCORES
 from longctx.attention import AttentionConfig, make_attention
 from longctx.attention.context import Context
-from longctx.layouts import SequenceLayout
 from longctx.parallel import Placement
+from longctx.parallel.layout import SequenceLayout
+from longctx.training import runs
+from longctx.training import trainer as train
 from tests.tiny import tiny_config, tiny_layer
 
 HEADS = 2

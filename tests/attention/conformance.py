@@ -20,11 +20,11 @@ from longctx.attention import (
   make_attention,
 )
 from longctx.attention.cells import empty
-from longctx.layouts import SequenceLayout
 from longctx.masks import Causal, SlidingWindow
 from longctx.ops.target import Target, compiling_for
 from longctx.parallel import Placement
 from longctx.parallel.axes import make_axes
+from longctx.parallel.layout import SequenceLayout
 from tests.tiny import tiny_layer
 from tests.tolerances import tolerance
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from longctx.attention.context import Context
-from longctx.layouts import LAYOUTS, SequenceLayout
 from longctx.masks import Causal, PrefixColumns
 from longctx.parallel import Placement, make_mesh
+from longctx.parallel.layout import LAYOUTS, SequenceLayout
 from tests.tolerances import tolerance
 
 T = 13

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx import runs, steps, tasks
+from longctx import tasks
 from longctx.attention import AttentionConfig, make_attention
 from longctx.attention.gates import (
   initial_dt_bias,
@@ -21,7 +21,8 @@ from longctx.attention.gates import (
   rms_norm,
   unit_length,
 )
-from longctx.model import TransformerConfig, validate
+from longctx.models.transformer import TransformerConfig, validate
+from longctx.training import runs, steps
 from tests.tiny import tiny_config
 from tests.tolerances import tolerance
 

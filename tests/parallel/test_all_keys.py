@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.layouts import SequenceLayout
 from longctx.ops.block_selection import moba, nsa
 from longctx.parallel import with_all_keys
+from longctx.parallel.layout import SequenceLayout
 from longctx.parallel.mesh import make_mesh
 from tests.ops.test_block_selection import (
   FAST,

@@ -11,7 +11,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longctx import parallel
-from longctx.layouts import LAYOUTS, SequenceLayout
 from longctx.masks import (
   Beyond,
   Causal,
@@ -24,6 +23,7 @@ from longctx.masks import (
 from longctx.ops.dot_product_attention import BlockSizes, work
 from longctx.parallel.costs import executed_blocks, wire_bytes
 from longctx.parallel.hlo import collective_bytes
+from longctx.parallel.layout import LAYOUTS, SequenceLayout
 from longctx.parallel.mesh import make_mesh
 
 B, N, K, H, V = 2, 8, 2, 4, 6

@@ -4,9 +4,10 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from longctx import runs, steps, tasks
-from longctx.config import ParallelConfig
+from longctx import tasks
 from longctx.parallel.parameters import parameter_spec
+from longctx.training import runs, steps
+from longctx.training.config import ParallelConfig
 from tests.tiny import tiny_config
 
 

@@ -10,7 +10,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longctx import parallel
-from longctx.layouts import LAYOUTS, SequenceLayout
 from longctx.masks import (
   Causal,
   Full,
@@ -24,6 +23,7 @@ from longctx.ops.dot_product_attention import (
   dot_product_attention as on_one_device,
 )
 from longctx.ops.rope import apply_rope
+from longctx.parallel.layout import LAYOUTS, SequenceLayout
 from longctx.parallel.mesh import make_mesh
 from tests.tolerances import case_id, tolerance
 

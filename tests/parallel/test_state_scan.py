@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from longctx.layouts import SequenceLayout
 from longctx.parallel import state_scan
+from longctx.parallel.layout import SequenceLayout
 from longctx.parallel.mesh import make_mesh
 from tests.tolerances import tolerance
 

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longctx import parallel
-from longctx.layouts import SequenceLayout
+from longctx.parallel.layout import SequenceLayout
 from longctx.plan import topologies
 from longctx.plan.overlap import transfers
 from tests import needs

@@ -8,14 +8,19 @@ import sys
 import pytest
 from absl import flags
 
-from longctx import cli, tasks
-from longctx.config import ExperimentConfig, ParallelConfig, from_config_dict
-from longctx.model import TransformerConfig
+from longctx import tasks
+from longctx.cli import flags as cli
+from longctx.models.transformer import TransformerConfig
 from longctx.plan import memory, report, topologies
 from longctx.plan.planner import make_plan
 from longctx.plan.program import find_run
+from longctx.training.config import (
+  ExperimentConfig,
+  ParallelConfig,
+  from_config_dict,
+)
 from tests import needs
-from tests.test_train import ROOT
+from tests.training.test_trainer import ROOT
 
 DEFAULT = f'--config={ROOT}/configs/default.py:passkey'
 
@@ -115,7 +120,7 @@ ALIVE = """HloLiveRange (max 9):
 PROGRAM = """HloModule jit_f, is_scheduled=true, num_partitions=2
 
 FileNames
-1 "/somewhere/longctx/model.py"
+1 "/somewhere/longctx/models/transformer.py"
 2 "/somewhere/flax/nnx.py"
 
 FileLocations
@@ -144,7 +149,7 @@ def test_largest_temporaries_are_those_alive_at_the_peak_in_hbm():
   assert (scores.bytes, scores.count) == (4096, 2)
   assert scores.shape == 'f32[16,32]'
   # The nearest line of this library, not of those that it calls.
-  assert scores.line == 'longctx/model.py:36'
+  assert scores.line == 'longctx/models/transformer.py:36'
   assert state.name == 'while.3' and state.bytes == 128
   assert memory.totals(ASSIGNED) == {
     'arguments': 64,

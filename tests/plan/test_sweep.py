@@ -3,8 +3,7 @@
 from types import SimpleNamespace
 
 from longctx import tasks
-from longctx.config import ExperimentConfig, ParallelConfig
-from longctx.model import TransformerConfig
+from longctx.models.transformer import TransformerConfig
 from longctx.plan import hops, plot
 from longctx.plan.planner import Estimate, Memory, Plan, Work
 from longctx.plan.sweep import (
@@ -16,6 +15,7 @@ from longctx.plan.sweep import (
   table,
   with_choice,
 )
+from longctx.training.config import ExperimentConfig, ParallelConfig
 
 CONFIG = ExperimentConfig(
   batch_size=2,

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from longctx import runs, steps
-from longctx.config import ParallelConfig
 from longctx.tasks import TASKS, make_task
 from longctx.tasks.task import Example
+from longctx.training import runs, steps
+from longctx.training.config import ParallelConfig
 
 # The token that begins the questions, at the end of these tasks.
 QUERIES = {'arithmetic': 4, 'multi_needle': 2, 'variable_tracking': 2}

@@ -1,0 +1,198 @@
+r"""What the heads of a trained model do, as a page to look at.
+
+    python -m longctx.analysis --workdir=runs/induction
+    python -m longctx.analysis --workdir=runs/induction --rows=32 --seq_len=128
+
+writes DIR/analysis/report.html, which a browser opens without a server, and
+beside it analysis.json with the numbers; with several runs, a page in the
+folder of each.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from longctx import tasks
+from longctx.analysis.analyzer import Analyzer
+from longctx.analysis.maps import pooled_maps
+from longctx.analysis.report import report
+from longctx.cli import flags as cli
+from longctx.evaluation import sweep as evaluate
+from longctx.evaluation.sweep import Sweep, Trained
+from longctx.parallel import Placement
+from longctx.training import metrics, runs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+  """A run to analyse, and where to write what is found.
+
+  Attributes:
+    task: of the run, perhaps at another length.
+    placement: of its mesh at that length.
+    trained: its parameters.
+    page: the HTML file.
+    numbers: the JSON file.
+  """
+
+  run: Trained
+  task: tasks.Task
+  placement: Placement | None
+  trained: evaluate.Parameters
+  page: pathlib.Path
+  numbers: pathlib.Path
+
+
+def analyse(job: Job, *, rows: int, split: str, command: str):
+  """Measures a run and writes its page and its numbers."""
+  graph, params, step = job.trained
+  analyzer = Analyzer(
+    graph,
+    job.run.model,
+    job.task,
+    rows=rows,
+    split=split,
+    seed=job.run.config.seed,
+    placement=job.placement,
+  )
+  batch = {key: jnp.asarray(y) for key, y in analyzer.batch.items()}
+  maps = jax.jit(
+    lambda params: pooled_maps(
+      nnx.merge(graph, params),
+      batch['tokens'],
+      segment_ids=batch.get('segment_ids'),
+      step=step,
+      placement=job.placement,
+    )
+  )(params)
+  folder = job.run.workdir
+  numbers = {
+    'run': job.run.name,
+    'command': command,
+    'task': {**job.run.config.task, 'seq_len': job.task.seq_len},
+    'step': step,
+    'split': split,
+    'rows': len(batch['tokens']),
+    'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)),
+    'layers': _layers(job.run, nnx.merge(graph, params)),
+    'trained_commit': _read(folder / 'versions.json').get('commit'),
+    'versions': metrics.versions(),
+    'config': dataclasses.asdict(job.run.config),
+    'scores': analyzer.measure(params, step),
+    'ablation': analyzer.ablate(params, step),
+  }
+  text = report(
+    numbers,
+    [None if y is None else np.asarray(y) for y in maps],
+    rows=metrics.read_lines(folder / 'metrics.jsonl'),
+    results=_read(folder / 'results.json'),
+  )
+  if metrics.is_writer():
+    job.page.write_text(text)
+  metrics.write_json(job.numbers, numbers)
+  metrics.say(f'report: {job.page}')
+
+
+def _layers(run: Trained, model: Any) -> list[dict[str, Any]]:
+  return [
+    {
+      'name': name,
+      'is_recurrence': block.attention.recurrence is not None,
+      'lacks': block.attention.unsupported.get('analysis'),
+    }
+    for name, block in zip(run.model.layers, model.blocks, strict=True)
+  ]
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  return json.loads(path.read_text()) if path.exists() else {}
+
+
+def prepare(args: argparse.Namespace) -> list[Job]:
+  """The runs that flags ask for, checked.
+
+  Raises:
+    ValueError, NotImplementedError: flags that cannot work.
+    OSError: a folder that cannot be read or written.
+    CheckpointError: parameters that cannot be read.
+  """
+  if args.rows < 1:
+    raise ValueError(f'--rows={args.rows} must be at least 1')
+  opened = evaluate.open_workdir(args.workdir)
+  chosen = [evaluate.choose(opened, args.run)] if args.run else opened
+  if args.out and len(chosen) > 1:
+    names = ', '.join(run.name for run in chosen)
+    raise ValueError(f'--out names one file: choose a --run of {names}')
+  if args.out and args.out.suffix != '.html':
+    raise ValueError(f'--out={args.out} must end in .html')
+  most = max(chosen, key=lambda run: run.config.parallel.devices)
+  runs.start_devices(most.config)
+  jobs = []
+  for run in chosen:
+    (task,) = evaluate.swept_tasks(run, _length(args.seq_len))
+    page = args.out or run.workdir / 'analysis' / 'report.html'
+    page.parent.mkdir(parents=True, exist_ok=True)
+    # With --out, several pages may lie in a folder.
+    numbers = args.out.stem if args.out else 'analysis'
+    jobs.append(
+      Job(
+        run=run,
+        task=task,
+        placement=runs.make_placement(run.config.parallel, task.seq_len),
+        trained=evaluate.restore(run, args.step),
+        page=page,
+        numbers=page.with_name(f'{numbers}.json'),
+      )
+    )
+  return jobs
+
+
+def _length(seq_len: int | None) -> Sweep:
+  if seq_len is None:
+    return evaluate.parse_sweep('')
+  return Sweep(parameter='seq_len', values=(seq_len,))
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+  """Reads the command line."""
+  parser = argparse.ArgumentParser(
+    prog='python -m longctx.analysis',
+    description='Measure what the heads of a trained model do.',
+    allow_abbrev=False,
+  )
+  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  parser.add_argument('--run', default='', help='of a workdir; default: all')
+  parser.add_argument('--rows', type=int, default=8, help='to look at')
+  parser.add_argument('--split', choices=tasks.SPLITS, default='validation')
+  parser.add_argument(
+    '--seq_len', type=int, help='of the task; default: as trained'
+  )
+  parser.add_argument(
+    '--step', type=int, help='of the checkpoint; default: the last'
+  )
+  parser.add_argument(
+    '--out',
+    type=pathlib.Path,
+    help='the page; default: DIR/analysis/report.html',
+  )
+  return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]):
+  """Runs the command line."""
+  args = parse(argv)
+  command = shlex.join(['python', '-m', 'longctx.analysis', *argv])
+  with cli.before_compiling():
+    jobs = prepare(args)
+  with cli.while_running():
+    for job in jobs:
+      analyse(job, rows=args.rows, split=args.split, command=command)

@@ -1,0 +1,1 @@
+"""Data pipelines: batches of examples, prepared datasets, token streams."""

@@ -1,0 +1,1 @@
+"""Decoding: KV caches and recurrent states, sampling and generation."""

@@ -1,0 +1,227 @@
+"""What a model keeps of the tokens that it has read, to go on from there.
+
+    cache = init(model, batch_size=2, capacity=1024)
+    logits, cache = extend(model, cache, tokens)        # [2, T], any T
+    logits, cache = extend(model, cache, next_tokens)   # [2, 1]
+
+Which keys, values, sums and states a layer keeps follows from its mask or its
+recurrence (`longctx.attention.cells`). Shapes never change, so that each
+number of tokens compiles once; rows may be of different lengths.
+
+On a mesh the slots of keys and values are spread over the devices. Those have
+all the queries, read their own slots, and merge what they found by its lse
+(arXiv:2408.04093), whether one token comes or a chunk of a prompt, whose other
+work they divide by its tokens. States are on every device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from longctx.attention import cells
+from longctx.models.transformer import Block, Transformer
+from longctx.parallel.axes import Axes, make_axes
+from longctx.typing import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cache:
+  """The memory of a batch.
+
+  Attributes:
+    lengths: tokens that each row has read.
+    layers: per layer, what it keeps.
+    plans: per layer, what that is.
+    capacity: the most tokens of a row; None for any number.
+    axes: of the mesh that it is spread over; None: one device.
+  """
+
+  lengths: Int[Array, ' B']
+  layers: tuple[cells.Cells, ...]
+  plans: tuple[cells.Plan, ...] = dataclasses.field(metadata=dict(static=True))
+  capacity: int | None = dataclasses.field(metadata=dict(static=True))
+  axes: Axes | None = dataclasses.field(
+    default=None, metadata=dict(static=True)
+  )
+
+  @property
+  def row_bytes(self) -> int:
+    """Bytes that one row takes on all devices, whatever it has read.
+
+    A state counts once.
+    """
+    return sum(cell.nbytes() for plan in self.plans for cell in plan)
+
+
+def init(
+  model: Transformer,
+  *,
+  batch_size: int,
+  capacity: int | None = None,
+  mesh: Mesh | None = None,
+  axis: str | tuple[str, ...] = 'seq',
+  blocks: Sequence[Block] | None = None,
+) -> Cache:
+  """The cache of rows that have not read a token.
+
+  Args:
+    model: with or without values.
+    batch_size: rows B.
+    capacity: the most tokens that a row will have; None for any number, which
+      takes layers that forget or keep a state.
+    mesh: from `parallel.make_mesh`, to spread the cache over; None: one device.
+    axis: mesh axis of the slots, or several. Rows lie along 'data' and heads
+      along 'model' where the mesh has those and `axis` does not name them.
+    blocks: those whose memory it is; None: all of the model's.
+
+  Raises:
+    ValueError: a capacity below 1, or none where a layer keeps every token;
+      rows that do not fit the mesh.
+    NotImplementedError: a layer reads later tokens, or the model has a gate.
+  """
+  if capacity is not None and capacity < 1:
+    raise ValueError(f'{capacity=} must be at least 1, or None')
+  config = model.config
+  if config.gate.keep and blocks is None:
+    raise NotImplementedError(
+      'a model with a gate keeps a context and what passed: take '
+      'longctx.decoding.gated_cache, or a Generator'
+    )
+  if (
+    config.positions == 'learned'
+    and blocks is None
+    and (capacity is None or capacity > config.max_positions)
+  ):
+    raise ValueError(
+      f'{capacity=} must be at most max_positions={config.max_positions}: '
+      'learned positions do not extrapolate'
+    )
+  axes, shards = None, 1
+  if mesh is not None:
+    axes = make_axes(mesh, axis)
+    axes.check(batch=batch_size)
+    shards = axes.size(axes.seq)
+  plans = tuple(
+    block.attention.plan(capacity, shards=shards)
+    for block in (model.blocks if blocks is None else blocks)
+  )
+  return Cache(
+    lengths=jnp.zeros(batch_size, jnp.int32, device=of_rows(axes)),
+    layers=tuple(cells.empty(plan, batch_size, axes) for plan in plans),
+    plans=plans,
+    capacity=capacity,
+    axes=axes,
+  )
+
+
+def of_rows(axes: Axes | None) -> NamedSharding | None:
+  """Where arrays [B, ...] lie that every device of a row has."""
+  return None if axes is None else NamedSharding(axes.mesh, P(axes.data))
+
+
+def extend(
+  model: Transformer,
+  cache: Cache,
+  tokens: Int[Array, 'B T'],
+  *,
+  new: Bool[Array, 'B T'] | None = None,
+  read: Int[Array, 'B Q'] | None = None,
+  step: Int[Array, ''] | int | None = None,
+) -> tuple[Float[Array, 'B Q V'], Cache]:
+  """Reads more tokens: logits after each, and the cache that knows them.
+
+  The logits are those of the model on the whole rows. Tokens beyond the
+  capacity are not refused here, where lengths are not known before the program
+  runs; the caller counts them.
+
+  Args:
+    model: which the cache was made for.
+    cache: what came before.
+    tokens: the next ones of every row.
+    new: which of them are a row's tokens, the first ones of each row; None
+      means all.
+    read: places on the axis T whose logits are wanted; None: all, Q = T.
+    step: of the training that made the parameters; None: none.
+  """
+  positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
+  x = model.embed(tokens, positions=positions)
+  x, cache = advance(model.blocks, cache, x, new=new, read=read, step=step)
+  return model.logits(model.norm(x)), cache
+
+
+def advance(
+  blocks: Sequence[Block],
+  cache: Cache,
+  x: Float[Array, 'B T D'],
+  *,
+  new: Bool[Array, 'B T'] | None = None,
+  read: Int[Array, 'B Q'] | None = None,
+  step: Int[Array, ''] | int | None = None,
+) -> tuple[Float[Array, 'B Q D'], Cache]:
+  """`extend` of some blocks of a model, from the inputs of the first one.
+
+  Args:
+    blocks: which the cache was made for.
+    cache: what came before.
+    x: inputs at the next tokens of every row.
+    new: as in `extend`.
+    read: as in `extend`.
+    step: as in `extend`.
+  """
+  T, axes = x.shape[1], cache.axes
+  if axes is not None and T % axes.size(axes.seq) == 0:
+    x = lax.with_sharding_constraint(x, NamedSharding(axes.mesh, axes.spec()))
+  layers = []
+  last = len(blocks) - 1
+  for index, block in enumerate(blocks):
+    wanted = read if index == last else None
+
+    def attend(x, index=index, block=block, wanted=wanted):
+      out, cells = block.attention.extend(
+        x,
+        plan=cache.plans[index],
+        cells=cache.layers[index],
+        lengths=cache.lengths,
+        new=new,
+        read=wanted,
+        step=step,
+        axes=axes,
+      )
+      layers.append(cells)
+      return out
+
+    x = block.around(attend, x, read=wanted)
+  counts = T if new is None else new.sum(1)
+  cache = dataclasses.replace(
+    cache, lengths=cache.lengths + counts, layers=tuple(layers)
+  )
+  return x, _stay(cache)
+
+
+def _stay(cache: Cache) -> Cache:
+  """Keeps arrays where they were, so that one program serves every call."""
+  axes = cache.axes
+  if axes is None:
+    return cache
+  layers = tuple(
+    tuple(
+      lax.with_sharding_constraint(x, cell.sharding(axes))
+      for x, cell in zip(cells, plan, strict=True)
+    )
+    for cells, plan in zip(cache.layers, cache.plans, strict=True)
+  )
+  lengths = lax.with_sharding_constraint(cache.lengths, of_rows(axes))
+  return dataclasses.replace(cache, lengths=lengths, layers=layers)
+
+
+def last_place(new: Bool[Array, 'B T']) -> Int[Array, 'B 1']:
+  """The place of each row's last new token, 0 where there is none."""
+  return jnp.maximum(new.sum(1, keepdims=True) - 1, 0)

@@ -1,0 +1,315 @@
+"""Sampling from a language model: a prompt in chunks, then token by token."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+
+from longctx.decoding import cache as cache_lib
+from longctx.decoding import gated_cache
+from longctx.decoding.cache import Cache
+from longctx.decoding.gated_cache import GatedCache
+from longctx.models.transformer import Transformer
+from longctx.parallel.axes import make_axes
+from longctx.parallel.parameters import state_shardings
+from longctx.typing import Array, Bool, Float, Int, Key
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+  """How a token is drawn from its logits.
+
+  The filters apply one after the other, in the order given here.
+
+  Attributes:
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_k: draw among the k likeliest; 0: among all.
+    top_p: draw among the likeliest that together have at least this
+      probability (nucleus sampling, arXiv:1904.09751); 1: among all.
+  """
+
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+  def __post_init__(self):
+    if self.temperature < 0:
+      raise ValueError(f'temperature={self.temperature} must not be negative')
+    if self.top_k < 0:
+      raise ValueError(f'top_k={self.top_k} must not be negative')
+    if not 0 < self.top_p <= 1:
+      raise ValueError(f'top_p={self.top_p} must be in (0, 1]')
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def sample(
+  logits: Float[Array, 'B V'], sampling: Sampling, key: Key[Array, '']
+) -> Int[Array, ' B']:
+  """Draws a token per row; equal logits count as equally likely."""
+  if not sampling.temperature:
+    return logits.argmax(-1)
+  logits = logits / sampling.temperature
+  V = logits.shape[-1]
+  if 0 < sampling.top_k < V:
+    least = lax.top_k(logits, sampling.top_k)[0][:, -1:]
+    logits = jnp.where(logits < least, -jnp.inf, logits)
+  if sampling.top_p < 1:
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    p = jax.nn.softmax(ordered)
+    # A token stays if those before it have not reached top_p yet.
+    kept = (jnp.cumsum(p, -1) - p < sampling.top_p).sum(-1, keepdims=True)
+    least = jnp.take_along_axis(ordered, kept - 1, -1)
+    logits = jnp.where(logits < least, -jnp.inf, logits)
+  return jax.random.categorical(key, logits)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stream:
+  """Rows that are being written.
+
+  Attributes:
+    cache: of what was read.
+    logits: of each row's next token.
+    ended: rows that have drawn a stop token.
+    count: tokens drawn so far.
+  """
+
+  cache: Cache | GatedCache
+  logits: Float[Array, 'B V']
+  ended: Bool[Array, ' B']
+  count: Int[Array, '']
+
+
+class Prompts(NamedTuple):
+  """Prompts of several lengths, each at the beginning of its row."""
+
+  tokens: Int[np.ndarray, 'B T']
+  lengths: Int[np.ndarray, ' B']
+
+  @classmethod
+  def of(cls, prompts: list[list[int]] | list[np.ndarray]) -> Prompts:
+    """Raises ValueError where a prompt is empty, or there is none."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    if not lengths.size or not lengths.all():
+      raise ValueError(
+        f'prompts have {lengths.tolist()} tokens: each needs one, such as BOS'
+      )
+    tokens = np.zeros((len(prompts), lengths.max()), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+      row[: len(prompt)] = prompt
+    return cls(tokens, lengths)
+
+
+class Generator:
+  """Reads prompts and goes on from them, with two compiled programs.
+
+  One reads `chunk` tokens of every row, the other draws `steps` tokens. Both
+  write into the memory of the cache that they are given, which is gone then.
+  The prompt of a model with a gate ends with the question, and a third program
+  lets what it needs pass.
+  """
+
+  def __init__(
+    self,
+    model: Transformer,
+    *,
+    capacity: int | None = None,
+    chunk: int = 256,
+    sampling: Sampling = GREEDY,
+    stop_tokens: tuple[int, ...] = (),
+    step: int | None = None,
+    mesh: Mesh | None = None,
+    axis: str | tuple[str, ...] = 'seq',
+    max_new: int | None = None,
+  ):
+    """Makes a generator.
+
+    Args:
+      model: trained.
+      capacity: the most tokens of a row, its prompt included; None for any
+        number, which takes layers that forget or keep a state.
+      chunk: tokens of a prompt that are read at once.
+      sampling: how tokens are drawn.
+      stop_tokens: tokens that end a row.
+      step: of the training that made the parameters; None: none.
+      mesh: that the cache is spread over, see `cache.init`; None: one device.
+      axis: mesh axis of the cache's slots, or several.
+      max_new: the most tokens that are drawn, which a gated model makes room
+        for; None: any number up to the capacity.
+    """
+    if chunk < 1:
+      raise ValueError(f'{chunk=} must be at least 1')
+    gated = model.config.gate.keep > 0
+    if gated and capacity is None:
+      raise ValueError(
+        'a gate chooses from the whole prompt: give a capacity to hold it'
+      )
+    self.capacity = capacity
+    self.max_new = max_new if gated else None
+    self.chunk = chunk
+    self._config = model.config
+    graph, params = nnx.split(model)
+    self._model = model
+    common = dict(capacity=capacity, mesh=mesh, axis=axis)
+    self._make_cache = functools.partial(cache_lib.init, model, **common)
+    extend = cache_lib.extend
+    if gated:
+      self._make_cache = functools.partial(
+        gated_cache.init, model, max_new=max_new, **common
+      )
+      extend = gated_cache.extend
+    axes = None if mesh is None else make_axes(mesh, axis)
+    if axes is not None:
+      heads = axes.size(axes.heads)
+      params = jax.device_put(
+        params, state_shardings(params, mesh, data=1, model=heads)
+      )
+    self._params = params
+    self._place = cache_lib.of_rows(axes)
+
+    def stay(stream):
+      if axes is None:
+        return stream
+      logits, ended = lax.with_sharding_constraint(
+        (stream.logits, stream.ended), self._place
+      )
+      return dataclasses.replace(stream, logits=logits, ended=ended)
+
+    @functools.partial(jax.jit, donate_argnames='stream')
+    def read(params, stream, tokens, new):
+      model = nnx.merge(graph, params)
+      if gated:
+        cache = gated_cache.read(
+          model, stream.cache, tokens, new=new, step=step
+        )
+        return dataclasses.replace(stream, cache=cache)
+      logits, cache = cache_lib.extend(
+        model,
+        stream.cache,
+        tokens,
+        new=new,
+        read=cache_lib.last_place(new),
+        step=step,
+      )
+      logits = jnp.where(new.any(1)[:, None], logits[:, 0], stream.logits)
+      stream = dataclasses.replace(stream, cache=cache, logits=logits)
+      return stay(stream)
+
+    @functools.partial(jax.jit, donate_argnames='stream')
+    def ask(params, stream):
+      model = nnx.merge(graph, params)
+      logits, cache = gated_cache.ask(model, stream.cache, step=step)
+      return stay(dataclasses.replace(stream, cache=cache, logits=logits))
+
+    @functools.partial(
+      jax.jit, donate_argnames='stream', static_argnames='steps'
+    )
+    def draw(params, stream, key, *, steps):
+      model = nnx.merge(graph, params)
+
+      def one(stream, _):
+        drawn = sample(
+          stream.logits, sampling, jax.random.fold_in(key, stream.count)
+        )
+        tokens = jnp.where(stream.ended, -1, drawn)
+        ended = stream.ended | jnp.isin(drawn, jnp.array(stop_tokens, int))
+        logits, cache = extend(
+          model,
+          stream.cache,
+          drawn[:, None],
+          new=~stream.ended[:, None],
+          step=step,
+        )
+        stream = Stream(
+          cache=cache,
+          logits=logits[:, 0],
+          ended=ended,
+          count=stream.count + 1,
+        )
+        return stream, tokens
+
+      stream, tokens = lax.scan(one, stream, length=steps)
+      return stay(stream), tokens.T
+
+    self._read, self._draw = read, draw
+    self._ask = ask if gated else None
+
+  def start(self, prompts: Prompts) -> Stream:
+    """Reads prompts, a chunk of all rows at a time.
+
+    Raises:
+      ValueError: a prompt is longer than the capacity.
+    """
+    tokens, lengths = prompts
+    self._check(int(lengths.max()), 'the longest prompt')
+    B, T = tokens.shape
+    stream = Stream(
+      cache=self._make_cache(batch_size=B),
+      logits=jnp.zeros((B, self._config.vocab_size), device=self._place),
+      ended=jnp.zeros(B, bool, device=self._place),
+      count=jnp.int32(0),
+    )
+    tokens = np.pad(tokens, [(0, 0), (0, -T % self.chunk)])
+    for begin in range(0, T, self.chunk):
+      part = slice(begin, begin + self.chunk)
+      new = np.arange(begin, begin + self.chunk) < lengths[:, None]
+      stream = self._read(self._params, stream, tokens[:, part], new)
+    if self._ask is not None:
+      stream = self._ask(self._params, stream)
+    return stream
+
+  def draw(
+    self, stream: Stream, key: Key[Array, ''], steps: int
+  ) -> tuple[Stream, Int[Array, 'B steps']]:
+    """Goes on by `steps` tokens; rows that have ended give -1.
+
+    A token depends on the key and on how many were drawn before it, so that
+    any number at a time gives the same ones.
+
+    Raises:
+      ValueError: a row would be longer than the capacity.
+    """
+    if self.capacity is not None:
+      longest = int(stream.cache.lengths.max()) + steps
+      self._check(longest, 'a row')
+    if self.max_new is not None and int(stream.count) + steps > self.max_new:
+      raise ValueError(
+        f'{int(stream.count) + steps} tokens are more than the max_new='
+        f'{self.max_new} that there is room for: raise it'
+      )
+    return self._draw(self._params, stream, key, steps=steps)
+
+  def generate(
+    self,
+    prompts: Prompts,
+    key: Key[Array, ''],
+    *,
+    max_new: int,
+    at_once: int = 32,
+  ) -> Iterator[Int[np.ndarray, 'B _']]:
+    """Yields `at_once` tokens per row at a time until all rows have ended."""
+    stream, left = self.start(prompts), max_new
+    while left > 0 and not stream.ended.all():
+      steps = min(at_once, left)
+      stream, tokens = self.draw(stream, key, steps)
+      left -= steps
+      yield np.asarray(tokens)
+
+  def _check(self, length: int, what: str):
+    if self.capacity is not None and length > self.capacity:
+      raise ValueError(
+        f'{what} has {length} tokens, and capacity={self.capacity}: raise it, '
+        'or take layers with a window or a recurrence and no capacity'
+      )

@@ -1,0 +1,1 @@
+"""Evaluation of trained models: sweeps, endless streams, System 2 Attention."""

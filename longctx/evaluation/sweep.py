@@ -1,0 +1,308 @@
+"""Measures a trained workdir, at other values of a task's parameters."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from longctx import tasks
+from longctx.data.pipeline import make_iterator
+from longctx.models import gate
+from longctx.models.transformer import TransformerConfig, validate
+from longctx.training import config as config_lib
+from longctx.training import figures, metrics, steps
+from longctx.training.checkpoint import Checkpointer
+from longctx.training.config import ExperimentConfig
+from longctx.training.errors import CheckpointError
+from longctx.training.runs import make_placement, resolve_model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+  """A finished or unfinished run, read back from its folder."""
+
+  name: str
+  config: ExperimentConfig
+  task: tasks.Task
+  model: TransformerConfig
+  workdir: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+  """A task's field and the values it takes, in order.
+
+  Attributes:
+    parameter: name of the field; '' measures the task as trained.
+    values: what it is set to, one measurement each.
+  """
+
+  parameter: str
+  values: tuple[Any, ...]
+
+
+def parse_sweep(text: str) -> Sweep:
+  """Reads 'seq_len=64,128,256'; '' stands for the task as it was trained.
+
+  Raises:
+    ValueError: it is not of that form.
+  """
+  if not text:
+    return Sweep(parameter='', values=(None,))
+  parameter, equals, values = text.partition('=')
+  try:
+    parsed = tuple(json.loads(f'[{values}]'))
+  except json.JSONDecodeError:
+    parsed = tuple(values.split(','))
+  if not (parameter and equals and parsed):
+    raise ValueError(f'--sweep={text} must be like --sweep=seq_len=64,128,256')
+  return Sweep(parameter=parameter, values=parsed)
+
+
+def open_workdir(workdir: pathlib.Path) -> list[Trained]:
+  """The runs of a workdir: itself, or its named runs.
+
+  Raises:
+    ValueError: it is no workdir, or holds no checkpoint.
+    OSError: it cannot be read.
+  """
+  path = workdir / 'config.json'
+  if not path.exists():
+    raise ValueError(f'{workdir} is no workdir of train.py: no config.json')
+  config = config_lib.from_config_dict(
+    ExperimentConfig, json.loads(path.read_text())
+  )
+  if not os.access(workdir, os.W_OK):
+    raise PermissionError(13, 'cannot be written', str(workdir))
+  found = []
+  for name, one in config_lib.expand_runs(config).items():
+    folder = workdir / name
+    if not any((folder / 'checkpoints').glob('[0-9]*')):
+      raise ValueError(f'there is no checkpoint in {folder}: train it first')
+    task = tasks.make_task(**one.task)
+    model = resolve_model(one.model, task)
+    found.append(
+      Trained(name=name, config=one, task=task, model=model, workdir=folder)
+    )
+  return found
+
+
+def choose(runs: list[Trained], name: str) -> Trained:
+  """The run of that name; of a single run, '' is enough.
+
+  Raises:
+    ValueError: no run has that name.
+  """
+  names = [run.name for run in runs]
+  if len(runs) > 1 and not name:
+    raise ValueError(f'--run is missing: one of {", ".join(names)}')
+  if name and name not in names:
+    raise ValueError(f'there is no run {name!r}; known: {", ".join(names)}')
+  return runs[names.index(name) if name else 0]
+
+
+def swept_tasks(
+  run: Trained, sweep: Sweep, *, batch_size: int = 0
+) -> list[tasks.Task]:
+  """The task at each value, each checked against the trained model.
+
+  Args:
+    run: from `open_workdir`.
+    sweep: what changes.
+    batch_size: rows of a batch; 0 takes the one of the run's validation.
+
+  Raises:
+    ValueError, NotImplementedError: a value that the task does not take, or at
+      which the model cannot run (learned positions have a length).
+  """
+  if not sweep.parameter:
+    return [run.task]
+  if sweep.parameter == 'name':
+    raise ValueError('--sweep changes a field of the task, not the task')
+  found = []
+  for value in sweep.values:
+    fields = {**run.config.task, sweep.parameter: value}
+    task = tasks.make_task(**fields)
+    if task.vocab_size > run.model.vocab_size:
+      raise ValueError(
+        f'{sweep.parameter}={value} needs {task.vocab_size} tokens, and the '
+        f'model knows {run.model.vocab_size}'
+      )
+    placement = make_placement(run.config.parallel, task.seq_len)
+    validate(
+      run.model,
+      task.seq_len,
+      batch_size=_rows(run.config, batch_size),
+      placement=placement,
+    )
+    found.append(task)
+  return found
+
+
+def evaluate(
+  runs: list[Trained],
+  workdir: pathlib.Path,
+  *,
+  sweep: Sweep,
+  split: str = 'test',
+  batches: int = 16,
+  batch_size: int = 0,
+) -> list[dict[str, Any]]:
+  """Measures every run at every value, and writes eval.jsonl and a picture.
+
+  Args:
+    runs: from `open_workdir`.
+    workdir: where eval.jsonl and figures/ go.
+    sweep: what changes.
+    split: of the task; 'test' shares no example with training.
+    batches: measured at each value.
+    batch_size: rows of a batch; 0 takes the one of the run's validation.
+
+  Returns:
+    The lines written, one per run and value: parameter, value, accuracy with
+    its 95% interval (low, high), loss (nats), count of scored tokens, examples;
+    of a gate, precision and recall of the relevant tokens.
+  """
+  rows = []
+  for run in runs:
+    measure = _Measure(run)
+    swept = zip(
+      sweep.values, swept_tasks(run, sweep, batch_size=batch_size), strict=True
+    )
+    for value, task in swept:
+      row = measure(task, split=split, batches=batches, batch_size=batch_size)
+      head = {'run': run.name, 'parameter': sweep.parameter, 'value': value}
+      rows.append({**head, **row})
+      metrics.say(_line(rows[-1]))
+  merge_lines(
+    workdir / 'eval.jsonl',
+    rows,
+    ('run', 'parameter', 'value', 'split', 'step'),
+  )
+  numbers = all(isinstance(value, (int, float)) for value in sweep.values)
+  if sweep.parameter and numbers:
+    path = workdir / 'figures' / f'{sweep.parameter}.png'
+    figures.sweep(
+      path,
+      {run.name: [r for r in rows if r['run'] == run.name] for run in runs},
+      parameter=sweep.parameter,
+      trained_at=runs[0].config.task[sweep.parameter],
+    )
+    metrics.say(f'figure: {path}')
+  return rows
+
+
+def _rows(config: ExperimentConfig, batch_size: int) -> int:
+  return batch_size or config.eval.batch_size or config.batch_size
+
+
+def _line(row: dict[str, Any]) -> str:
+  head = f'{row["run"]} ' if row['run'] else ''
+  if row['parameter']:
+    head += f'{row["parameter"]}={row["value"]} '
+  return (
+    f'{head}accuracy {row["accuracy"]:.4f} [{row["low"]:.4f}, '
+    f'{row["high"]:.4f}] loss {row["loss"]:.4f} (chance {row["chance"]:.4f}, '
+    f'{row["count"]:,} answers)'
+  )
+
+
+def merge_lines(
+  path: pathlib.Path, rows: list[dict[str, Any]], fields: tuple[str, ...]
+):
+  """Adds lines to a file; a measurement with the same fields is replaced."""
+  key = lambda row: tuple(str(row.get(field)) for field in fields)
+  new = {key(row) for row in rows}
+  old = [row for row in metrics.read_lines(path) if key(row) not in new]
+  metrics.write_lines(path, old + rows)
+
+
+class Parameters(NamedTuple):
+  """What a run has learned: `nnx.merge(graph, params)` is the model."""
+
+  graph: nnx.GraphDef
+  params: Any
+  step: int
+
+
+def restore(run: Trained, step: int | None = None) -> Parameters:
+  """Reads a checkpoint of a run, the last one where no step is given.
+
+  Raises:
+    CheckpointError: there is none that can be read, or none of that step.
+  """
+  graph, params = steps.abstract_params(run.model)
+  checkpointer = Checkpointer(run.workdir / 'checkpoints', say=metrics.say)
+  try:
+    restored = checkpointer.restore(params=params, step=step)
+  finally:
+    checkpointer.close()
+  if restored is None:
+    raise CheckpointError(f'there is no checkpoint in {run.workdir}')
+  return Parameters(graph, restored.params, restored.step)
+
+
+class _Measure:
+  """The trained parameters of one run."""
+
+  def __init__(self, run: Trained):
+    self._run = run
+    self._graph, self._params, self._step = restore(run)
+    self._evaluate = {}
+
+  def __call__(
+    self, task: tasks.Task, *, split: str, batches: int, batch_size: int
+  ) -> dict[str, Any]:
+    config = self._run.config
+    batch_size = _rows(config, batch_size)
+    # On the mesh that the run was trained on, in a layout of this length.
+    placement = make_placement(config.parallel, task.seq_len)
+    # Kept by length, since values of other fields need no new program.
+    if task.seq_len not in self._evaluate:
+      self._evaluate[task.seq_len] = steps.make_steps(
+        self._graph, config, placement=placement
+      ).evaluate
+    measure = self._evaluate[task.seq_len]
+    iterator = make_iterator(
+      task,
+      split=split,
+      batch_size=batch_size,
+      seed=config.seed,
+      num_examples=batches * batch_size,
+    )
+    step = np.int32(self._step)
+    try:
+      placed = (
+        steps.put(steps.with_read(batch), placement) for batch in iterator
+      )
+      sums = [
+        jax.device_get(measure(self._params, batch, step)) for batch in placed
+      ]
+    finally:
+      iterator.close()
+    loss, weight, correct = (
+      np.array([s[key] for s in sums], np.float64)
+      for key in ('loss', 'weight', 'correct')
+    )
+    examples = batches * batch_size
+    low, high = metrics.accuracy_interval(correct, weight, examples)
+    total = max(weight.sum(), 1e-9)
+    kept = {key: sum(float(s[key]) for s in sums) for key in sums[0]}
+    return {
+      **gate.shares(kept),
+      'split': split,
+      'step': self._step,
+      'accuracy': float(correct.sum() / total),
+      'low': low,
+      'high': high,
+      'loss': float(loss.sum() / total),
+      'count': int(weight.sum()),
+      'examples': examples,
+      'chance': task.chance,
+      'ceiling': task.ceiling,
+    }

@@ -1,0 +1,271 @@
+"""Measures ways to answer where opinions contradict the facts.
+
+    python eval.py --workdir=runs/s2a --mode=s2a --questions=256 \
+      --conditions=none,suggest_wrong --distractors=0,8,64,256
+
+A run with a gate answers by itself, one that learned to rewrite by every method
+of `longctx.evaluation.rewrite`, and any other as `baseline`. What is asked is
+of the test split, and conditions and numbers of distractors need not be those
+of training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from longctx import tasks
+from longctx.evaluation import sweep as evaluate
+from longctx.evaluation.rewrite import METHODS, Answerer, Question, questions
+from longctx.tasks.opinions import CONDITIONS, UNIT, Opinions
+from longctx.training import figures, metrics
+
+WITHOUT_GATE = tuple(name for name in METHODS if name != 'gate')
+
+# What tells one line of s2a.jsonl from another.
+FIELDS = (
+  'run',
+  'condition',
+  'distractors',
+  'sentences',
+  'mentions',
+  'opinions',
+  'keep',
+  'method',
+)
+# Of a question's row, where it has them.
+SHARES = ('precision', 'recall', 'dropped', 'opinion', 'invented')
+MEANS = ('read', 'written', 'flops', 'seconds')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class S2AConfig:
+  """What is asked.
+
+  Attributes:
+    conditions: of `tasks.opinions`.
+    distractors: numbers of facts of other topics.
+    sentences: of a context, besides facts and opinions.
+    mentions: times that the fact is stated.
+    opinions: times that the opinion is.
+    count: questions for each condition and number.
+    batch_size: of them, answered at a time.
+    chunk: tokens of a prompt that are read at once.
+    methods: of `longctx.evaluation.rewrite`, for runs that learned to rewrite.
+    keep: spans that may pass a gate; 0: as many as in training.
+  """
+
+  conditions: tuple[str, ...] = CONDITIONS[1:]
+  distractors: tuple[int, ...] = (8,)
+  sentences: int = 8
+  mentions: int = 1
+  opinions: int = 1
+  count: int = 256
+  batch_size: int = 64
+  chunk: int = 64
+  methods: tuple[str, ...] = WITHOUT_GATE
+  keep: int = 0
+
+  def __post_init__(self):
+    for name, known in (
+      ('conditions', CONDITIONS[1:]),
+      ('methods', WITHOUT_GATE),
+    ):
+      unknown = [x for x in getattr(self, name) if x not in known]
+      if unknown:
+        raise ValueError(
+          f'unknown {name} {unknown[0]!r}; known: {", ".join(known)}'
+        )
+    for name, least in dict(
+      sentences=0,
+      keep=0,
+      mentions=1,
+      opinions=1,
+      count=1,
+      batch_size=1,
+      chunk=1,
+    ).items():
+      if getattr(self, name) < least:
+        raise ValueError(
+          f'{name}={getattr(self, name)} must be at least {least}'
+        )
+    if self.count > self.batch_size and self.count % self.batch_size:
+      raise ValueError(
+        f'count={self.count} must be a multiple of batch_size='
+        f'{self.batch_size}: another batch would compile, and count as time'
+      )
+
+
+def task_of(
+  run: evaluate.Trained, config: S2AConfig, condition: str, distractors: int
+) -> Opinions:
+  """The task that is asked.
+
+  Raises:
+    ValueError: the run was trained on another task, or the number does not fit.
+  """
+  if not isinstance(run.task, Opinions):
+    raise ValueError(
+      f'{run.workdir} was trained on {run.config.task["name"]}, and --mode=s2a '
+      'asks questions of opinions'
+    )
+  units = distractors + run.task.num_in_topic + config.sentences
+  units += config.mentions + config.opinions
+  return tasks.make_task(
+    **{
+      **run.config.task,
+      'condition': condition,
+      'instruction': 'answer',
+      'num_facts': distractors,
+      'num_mentions': config.mentions,
+      'num_opinions': config.opinions,
+      'num_units': units,
+      'seq_len': UNIT * units + 6,
+    }
+  )
+
+
+def check(runs: list[evaluate.Trained], config: S2AConfig):
+  """Raises ValueError where a run cannot be asked."""
+  for run in runs:
+    for n in config.distractors:
+      task_of(run, config, config.conditions[0], n)
+
+
+def measure(
+  runs: list[evaluate.Trained], workdir: pathlib.Path, config: S2AConfig
+) -> list[dict[str, Any]]:
+  """Asks every run, and writes s2a.jsonl and figures/s2a.png.
+
+  Returns:
+    A line per run, condition, number of distractors and method: accuracy with
+    its 95% interval (low, high), tokens `read` and `written`, `flops` and
+    `seconds` per answer; `precision` and `recall` of the relevant tokens where
+    the context is rewritten or passes a gate; and the shares of rewritten ones
+    with errors: `dropped`, `opinion` and `invented`. `recovered` is the share
+    of the gap from baseline to oracle, where that is a point at least.
+  """
+  rows = []
+  for run in runs:
+    if config.keep and run.model.gate.keep:
+      gate = dataclasses.replace(run.model.gate, keep=config.keep)
+      model = dataclasses.replace(run.model, gate=gate)
+      run = dataclasses.replace(run, model=model)
+    graph, params, step = evaluate.restore(run)
+    model = nnx.merge(graph, params)
+    methods = config.methods
+    if model.config.gate.keep:
+      methods = ('gate',)
+    elif not run.task.rewrite:
+      methods = ('baseline',)
+    for n in config.distractors:
+      for condition in config.conditions:
+        task = task_of(run, config, condition, n)
+        asked = questions(task, seed=run.config.seed, count=config.count)
+        answerer = Answerer(model, task, step=step, chunk=config.chunk)
+        found = [
+          {
+            'run': run.name,
+            'condition': condition,
+            'distractors': n,
+            'sentences': config.sentences,
+            'mentions': config.mentions,
+            'opinions': config.opinions,
+            'keep': config.keep,
+            'method': method,
+            **summary(answerer, asked, method, config.batch_size),
+          }
+          for method in methods
+        ]
+        add_recovered(found)
+        rows += found
+        for row in found:
+          metrics.say(_line(row))
+  evaluate.merge_lines(workdir / 's2a.jsonl', rows, FIELDS)
+  path = workdir / 'figures' / 's2a.png'
+  draw(rows, path)
+  metrics.say(f'figure: {path}')
+  return rows
+
+
+def summary(
+  answerer: Answerer, asked: list[Question], method: str, batch_size: int
+) -> dict[str, Any]:
+  """Means over questions."""
+  rows = []
+  # Compiles, which is no part of the time.
+  answerer.answer(asked[:batch_size], method)
+  for begin in range(0, len(asked), batch_size):
+    rows += answerer.answer(asked[begin:][:batch_size], method, seed=begin)
+  correct = np.array([row['correct'] for row in rows], np.float64)
+  low, high = metrics.accuracy_interval(
+    correct, np.ones_like(correct), len(correct)
+  )
+  found = {'accuracy': float(correct.mean()), 'low': low, 'high': high}
+  for name in (*MEANS, *SHARES):
+    if name in rows[0]:
+      found[name] = float(np.mean([row[name] for row in rows]))
+  return found
+
+
+def add_recovered(rows: list[dict[str, Any]]):
+  """Adds the share of the gap that each method closes, if there is a gap."""
+  accuracy = {row['method']: row['accuracy'] for row in rows}
+  if not {'baseline', 'oracle'} <= set(accuracy):
+    return
+  gap = accuracy['oracle'] - accuracy['baseline']
+  for row in rows:
+    if gap >= 0.01:
+      row['recovered'] = (row['accuracy'] - accuracy['baseline']) / gap
+
+
+def _line(row: dict[str, Any]) -> str:
+  head = ' '.join(
+    str(row[k]) for k in ('run', 'condition', 'distractors', 'method')
+  )
+  more = ''.join(f' {k} {row[k]:.3f}' for k in SHARES if k in row)
+  return (
+    f'{head} accuracy {row["accuracy"]:.3f} [{row["low"]:.3f}, '
+    f'{row["high"]:.3f}]{more} {row["flops"] / 1e6:.1f} MFLOP '
+    f'{1e3 * row["seconds"]:.1f} ms'
+  )
+
+
+def draw(rows: list[dict[str, Any]], path: pathlib.Path):
+  """Accuracy against distractors, a plot per condition."""
+  conditions = list(dict.fromkeys(row['condition'] for row in rows))
+  figure, plots = figures.axes(len(conditions))
+  lines = list(dict.fromkeys((row['run'], row['method']) for row in rows))
+  for axis, condition in zip(np.ravel(plots), conditions, strict=True):
+    for index, (run, method) in enumerate(lines):
+      of_line = [
+        row
+        for row in rows
+        if (row['run'], row['method'], row['condition'])
+        == (run, method, condition)
+      ]
+      axis.errorbar(
+        [row['distractors'] for row in of_line],
+        [row['accuracy'] for row in of_line],
+        yerr=[
+          [max(row['accuracy'] - row['low'], 0) for row in of_line],
+          [max(row['high'] - row['accuracy'], 0) for row in of_line],
+        ],
+        color=figures.COLORS[index % len(figures.COLORS)],
+        marker='o',
+        ms=3,
+        label=method if method != 'baseline' else run or method,
+      )
+    axis.set(
+      title=condition,
+      xlabel='distractors',
+      ylabel='accuracy',
+      ylim=(-0.03, 1.03),
+    )
+    axis.set_xscale('symlog', base=2, linthresh=1)
+  figures.legend_below(figure, np.ravel(plots)[0])
+  figures.save(figure, path)

@@ -1,0 +1,1 @@
+"""Transformer language models built from a pattern of attention layers."""

@@ -1,0 +1,1 @@
+"""Training: configs, runs, optimizers, checkpoints, metrics, the loop."""

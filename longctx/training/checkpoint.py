@@ -1,0 +1,356 @@
+"""Checkpoints that are verified when read.
+
+Orbax restores flipped bytes without an error and casts a wrong dtype in
+silence, so every checkpoint carries the shape, dtype and digest of each leaf,
+and a checksum over those and the data position. A checkpoint that fails is set
+aside and an older one is used; one of another model is refused.
+
+A checkpoint is four items: `params` and `opt` (flat dicts of arrays, by path),
+`data` (the iterator's state) and `meta`, both JSON. `params` alone is enough to
+evaluate.
+"""
+
+import dataclasses
+import gc
+import hashlib
+import json
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from longctx.training.errors import CheckpointError
+
+ITEMS = ('params', 'opt', 'data', 'meta')
+
+
+class DamagedError(CheckpointError):
+  """This checkpoint cannot be read back as it was written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """A verified checkpoint.
+
+  Attributes:
+    step: updates made when it was written.
+    params: the tree given as template, with arrays.
+    opt: the optimizer state likewise; None when only params were asked for.
+    data: the data iterator's state.
+    meta: what the caller stored beside it.
+  """
+
+  step: int
+  params: Any
+  opt: Any
+  data: Any
+  meta: Any
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+  """Leaves by dotted path: {'blocks.0.norm': array, ...}."""
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='.'): leaf
+    for path, leaf in leaves
+  }
+
+
+@jax.jit
+def _leaf_digest(x):
+  """Two 32-bit sums of hashed (index, word) pairs, and whether x is finite.
+
+  Each hash is a bijection of the word, so a single changed word always changes
+  both sums; anything else escapes with probability 2**-64. Sums of integers do
+  not depend on order, so neither does the digest on the sharding. Indices come
+  from one iota per axis: flattening a sharded array would gather it.
+  """
+  finite = (
+    jnp.all(jnp.isfinite(x))
+    if jnp.issubdtype(x.dtype, jnp.inexact)
+    else jnp.array(True)
+  )
+  if x.dtype == jnp.bool_:
+    x = x.astype(jnp.uint8)
+  width = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+  words = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
+  index = jnp.zeros(words.shape, jnp.uint32)
+  for axis, size in enumerate(words.shape):
+    iota = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    index = index * jnp.uint32(size) + iota
+
+  def total(seed):
+    # The finaliser of MurmurHash3.
+    z = words ^ (index * jnp.uint32(0x9E3779B1) + jnp.uint32(seed))
+    z = (z ^ (z >> 16)) * jnp.uint32(0x85EBCA6B)
+    z = (z ^ (z >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(z ^ (z >> 16), dtype=jnp.uint32)
+
+  return total(0), total(0x6A09E667), finite
+
+
+def digest(tree: Any) -> tuple[dict[str, list], list[str]]:
+  """Describes each leaf as [shape, dtype, 64-bit digest].
+
+  Returns:
+    (leaves by path, paths of leaves that hold a NaN or an infinity).
+  """
+  leaves = flatten(tree)
+  sums = {
+    path: _leaf_digest(
+      jax.random.key_data(x)
+      if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+      else x
+    )
+    for path, x in leaves.items()
+  }
+  described, bad = {}, []
+  for path, (low, high, finite) in jax.device_get(sums).items():
+    leaf = leaves[path]
+    value = f'{int(high):08x}{int(low):08x}'
+    described[path] = [list(leaf.shape), str(leaf.dtype), value]
+    if not finite:
+      bad.append(path)
+  return described, bad
+
+
+def _checksum(*values: Any) -> str:
+  text = json.dumps(values, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_same_model(
+  name: str, stored: Mapping[str, list], wanted: Mapping[str, Any]
+):
+  """Refuses a checkpoint whose leaves have other names, shapes or dtypes."""
+  for path in [*wanted, *(p for p in stored if p not in wanted)]:
+    have = stored.get(path)
+    want = wanted.get(path)
+    have = 'nothing' if have is None else f'{have[1]}{have[0]}'
+    want = 'nothing' if want is None else f'{want.dtype}{list(want.shape)}'
+    if have != want:
+      raise CheckpointError(
+        f'the checkpoint is of another model: {name} {path} is {have} there '
+        f'and {want} in this config; give another --workdir, or the config '
+        'that it was written with'
+      )
+
+
+class Checkpointer:
+  """Writes and reads one folder of checkpoints."""
+
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    *,
+    keep: int = 2,
+    say: Callable[[str], None] = print,
+  ):
+    """Opens `directory`, and makes it if need be.
+
+    Args:
+      directory: where the numbered checkpoints lie.
+      keep: how many of the newest stay.
+      say: told, in one line each, about damaged checkpoints.
+    """
+    self.directory = pathlib.Path(directory).absolute()
+    self._say = say
+    self._manager = ocp.CheckpointManager(
+      self.directory,
+      item_handlers={
+        'params': ocp.StandardCheckpointHandler(),
+        'opt': ocp.StandardCheckpointHandler(),
+        'data': ocp.JsonCheckpointHandler(),
+        'meta': ocp.JsonCheckpointHandler(),
+      },
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+    )
+
+  def steps(self) -> list[int]:
+    """Steps that have a finished checkpoint, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, step: int, *, params: Any, opt: Any, data: Any, meta: Any):
+    """Writes a checkpoint in the background.
+
+    Args:
+      step: updates made so far; later than any step already there.
+      params: a tree of arrays.
+      opt: a tree of arrays.
+      data: JSON-able state of the data iterator.
+      meta: JSON-able, whatever else the caller wants back.
+
+    Raises:
+      FloatingPointError: a leaf is not finite; nothing is written.
+      CheckpointError: Orbax did not take it.
+    """
+    leaves = {}
+    for name, tree in (('params', params), ('opt', opt)):
+      leaves[name], bad = digest(tree)
+      if bad:
+        raise FloatingPointError(f'{name} {bad[0]} is not finite')
+    record = {'step': step, 'leaves': leaves, 'user': meta}
+    record['checksum'] = _checksum(step, leaves, meta, data)
+    taken = self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(flatten(params)),
+        opt=ocp.args.StandardSave(flatten(opt)),
+        data=ocp.args.JsonSave(data),
+        meta=ocp.args.JsonSave(record),
+      ),
+    )
+    # Orbax says no by a return value, for a step that is not the newest.
+    if not taken:
+      raise CheckpointError(
+        f'checkpoint {step} was not written to {self.directory}: it holds '
+        f'steps {self.steps()}'
+      )
+
+  def restore(
+    self, *, params: Any, opt: Any = None, step: int | None = None
+  ) -> Restored | None:
+    """Reads the newest checkpoint that is whole, or one that is asked for.
+
+    Args:
+      params: tree of ShapeDtypeStruct, with shardings where it matters.
+      opt: the same for the optimizer; None leaves it unread.
+      step: of the checkpoint; None: the newest.
+
+    Returns:
+      The checkpoint, or None if there is none at all.
+
+    Raises:
+      CheckpointError: it is of another model, or all are damaged, or there is
+        none of that step.
+    """
+    steps = self.steps()
+    if step is not None:
+      if step not in steps:
+        raise CheckpointError(
+          f'there is no checkpoint {step} in {self.directory}: it holds '
+          f'steps {steps}'
+        )
+      steps = [step]
+    for step in reversed(steps):
+      try:
+        restored = self._read(step, {'params': params, 'opt': opt})
+      except DamagedError as error:
+        self._say(
+          f'checkpoint {step} is damaged ({error}); trying an older one'
+        )
+        continue
+      if step != steps[-1]:
+        self._say(f'using checkpoint {step}')
+      return restored
+    if steps:
+      raise CheckpointError(
+        f'every checkpoint in {self.directory} is damaged: {steps}'
+      )
+    return None
+
+  def check(self, *, params: Any):
+    """Refuses, cheaply, a folder whose checkpoints are of another model."""
+    for step in reversed(self.steps()):
+      try:
+        record, _ = self._read_record(step)
+      except DamagedError:
+        continue
+      _check_same_model('params', record['leaves']['params'], flatten(params))
+      return
+
+  def set_aside_after(self, step: int):
+    """Moves checkpoints newer than `step` away, to make room for new ones."""
+    for newer in self.steps():
+      if newer > step:
+        target = self.directory.with_name('damaged_checkpoints') / str(newer)
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(exist_ok=True)
+        shutil.move(self.directory / str(newer), target)
+        self._say(f'moved checkpoint {newer} to {target}')
+    self._manager.reload()
+
+  def remove_unfinished(self):
+    """Deletes what a killed run had not finished writing."""
+    for path in self.directory.glob('*.orbax-checkpoint-tmp*'):
+      shutil.rmtree(path, ignore_errors=True)
+
+  def _read_record(self, step: int) -> tuple[dict, Any]:
+    """The verified `meta` and `data` items."""
+    args = {name: ocp.args.JsonRestore() for name in ('data', 'meta')}
+    items = _attempt(
+      lambda: self._manager.restore(step, args=ocp.args.Composite(**args))
+    )
+    record, data = items['meta'], items['data']
+    try:
+      expected = _checksum(
+        record['step'], record['leaves'], record['user'], data
+      )
+      if record['checksum'] != expected or record['step'] != step:
+        raise DamagedError('its checksum does not match')
+    except (KeyError, TypeError) as error:
+      raise DamagedError('its record is incomplete') from error
+    return record, data
+
+  def _read(self, step: int, templates: dict[str, Any]) -> Restored:
+    record, data = self._read_record(step)
+    templates = {k: v for k, v in templates.items() if v is not None}
+    args = {}
+    for name, template in templates.items():
+      flat = flatten(template)
+      _check_same_model(name, record['leaves'][name], flat)
+      args[name] = ocp.args.StandardRestore(flat)
+    items = _attempt(
+      lambda: self._manager.restore(step, args=ocp.args.Composite(**args))
+    )
+    trees = {'opt': None}
+    for name, template in templates.items():
+      found, _ = digest(items[name])
+      for path, description in record['leaves'][name].items():
+        if found[path] != description:
+          raise DamagedError(f'{name} {path} differs from what was written')
+      structure = jax.tree.structure(template)
+      leaves = [items[name][path] for path in flatten(template)]
+      trees[name] = jax.tree.unflatten(structure, leaves)
+    return Restored(step=step, data=data, meta=record['user'], **trees)
+
+  def wait(self):
+    """Returns once everything saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self):
+    self._manager.close()
+
+
+def _attempt(read: Callable[[], Any]) -> Any:
+  """Damage reaches us as many classes of exception; make it one."""
+  try:
+    return read()
+  except Exception as error:
+    reason = str(error).strip() or type(error).__name__
+  # Orbax abandons its other reads, whose coroutines and callbacks would put
+  # tracebacks on stderr when they die; they die here, in silence.
+  hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+  try:
+    time.sleep(0.1)
+    gc.collect()
+  finally:
+    sys.unraisablehook = hook
+  raise DamagedError(reason.splitlines()[0][:80])
+
+
+def abstract(tree: Any) -> Any:
+  """The tree with a ShapeDtypeStruct for each array, its sharding kept."""
+
+  def describe(x):
+    sharding = getattr(x, 'sharding', None)
+    return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding)
+
+  return jax.tree.map(describe, tree)

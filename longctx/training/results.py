@@ -1,0 +1,118 @@
+"""What a finished run says of itself, and runs side by side."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from longctx.tasks import Task
+from longctx.training import phase
+
+# Accuracy, as a share of the ceiling, whose step is told: tasks are learned in
+# jumps, so the step says more than the accuracy on either side of it.
+LEARNED = 0.9
+
+
+def summary(
+  rows: Iterable[Mapping[str, Any]],
+  test: Mapping[str, float],
+  *,
+  task: Task,
+  steps: int,
+  step_tokens: int,
+  parameters: int,
+  state_bytes: int,
+  seconds: float,
+  seed: int,
+) -> dict[str, Any]:
+  """What results.json holds.
+
+  Args:
+    rows: the lines of metrics.jsonl.
+    test: loss (nats) and accuracy on the test split.
+    task: of the run, for its chance and ceiling.
+    steps: updates made.
+    step_tokens: tokens of an update.
+    parameters: their number.
+    state_bytes: what decoding keeps of a sequence as long as the task's.
+    seconds: of training.
+    seed: of the run.
+
+  Returns:
+    Those, and
+    `steps_to_90`: the first validation at which the accuracy was 90% of the
+      ceiling, None if it never was;
+    `phase_change`: the largest change of the validation accuracy, see
+      `phase.estimate_change`, None if there was none;
+    `analysis_share`: time spent on analyses for the time spent on updates, from
+      the median of each, so without compilations; None without analyses.
+  """
+  rows = list(rows)
+  rates = [r['tokens_per_second'] for r in rows if r['split'] == 'train']
+  # Lines whose steps all follow a pause have no rate.
+  rate = float(np.median([r for r in rates if r] or [0.0]))
+  analyses = [r['seconds'] for r in rows if r['split'] == 'analysis']
+  validations = [r for r in rows if r['split'] == 'validation']
+  learned = (
+    r['step'] for r in validations if r['accuracy'] >= LEARNED * task.ceiling
+  )
+  change = phase.estimate_change(
+    [r['step'] for r in validations], [r['accuracy'] for r in validations]
+  )
+  share = None
+  if analyses and rate:
+    spent = len(analyses) * float(np.median(analyses))
+    share = spent * rate / (steps * step_tokens)
+  return {
+    'split': 'test',
+    **test,
+    'bits_per_token': test['loss'] / math.log(2),
+    'chance': task.chance,
+    'ceiling': task.ceiling,
+    'validation_accuracy': validations[-1]['accuracy'],
+    'validation_loss': validations[-1]['loss'],
+    'steps': steps,
+    'steps_to_90': next(learned, None),
+    'phase_change': change and dataclasses.asdict(change),
+    'parameters': parameters,
+    'state_bytes': state_bytes,
+    'tokens_per_second': rate,
+    'seconds': seconds,
+    'analysis_share': share,
+    'seed': seed,
+  }
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+  """The runs side by side, on the test split, chance and ceiling beside."""
+  columns = {
+    'accuracy': '.4f',
+    'chance': '.4f',
+    'ceiling': '.4f',
+    'loss': '.4f',
+    'steps_to_90': ',',
+    'parameters': ',',
+    'state_bytes': ',',
+    'tokens_per_second': ',.0f',
+    'seconds': '.0f',
+  }
+  titles = {'tokens_per_second': 'tokens/s', 'steps_to_90': 'to 90%'}
+  cells = [['run', *(titles.get(c, c.replace('_', ' ')) for c in columns)]]
+  for name, row in results.items():
+    values = ((row.get(column), how) for column, how in columns.items())
+    cells.append(
+      [
+        name or 'train',
+        *('-' if value is None else f'{value:{how}}' for value, how in values),
+      ]
+    )
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  return '\n'.join(
+    '  '.join(
+      cell.rjust(width) if index else cell.ljust(width)
+      for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+    )
+    for line in cells
+  )

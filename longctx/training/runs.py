@@ -1,0 +1,280 @@
+"""The runs of an experiment: checked as far as that goes without compiling."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+
+import numpy as np
+from jax.sharding import Mesh
+
+from longctx import parallel, tasks
+from longctx.data.pipeline import BatchIterator, make_iterator
+from longctx.models.transformer import TransformerConfig, validate
+from longctx.parallel import Placement
+from longctx.parallel.layout import SequenceLayout
+from longctx.training import config as config_lib
+from longctx.training import metrics, steps
+from longctx.training.checkpoint import Checkpointer
+from longctx.training.config import ExperimentConfig, ParallelConfig
+
+# What a run may change between two starts: nothing that moves a parameter.
+FREE_KEYS = (
+  'steps',
+  'eval.',
+  'checkpoint.',
+  'log.',
+  'analysis.',
+  'data.',
+  'model.logits_chunk',
+  'model.remat',
+  'model.implementation',
+  # Not bit for bit, but up to the order of sums.
+  'parallel.',
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """One training: `name` is '' for the only run of an experiment.
+
+  Attributes:
+    placement: where the tokens lie on a mesh; None: on one device.
+  """
+
+  name: str
+  config: ExperimentConfig
+  task: tasks.Task
+  model: TransformerConfig
+  workdir: pathlib.Path
+  placement: Placement | None = None
+
+
+def resolve_model(
+  model: TransformerConfig, task: tasks.Task
+) -> TransformerConfig:
+  """Takes from the task what the model leaves open."""
+  return dataclasses.replace(
+    model,
+    vocab_size=model.vocab_size or task.vocab_size,
+    max_positions=model.max_positions or task.seq_len,
+  )
+
+
+def start_devices(
+  config: ExperimentConfig,
+  *,
+  coordinator: str = '',
+  num_processes: int | None = None,
+  process_id: int | None = None,
+) -> None:
+  """Joins other processes and makes the devices that the meshes ask for.
+
+  Before anything uses a device.
+
+  Args:
+    config: whose runs have meshes.
+    coordinator: see `parallel.join_processes`; '' for a process on its own.
+    num_processes: how many processes there are.
+    process_id: which one this is.
+  """
+  most = max(
+    one.parallel.devices for one in config_lib.expand_runs(config).values()
+  )
+  note = parallel.ensure_devices(-(-most // (num_processes or 1)))
+  if coordinator:
+    parallel.join_processes(coordinator, num_processes, process_id)
+  if note:
+    metrics.say(note)
+
+
+def prepare(config: ExperimentConfig, workdir: pathlib.Path) -> list[Run]:
+  """Checks everything that can be checked before anything compiles.
+
+  Raises:
+    ValueError, NotImplementedError: a config that cannot work.
+    OSError: a workdir that cannot be used.
+    CheckpointError: the workdir holds checkpoints of another model.
+  """
+  runs = []
+  for name, one in config_lib.expand_runs(config).items():
+    task = tasks.make_task(**one.task)
+    model = resolve_model(one.model, task)
+    check_task(one, task, model)
+    placement = make_placement(one.parallel, task.seq_len)
+    validate(
+      model,
+      task.seq_len,
+      batch_size=one.batch_size // one.optimizer.accumulation,
+      placement=placement,
+    )
+    for split in tasks.SPLITS:
+      open_batches(one, task, split, placement=placement).close()
+    if one.log.tensorboard:
+      metrics.make_summary_writer()
+    runs.append(
+      Run(
+        name=name,
+        config=one,
+        task=task,
+        model=model,
+        workdir=workdir / name,
+        placement=placement,
+      )
+    )
+  for run in runs:
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    _check_workdir(run)
+  metrics.write_json(workdir / 'config.json', config_lib.to_dict(config))
+  metrics.write_json(workdir / 'versions.json', metrics.versions())
+  return runs
+
+
+def check_task(
+  config: ExperimentConfig, task: tasks.Task, model: TransformerConfig
+) -> None:
+  """Refuses a model that the task does not suit.
+
+  Args:
+    config: of the run.
+    task: of the run.
+    model: with the vocabulary resolved.
+
+  Raises:
+    ValueError, NotImplementedError: with the reason.
+  """
+  if model.vocab_size < task.vocab_size:
+    raise ValueError(
+      f'model.vocab_size={model.vocab_size} is too small for the task, which '
+      f'needs {task.vocab_size}'
+    )
+  if model.gate.keep:
+    _check_gate(config, task)
+
+
+def _check_gate(config: ExperimentConfig, task: tasks.Task):
+  """Refuses tasks that ask more than one question, by their first examples."""
+  gate = config.model.gate
+  if config.analysis.every:
+    raise NotImplementedError(
+      f'analysis.every={config.analysis.every}: analysis walks through all '
+      'tokens, and a gate lets few of them pass; take analysis.every=0'
+    )
+  for index in range(8):
+    example = task.get(config.seed, 'train', index)
+    if example.segment_ids is not None:
+      raise NotImplementedError(
+        'a gate has one question per row, and the task packs documents'
+      )
+    scored = np.flatnonzero(example.weights)
+    span = int(scored[-1] - scored[0]) + 1 if scored.size else 0
+    if span > gate.answer:
+      raise ValueError(
+        f'gate.answer={gate.answer} is too small for answers that take {span} '
+        'tokens: a row has one question, and its answer comes at once'
+      )
+    if gate.labels and example.relevant is None:
+      raise ValueError(
+        f'the task does not tell what is relevant, which gate.labels='
+        f'{gate.labels} needs: take labels=0, to learn from answers alone'
+      )
+
+
+def _check_workdir(run: Run):
+  """Refuses a folder that holds another run's checkpoints."""
+  for path in (run.workdir, *run.workdir.glob('*')):
+    if not os.access(path, os.R_OK | os.W_OK):
+      raise PermissionError(13, 'cannot be read and written', str(path))
+  if not (run.workdir / 'checkpoints').exists():
+    return
+  checkpointer = Checkpointer(run.workdir / 'checkpoints')
+  params = steps.abstract_params(run.model)[1]
+  checkpointer.check(params=params)
+  finished = checkpointer.steps()
+  checkpointer.close()
+  if finished and (run.workdir / 'config.json').exists():
+    _check_same_config(run)
+
+
+def _check_same_config(run: Run):
+  path = run.workdir / 'config.json'
+  old = config_lib.from_config_dict(
+    ExperimentConfig, json.loads(path.read_text())
+  )
+  changed = [
+    line
+    for line in config_lib.differences(
+      config_lib.to_dict(old), config_lib.to_dict(run.config)
+    )
+    if not line.startswith(FREE_KEYS)
+  ]
+  if changed:
+    raise ValueError(
+      f'{run.workdir} holds checkpoints of a run with another config '
+      f'({"; ".join(changed[:3])}): give another --workdir, or delete it'
+    )
+
+
+def make_placement(
+  config: ParallelConfig, seq_len: int, *, mesh: Mesh | None = None
+) -> Placement | None:
+  """Where sequences of a length lie; None for a mesh of one device.
+
+  Args:
+    config: of the mesh.
+    seq_len: tokens of a sequence.
+    mesh: of those sizes, of devices elsewhere; None: of those here.
+
+  Raises:
+    ValueError: there are fewer devices than the mesh has.
+  """
+  if mesh is None and config.devices == 1:
+    return None
+  if mesh is None:
+    mesh = parallel.make_mesh(config.data, config.seq, config.model)
+  axes = parallel.sequence_axes(config.scheme)
+  shards = math.prod(mesh.shape[name] for name in axes)
+  layout = SequenceLayout(config.layout, seq_len, shards)
+  return Placement(mesh, layout, config.scheme)
+
+
+def open_batches(
+  config: ExperimentConfig,
+  task: tasks.Task,
+  split: str,
+  *,
+  placement: Placement | None = None,
+) -> BatchIterator:
+  """The batches of a split that a run reads, from the first one on.
+
+  Args:
+    config: of the run.
+    task: of the run.
+    split: 'train', 'validation' or 'test'.
+    placement: decides which rows this process reads; None: all of them.
+
+  Raises:
+    ValueError: the task has no such examples, or data.directory lacks them.
+  """
+  batches = {
+    'train': config.steps,
+    'validation': config.eval.batches,
+    'test': config.eval.test_batches,
+  }
+  training = split == 'train'
+  rows = config.batch_size
+  if not training:
+    rows = config.eval.batch_size or rows
+  index, count = (0, 1) if placement is None else placement.row_group()
+  return make_iterator(
+    task,
+    split=split,
+    batch_size=rows,
+    seed=config.seed,
+    workers=config.data.workers if training else 0,
+    num_examples=batches[split] * rows,
+    directory=config.data.directory,
+    process_index=index,
+    process_count=count,
+  )

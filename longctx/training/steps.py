@@ -1,0 +1,233 @@
+"""The compiled parts of training: initial state, one update, one measurement.
+
+A training state is {'params': ..., 'opt': ...}, pure dicts of arrays outside
+the model; `graph` is the model without them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from longctx.models.transformer import Transformer, TransformerConfig
+from longctx.parallel import Placement
+from longctx.training.config import ExperimentConfig
+from longctx.training.optimizer import make_optimizer
+
+# Keeps the keys of dropout apart from those of initial parameters.
+DROPOUT = 1
+
+State = dict[str, Any]
+Batch = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+  """Compiled functions.
+
+  Attributes:
+    train: (state, batch, step) -> (state, metrics); the old state is donated.
+      `step` counts updates from 1 and names the dropout. Metrics are sums over
+      the batch, and `grad_norm`.
+    evaluate: (params, batch, step) -> sums over the batch; `step` is that of
+      the update which made the parameters, None before the first.
+  """
+
+  train: Callable[[State, Batch, Any], tuple[State, dict[str, jax.Array]]]
+  evaluate: Callable[..., dict[str, jax.Array]]
+
+
+def abstract_params(config: TransformerConfig) -> tuple[Any, Any]:
+  """(graph, params as ShapeDtypeStructs) of a model, without computing it."""
+  model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+  graph, params = nnx.split(model, nnx.Param)
+  return graph, nnx.to_pure_dict(params)
+
+
+def init_state(
+  model: TransformerConfig,
+  config: ExperimentConfig,
+  *,
+  placement: Placement | None = None,
+) -> State:
+  """The state before the first update, from `config.seed`.
+
+  Args:
+    model: with the vocabulary resolved.
+    config: names the seed, the optimizer, and whether the state is split.
+    placement: where it lies; None: one device.
+  """
+  init = _make_init(model, config)
+  key = jax.random.key(config.seed)
+  shardings = _state_shardings(jax.eval_shape(init, key), config, placement)
+  return jax.jit(init, out_shardings=shardings)(key)
+
+
+def abstract_state(
+  model: TransformerConfig,
+  config: ExperimentConfig,
+  *,
+  placement: Placement | None = None,
+) -> State:
+  """`init_state` as ShapeDtypeStructs, whose devices need not be there."""
+  state = jax.eval_shape(_make_init(model, config), jax.random.key(config.seed))
+  if placement is None:
+    return state
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding
+    ),
+    state,
+    _state_shardings(state, config, placement),
+  )
+
+
+def _make_init(
+  model: TransformerConfig, config: ExperimentConfig
+) -> Callable[[jax.Array], State]:
+  optimizer = make_optimizer(config.optimizer, config.steps)
+
+  def init(key):
+    transformer = Transformer(model, rngs=nnx.Rngs(params=key))
+    params = nnx.to_pure_dict(nnx.split(transformer, nnx.Param)[1])
+    return {'params': params, 'opt': optimizer.init(params)}
+
+  return init
+
+
+def _state_shardings(
+  state: State, config: ExperimentConfig, placement: Placement | None
+) -> Any:
+  if placement is None:
+    return None
+  return placement.state_shardings(state, fsdp=config.parallel.fsdp)
+
+
+def make_steps(
+  graph: Any,
+  config: ExperimentConfig,
+  *,
+  placement: Placement | None = None,
+) -> Steps:
+  """Makes the compiled functions of a run.
+
+  The loss is sum(nll) / sum(weights) over the whole batch, whatever the number
+  of devices and of accumulation steps, so neither changes what is minimised.
+
+  Args:
+    graph: of the model.
+    config: of the run.
+    placement: where batches lie, in its layout's order; None: one device.
+  """
+  optimizer = make_optimizer(config.optimizer, config.steps)
+  accumulation = config.optimizer.accumulation
+
+  def sums(params, batch, step, dropout_key=None):
+    model = nnx.merge(graph, params)
+    optional = {
+      k: batch.get(k) for k in ('positions', 'segment_ids', 'read', 'relevant')
+    }
+    out = model.loss(
+      batch['tokens'],
+      batch['labels'],
+      batch['weights'],
+      dropout_key=dropout_key,
+      step=step,
+      placement=placement,
+      **optional,
+    )
+    return out['loss'] + out.get('auxiliary', 0.0), out
+
+  def train(state, batch, step):
+    params = state['params']
+    grad = jax.grad(
+      lambda params, batch, key: sums(params, batch, step, key), has_aux=True
+    )
+    key = None
+    if config.model.attention_dropout or config.model.gate.noise:
+      key = jax.random.fold_in(jax.random.key(config.seed), DROPOUT)
+      key = jax.random.fold_in(key, step)
+    if accumulation == 1:
+      grads, out = grad(params, batch, key)
+    else:
+      grads, out = _accumulate(grad, params, batch, key, accumulation)
+    scale = 1 / jnp.maximum(out['weight'], 1e-9)
+    grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+    updates, opt = optimizer.update(grads, state['opt'], params)
+    params = optax.apply_updates(params, updates)
+    metrics = {**out, 'grad_norm': optax.tree.norm(grads)}
+    state = {'params': params, 'opt': opt}
+    if placement is not None:
+      shardings = _state_shardings(state, config, placement)
+      state = jax.lax.with_sharding_constraint(state, shardings)
+    return state, metrics
+
+  def evaluate(params, batch, step=None):
+    return sums(params, batch, step)[1]
+
+  return Steps(jax.jit(train, donate_argnums=0), jax.jit(evaluate))
+
+
+def _accumulate(grad, params, batch, key, parts):
+  """Sums of `grad` over `parts` slices of the batch, one after the other."""
+
+  def split(x):
+    # Part i takes rows i, i + parts, ...: rows that lie on one device stay
+    # there, which contiguous parts of a batch sharded over rows would not.
+    x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
+    return jnp.swapaxes(x, 0, 1)
+
+  def part_grad(params, part, index):
+    part_key = None if key is None else jax.random.fold_in(key, index)
+    return grad(params, part, part_key)
+
+  def body(total, part):
+    return jax.tree.map(jnp.add, total, part_grad(params, *part)), None
+
+  slices = jax.tree.map(split, dict(batch))
+  first = jax.tree.map(lambda x: x[0], slices)
+  shapes = jax.eval_shape(part_grad, params, first, 0)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  return jax.lax.scan(body, zeros, (slices, jnp.arange(parts)))[0]
+
+
+def with_read(batch: Batch) -> Batch:
+  """Adds the places that are scored, where they are few, for `loss` to read.
+
+  Their number is rounded up to a power of two, so that batches of one task
+  share a compilation, and taken where it is at most an eighth of the length.
+
+  Args:
+    batch: numpy arrays [B, T], the whole batch.
+
+  Returns:
+    The batch, with `read` int32 [B, Q], -1 in rows that score fewer places. As
+    it was where most places are scored.
+  """
+  scored = batch['weights'] > 0
+  counts = scored.sum(axis=1)
+  Q = 1 << max(int(counts.max()) - 1, 0).bit_length()
+  if scored.shape[1] < 8 * Q:
+    return batch
+  read = np.full((len(counts), Q), -1, np.int32)
+  rows, places = np.nonzero(scored)
+  within = np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)
+  read[rows, within] = places
+  return {**batch, 'read': read}
+
+
+def put(batch: Batch, placement: Placement | None) -> Batch:
+  """Moves this process's rows of a batch to the devices.
+
+  Args:
+    batch: numpy arrays [rows of this process, T], in natural order.
+    placement: where they go; None: to one device.
+  """
+  if placement is None:
+    return jax.device_put(dict(batch))
+  return placement.put(batch)

@@ -1,0 +1,424 @@
+"""Trains the runs of an experiment, each to its own folder.
+
+A run can be killed at any time: the same command continues from the last
+checkpoint and ends with the parameters of a run that was never stopped, bit for
+bit on the same mesh, data order included.
+"""
+
+import collections
+import json
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from longctx.analysis.analyzer import Analyzer
+from longctx.data.pipeline import BatchIterator
+from longctx.models import gate
+from longctx.parallel.hlo import program_cost
+from longctx.training import config as config_lib
+from longctx.training import figures, metrics, phase, steps
+from longctx.training import results as results_lib
+from longctx.training.checkpoint import Checkpointer, abstract
+from longctx.training.errors import NotFiniteError, StoppedError
+from longctx.training.optimizer import make_schedule
+from longctx.training.runs import Run, open_batches
+
+
+def train(runs: list[Run], workdir: pathlib.Path) -> dict[str, Any]:
+  """Trains every run, compares them, and returns results.json by run.
+
+  Raises:
+    StoppedError: SIGTERM or SIGINT came; what was done is saved.
+    NotFiniteError: a loss diverged; the last good checkpoint stays.
+  """
+  with StopRequest() as stop:
+    results = {run.name: train_run(run, stop=stop) for run in runs}
+  curves = {
+    run.name: metrics.read_lines(run.workdir / 'metrics.jsonl') for run in runs
+  }
+  if not metrics.is_writer():
+    return results
+  if len(runs) > 1:
+    metrics.write_json(workdir / 'results.json', results)
+    figures.training(
+      workdir / 'figures' / 'training.png', curves, results=results
+    )
+  print(results_lib.table(results))
+  print(f'figures: {workdir / "figures"}')
+  return results
+
+
+class StopRequest:
+  """Notes SIGTERM and the first SIGINT; a second SIGINT interrupts at once."""
+
+  def __init__(self):
+    self.signum: int | None = None
+    self._previous = {}
+
+  def __enter__(self) -> 'StopRequest':
+    # With several processes JAX listens, so that all stop at the same step.
+    if jax.process_count() > 1:
+      return self
+    # Python delivers signals to the main thread, and lets no other listen.
+    if threading.current_thread() is threading.main_thread():
+      for signum in (signal.SIGTERM, signal.SIGINT):
+        self._previous[signum] = signal.signal(signum, self._note)
+    return self
+
+  def _note(self, signum, frame):
+    self.signum = signum
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+  def at(self, step: int) -> bool:
+    """Whether to stop at this step, which all processes agree on."""
+    several = jax.process_count() > 1
+    if several and multihost_utils.reached_preemption_sync_point(step):
+      self.signum = signal.SIGTERM
+    return self.signum is not None
+
+  def __exit__(self, *unused):
+    for signum, handler in self._previous.items():
+      signal.signal(signum, handler)
+
+
+def train_run(run: Run, *, stop: StopRequest) -> dict[str, Any]:
+  """Trains one run to its last step and measures it on the test split."""
+  trainer = Trainer(run)
+  try:
+    return trainer.run(stop)
+  finally:
+    trainer.close()
+
+
+class Trainer:
+  """The state of one run, and the loop that advances it."""
+
+  def __init__(self, run: Run):
+    """Restores the run where it was, or makes its initial state."""
+    config = run.config
+    self.name, self.config, self.task = run.name, config, run.task
+    self.workdir = run.workdir
+    self.placement = run.placement
+    self.graph, params = steps.abstract_params(run.model)
+    self.model = nnx.merge(self.graph, params)
+    self.compiled: Callable[..., Any] | None = None
+    self.parameters = sum(x.size for x in jax.tree.leaves(params))
+    self.functions = steps.make_steps(
+      self.graph, config, placement=run.placement
+    )
+    self.schedule = make_schedule(config.optimizer, config.steps)
+    self.meter = metrics.Meter()
+    self.seconds = 0.0
+    # Dense steps have to come within its patience.
+    self.detector = phase.PhaseDetector(
+      bend=config.analysis.bend,
+      patience=max(phase.PATIENCE, 2 * config.analysis.dense_every),
+    )
+    self.analyzer: Analyzer | None = None
+    if config.analysis.every:
+      self.analyzer = Analyzer(
+        self.graph,
+        run.model,
+        run.task,
+        rows=config.analysis.rows,
+        seed=config.seed,
+        placement=run.placement,
+      )
+    self.state = steps.init_state(run.model, config, placement=run.placement)
+    self.batches = self._open('train')
+    self.checkpointer = Checkpointer(
+      run.workdir / 'checkpoints', keep=config.checkpoint.keep, say=metrics.say
+    )
+    # Processes that share a CPU's collectives can lock each other up when steps
+    # are queued.
+    self.lockstep = jax.process_count() > 1 and jax.default_backend() == 'cpu'
+    self.step = self._restore()
+    self.saved = self.step
+    metrics.write_json(run.workdir / 'config.json', config_lib.to_dict(config))
+    metrics.write_json(run.workdir / 'versions.json', metrics.versions())
+    self.log = metrics.MetricsLog(
+      run.workdir, start_step=self.step, tensorboard=config.log.tensorboard
+    )
+    self.validation: list | None = None
+
+  def _open(self, split: str) -> BatchIterator:
+    return open_batches(self.config, self.task, split, placement=self.placement)
+
+  def _restore(self) -> int:
+    self.checkpointer.remove_unfinished()
+    found = self.checkpointer.restore(**abstract(self.state))
+    if found is None:
+      return 0
+    self.checkpointer.set_aside_after(found.step)
+    self.state = {'params': found.params, 'opt': found.opt}
+    self.batches.set_state(found.data)
+    self.meter.set_state(found.meta['meter'])
+    self.seconds = found.meta['seconds']
+    # Checkpoints of earlier versions lack it.
+    if 'detector' in found.meta:
+      self.detector.set_state(found.meta['detector'])
+    return found.step
+
+  def run(self, stop: StopRequest) -> dict[str, Any]:
+    """Trains to the last step; returns what results.json holds."""
+    config, first = self.config, self.step
+    self._announce()
+    progress = metrics.Progress(
+      name=self.name,
+      steps=config.steps,
+      start_step=first,
+      show=config.log.progress,
+    )
+    begun, before = time.perf_counter(), self.seconds
+    pending = None
+    try:
+      for step in range(first + 1, config.steps + 1):
+        batch = self._put(next(self.batches), training=True)
+        if self.compiled is None:
+          self._compile(batch)
+        self.state, values = self.compiled(self.state, batch, np.int32(step))
+        self.step = step
+        # Reading a step's metrics waits for it; by now the next one runs.
+        if pending is not None:
+          self._note(*pending, progress)
+        pending = (step, values)
+        # Before the metrics of this step, also where they are read at once: a
+        # resumed run has to decide likewise.
+        due = self._due_after(step)
+        if self.lockstep:
+          self._note(*pending, progress)
+          pending = None
+        stop_now = stop.at(step)
+        if due or stop_now:
+          if pending is not None:
+            self._note(*pending, progress)
+          pending = None
+          # Only now the step has ended.
+          self.seconds = before + time.perf_counter() - begun
+          if 'validate' in due:
+            self._validate()
+          if 'analyze' in due:
+            self._analyze('analysis', self.analyzer.measure)
+          if 'ablate' in due:
+            self._analyze('ablation', self.analyzer.ablate)
+          # After all that writes a line, so that no resumed run lacks it.
+          if 'save' in due or stop_now:
+            self._save()
+          self.meter.pause()
+        if stop_now and step < config.steps:
+          self._stop(stop.signum)
+    finally:
+      progress.close()
+    return self._finish(first)
+
+  def _due_after(self, step: int) -> set[str]:
+    """What follows a step, from what is known of the steps before it."""
+    config, analysis = self.config, self.config.analysis
+    always = step == config.steps or (
+      self.detector.dense(step) and _due(step, analysis.dense_every)
+    )
+    due = {
+      'validate': always or _due(step, config.eval.every),
+      'save': always or _due(step, config.checkpoint.every),
+      'analyze': always or _due(step, analysis.every),
+      'ablate': step == config.steps or self.detector.settled(step),
+    }
+    if self.analyzer is None:
+      due['analyze'] = due['ablate'] = False
+    if not analysis.ablate:
+      due['ablate'] = False
+    return {name for name, now in due.items() if now}
+
+  def _compile(self, batch: steps.Batch):
+    """Compiles a step; on a mesh, says beforehand what it will cost."""
+    if self.placement is None:
+      self.compiled = self.functions.train
+      return
+    train = self.functions.train.lower(self.state, batch, np.int32(0))
+    self.compiled = train.compile()
+    cost = program_cost(self.compiled)
+    flops = 3 * self.model.flops(self.task.seq_len) * self.config.batch_size
+    wire = sum(cost.wire_bytes.values())
+    kinds = ', '.join(
+      f'{kind} {n / 1e6:,.1f}' for kind, n in cost.wire_bytes.items() if n
+    )
+    metrics.say(
+      f'{self.name or "train"}: a step computes {flops:.3g} FLOPs (three '
+      f'forward passes on allowed pairs), holds {cost.device_bytes / 1e6:,.0f} '
+      f'MB per device and sends {wire / 1e6:,.1f} MB over all wires ({kinds})'
+    )
+    # At a million tokens one step is a run.
+    self.meter.start()
+
+  def _announce(self):
+    where = f'step {self.step} of {self.config.steps}' if self.step else 'new'
+    metrics.say(
+      f'{self.name or "train"}: {where}, {self.parameters:,} parameters, task '
+      f'{self.config.task["name"]} (chance {self.task.chance:.4f}, ceiling '
+      f'{self.task.ceiling:.4f}), {self._devices()}, workdir {self.workdir}'
+    )
+
+  def _devices(self) -> str:
+    kind = jax.devices()[0].device_kind
+    if self.placement is None:
+      return f'1 {kind} device'
+    mesh, layout = self.placement.mesh, self.placement.layout
+    shape = ' x '.join(f'{name} {n}' for name, n in mesh.shape.items())
+    return (
+      f'{mesh.size} {kind} devices ({shape}), {self.placement.scheme}, '
+      f'{layout.name} layout'
+    )
+
+  def _note(self, step: int, values: Any, progress: metrics.Progress):
+    """Takes in the metrics of a finished step, and stops at a bad one."""
+    values = {k: float(v) for k, v in jax.device_get(values).items()}
+    for key in ('loss', 'grad_norm'):
+      if not np.isfinite(values[key]):
+        self._not_finite(f'{key} is {values[key]} at step {step}')
+    tokens = self.config.batch_size * self.task.seq_len
+    self.meter.add(values, tokens=tokens)
+    self.detector.add_accuracy(
+      step, values['correct'] / max(values['weight'], 1e-9)
+    )
+    progress.advance()
+    if step % self.config.log.every == 0:
+      row = {
+        'step': step,
+        'split': 'train',
+        **self.meter.rates(),
+        'learning_rate': float(self.schedule(step - 1)),
+        'grad_norm': values['grad_norm'],
+      }
+      self.log.write(row)
+      progress.show(row)
+      self.meter.reset()
+
+  def _not_finite(self, what: str):
+    kept = (
+      f'checkpoint {self.saved} is the last good one'
+      if self.saved
+      else 'there is no checkpoint yet'
+    )
+    raise NotFiniteError(
+      f'{what}; {kept}. A lower optimizer.learning_rate, more '
+      'optimizer.warmup_steps or a smaller optimizer.clip_norm may help'
+    )
+
+  def _put(self, batch: steps.Batch, *, training: bool) -> steps.Batch:
+    # On a mesh a training step computes every place, as its announced cost
+    # says; and another process may score another number of places.
+    mesh = self.placement is not None
+    if not mesh or (not training and jax.process_count() == 1):
+      batch = steps.with_read(batch)
+    return steps.put(batch, self.placement)
+
+  def _validate(self):
+    if self.validation is None:
+      batches = self._open('validation')
+      self.validation = list(batches)
+      batches.close()
+    row = self.measure(self.validation)
+    self.detector.add_score(self.step, row['accuracy'])
+    self.log.write({'step': self.step, 'split': 'validation', **row})
+
+  def _analyze(self, split: str, measure: Callable[..., dict[str, Any]]):
+    begun = time.perf_counter()
+    row = measure(self.state['params'], self.step)
+    seconds = time.perf_counter() - begun
+    self.log.write(
+      {'step': self.step, 'split': split, 'seconds': seconds, **row}
+    )
+
+  def measure(self, batches: Iterable[steps.Batch]) -> dict[str, float]:
+    """Mean loss and accuracy over batches, each token counted once."""
+    totals = collections.Counter()
+    for batch in batches:
+      batch = self._put(batch, training=False)
+      values = self.functions.evaluate(
+        self.state['params'], batch, np.int32(self.step)
+      )
+      for key, value in jax.device_get(values).items():
+        totals[key] += float(value)
+    weight = max(totals['weight'], 1e-9)
+    return {
+      'loss': totals['loss'] / weight,
+      'accuracy': totals['correct'] / weight,
+      **gate.shares(totals),
+    }
+
+  def _save(self):
+    if self.saved == self.step:
+      return
+    try:
+      self.checkpointer.save(
+        self.step,
+        **self.state,
+        data=self.batches.get_state(),
+        meta={
+          'meter': self.meter.state(),
+          'seconds': self.seconds,
+          'detector': self.detector.state(),
+        },
+      )
+    except FloatingPointError as error:
+      self._not_finite(f'{error} after step {self.step}')
+    self.saved = self.step
+
+  def _stop(self, signum: int):
+    self.checkpointer.wait()
+    raise StoppedError(
+      f'{signal.Signals(signum).name}: saved step {self.step} of '
+      f'{self.config.steps} in {self.workdir}; the same command continues',
+      signum,
+    )
+
+  def _finish(self, first: int) -> dict[str, Any]:
+    """Measures the test split once, and writes results.json."""
+    path = self.workdir / 'results.json'
+    self.checkpointer.wait()
+    if first == self.step and path.exists():
+      results = json.loads(path.read_text())
+      if results['steps'] == self.step:
+        metrics.say(f'{self.name or "train"}: already finished')
+        return results
+    rows = metrics.read_lines(self.log.path)
+    batches = self._open('test')
+    test = self.measure(batches)
+    batches.close()
+    if not metrics.is_writer():
+      return test
+    results = results_lib.summary(
+      rows,
+      test,
+      task=self.task,
+      steps=self.step,
+      step_tokens=self.config.batch_size * self.task.seq_len,
+      parameters=self.parameters,
+      state_bytes=self.model.state_bytes(self.task.seq_len),
+      seconds=self.seconds,
+      seed=self.config.seed,
+    )
+    metrics.write_json(path, results)
+    figures.training(
+      self.workdir / 'figures' / 'training.png',
+      {self.name: rows},
+      results={self.name: results},
+    )
+    return results
+
+  def close(self):
+    self.batches.close()
+    self.log.close()
+    self.checkpointer.close()
+
+
+def _due(step: int, every: int) -> bool:
+  return every > 0 and step % every == 0

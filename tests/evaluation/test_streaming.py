@@ -1,0 +1,172 @@
+"""Streams: what is measured is the model under a policy's mask."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from longctx.data.token_stream import TokenStream
+from longctx.evaluation import streaming as stream
+from longctx.evaluation import sweep as evaluate
+from longctx.evaluation.streaming import StreamConfig, evaluate_stream
+from longctx.tasks.bytes_lm import BOS
+from longctx.training import metrics, runs, steps
+from longctx.training import trainer as train
+from tests.tiny import tiny_config
+
+CONFIG = StreamConfig(
+  tokens=48, slots=6, sinks=2, chunk=8, bucket=16, rows=2, recomputed=3
+)
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """A model of bytes after some steps."""
+  text = tmp_path_factory.mktemp('text') / 'text.txt'
+  words = np.random.default_rng(0).choice([b'one ', b'two ', b'six. '], 3000)
+  text.write_bytes(b''.join(words))
+  folder = tmp_path_factory.mktemp('run')
+  config = tiny_config(
+    batch_size=4,
+    task=dict(name='bytes_lm', path=str(text), seq_len=16),
+    model=dict(layers=('full', 'full'), short_conv=2, positions='rope'),
+  )
+  train.train(runs.prepare(config, folder), folder)
+  return evaluate.choose(evaluate.open_workdir(folder), '')
+
+
+def losses(run, policy, config):
+  """Nats of every token, from the whole rows at once."""
+  learned = evaluate.restore(run)
+  changed = stream.with_policy(run.model, policy, config)
+  graph, _ = steps.abstract_params(changed)
+  model = nnx.merge(graph, learned.params)
+  piece = TokenStream(
+    task=run.task, split='test', seed=0, rows=config.rows
+  ).take(0, config.tokens)
+  logits = jax.jit(lambda tokens: model(tokens))(jnp.asarray(piece.tokens))
+  logp = np.asarray(jax.nn.log_softmax(logits))
+  return -np.take_along_axis(logp, piece.labels[..., None], -1)[..., 0]
+
+
+@pytest.mark.parametrize('policy', ['dense', 'window', 'sinks', 'sinks_text'])
+def test_buckets_are_the_losses_under_the_mask(run, policy):
+  config = dataclasses.replace(CONFIG, policies=(policy,), dense_tokens=48)
+  rows = evaluate_stream(run, config)[policy]
+  expected = losses(run, policy, config)
+  assert [(row['begin'], row['end']) for row in rows] == [
+    (0, 8),
+    (8, 16),
+    (16, 32),
+    (32, 48),
+  ]
+  for row in rows:
+    part = expected[:, row['begin'] : row['end']]
+    np.testing.assert_allclose(row['loss'], part.mean(), rtol=1e-4)
+    assert row['count'] == part.size
+  assert (run.workdir / 'figures' / 'stream.png').stat().st_size > 5000
+
+
+def test_a_layer_keeps_the_arguments_of_its_own(run):
+  layers = ("full(positions='none')", 'linear')
+  model = dataclasses.replace(run.model, layers=layers)
+  changed = stream.with_policy(model, 'window', CONFIG)
+  assert changed.layers == (
+    "sliding_window(positions='none', window=6)",
+    'linear',
+  )
+
+
+def test_windows_read_anew_know_nothing_of_what_left(run):
+  config = dataclasses.replace(CONFIG, policies=('recompute',))
+  rows = evaluate_stream(run, config)['recompute']
+  learned = evaluate.restore(run)
+  model = nnx.merge(learned.graph, learned.params)
+  tokens = TokenStream(task=run.task, split='test', seed=0, rows=2)
+  found = []
+  for at in (32, 39, 47):
+    piece = tokens.take(at - 5, 6)
+    logp = jax.nn.log_softmax(model(jnp.asarray(piece.tokens))[:, -1])
+    found.append(-np.take_along_axis(logp, piece.labels[:, -1:], -1))
+  assert rows[-1]['count'] == 6
+  np.testing.assert_allclose(rows[-1]['loss'], np.mean(found), rtol=1e-4)
+
+
+def test_a_stream_goes_on_where_it_stopped(run):
+  config = dataclasses.replace(CONFIG, policies=('sinks',), slots=7)
+  whole = evaluate_stream(run, config)['sinks']
+  (run.workdir / 'stream' / 'sinks.npz').unlink()
+  for tokens in (24, 30, 48):
+    part = dataclasses.replace(config, tokens=tokens)
+    rows = evaluate_stream(run, part)['sinks']
+  assert [row['end'] for row in rows] == [8, 16, 24, 32, 48]
+  assert rows[-1]['loss'] == whole[-1]['loss']
+  both = np.mean([row['loss'] for row in rows[2:4]])
+  np.testing.assert_allclose(both, whole[2]['loss'], rtol=1e-5)
+  lines = metrics.read_lines(run.workdir / 'stream.jsonl')
+  assert [row for row in lines if row['policy'] == 'sinks'] == rows
+
+
+def test_text_begins_anew_where_it_ends(run):
+  tokens = TokenStream(task=run.task, split='test', seed=0, rows=2)
+  length = len(run.task.text('test'))
+  first, later = tokens.take(3, 20), tokens.take(3 + length, 20)
+  np.testing.assert_array_equal(first.tokens, later.tokens)
+  np.testing.assert_array_equal(first.tokens[:, 1:], first.labels[:, :-1])
+
+
+def test_a_stream_begins_with_bos_where_windows_do(run):
+  task = dataclasses.replace(run.task, prepend_bos=True)
+  tokens = TokenStream(task=task, split='test', seed=0, rows=2)
+  for piece in (tokens.take(0, 4), tokens.take(7, 4, anew=True)):
+    assert (piece.tokens[:, 0] == BOS).all()
+  assert (tokens.take(7, 4).tokens != BOS).all()
+
+
+def test_other_tasks_are_read_example_after_example(tmp_path):
+  config = tiny_config(steps=2)
+  train.train(runs.prepare(config, tmp_path), tmp_path)
+  run = evaluate.choose(evaluate.open_workdir(tmp_path), '')
+  tokens = TokenStream(task=run.task, split='test', seed=0, rows=2)
+  T = run.task.seq_len
+  piece = tokens.take(T - 3, T + 5)
+  for row in range(2):
+    examples = [run.task.get(0, 'test', 2 * i + row) for i in range(3)]
+    joined = np.concatenate([e.labels for e in examples])
+    np.testing.assert_array_equal(piece.labels[row], joined[T - 3 : 2 * T + 2])
+  rows = evaluate_stream(run, CONFIG)['window']
+  assert all(row['count'] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+  ('build', 'message'),
+  [
+    (lambda: StreamConfig(tokens=0), 'tokens=0 must be'),
+    (
+      lambda: StreamConfig(tokens=1, policies=('none',)),
+      "unknown policy 'none'",
+    ),
+    (lambda: StreamConfig(tokens=1, slots=4, sinks=4), 'sinks=4 must be fewer'),
+    (lambda: StreamConfig(tokens=1, chunk=3), 'must be a multiple of chunk=3'),
+  ],
+)
+def test_wrong_arguments_are_named(build, message):
+  with pytest.raises(ValueError, match=message):
+    build()
+
+
+@pytest.mark.parametrize(
+  ('layers', 'policy', 'message'),
+  [
+    (('linear',), 'sinks', "take 'trained'"),
+    (('full',), 'trained', 'give a capacity'),
+  ],
+)
+def test_what_does_not_fit_the_model_is_refused(run, layers, policy, message):
+  model = dataclasses.replace(run.model, layers=layers)
+  other = dataclasses.replace(run, model=model)
+  with pytest.raises(ValueError, match=message):
+    stream.check(other, dataclasses.replace(CONFIG, policies=(policy,)))
