@@ -46,7 +46,6 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from longctx.masks import Causal, SlidingWindow
-from longctx.ops.delta_rule import gated_delta_rule
 from longctx.ops.dot_product_attention import (
   BlockSizes,
   dot_product_attention,
@@ -54,7 +53,8 @@ from longctx.ops.dot_product_attention import (
 from longctx.ops.dot_product_attention.flat_list import make_flat_list
 from longctx.ops.dot_product_attention.tpu_blocks import make_tiling
 from longctx.ops.dot_product_attention.work_list import Indices
-from longctx.ops.linear_attention import linear_attention
+from longctx.ops.recurrence.delta_rule import gated_delta_rule
+from longctx.ops.recurrence.linear_attention import linear_attention
 from longctx.ops.target import Target, compiling_for
 from longctx.plan import topologies
 

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from longctx import masks
-from longctx.ops.delta_rule import gated_delta_rule
 from longctx.ops.dot_product_attention import dot_product_attention
-from longctx.ops.linear_attention import linear_attention
-from longctx.ops.linear_attention.feature_maps import FeatureMap
+from longctx.ops.recurrence.delta_rule import gated_delta_rule
+from longctx.ops.recurrence.linear_attention import linear_attention
+from longctx.ops.recurrence.linear_attention.feature_maps import FeatureMap
 from longctx.typing import Array, Float
 
 # (keys, values) -> what the memory answers to each key.

@@ -13,36 +13,36 @@ import inspect
 
 from flax import nnx
 
-from longctx.attention.attention import Attention, AttentionConfig
-from longctx.attention.based import BasedAttention
-from longctx.attention.bigbird import BigBirdAttention
-from longctx.attention.block_sparse import BlockSparseAttention
+from longctx.attention.base import Attention, AttentionConfig
 from longctx.attention.context import take_read, true_positions
-from longctx.attention.deltanet import DeltaNetAttention
-from longctx.attention.differential import DifferentialAttention
-from longctx.attention.dilated import DilatedAttention
-from longctx.attention.forgetting import ForgettingAttention
-from longctx.attention.full import FullAttention
-from longctx.attention.gated_deltanet import GatedDeltaNetAttention
-from longctx.attention.gla import GatedLinearAttention
-from longctx.attention.kda import KimiDeltaAttention
-from longctx.attention.lightning import LightningAttention
-from longctx.attention.linear import LinearAttention
-from longctx.attention.longformer import LongformerAttention
-from longctx.attention.mamba2 import Mamba2Attention
-from longctx.attention.moba import MixtureOfBlockAttention
-from longctx.attention.nsa import NativeSparseAttention
-from longctx.attention.output_gate import OutputGateAttention
-from longctx.attention.retention import RetentionAttention
-from longctx.attention.scalable_softmax import ScalableSoftmaxAttention
-from longctx.attention.sigmoid import SigmoidAttention
-from longctx.attention.sink_logits import SinkLogitsAttention
-from longctx.attention.sink_token import SinkTokenAttention
-from longctx.attention.sliding_window import SlidingWindowAttention
-from longctx.attention.softmax1 import Softmax1Attention
-from longctx.attention.softpick import SoftpickAttention
-from longctx.attention.streaming import StreamingAttention
-from longctx.attention.window_linear import WindowLinearAttention
+from longctx.attention.variants.based import BasedAttention
+from longctx.attention.variants.bigbird import BigBirdAttention
+from longctx.attention.variants.block_sparse import BlockSparseAttention
+from longctx.attention.variants.deltanet import DeltaNetAttention
+from longctx.attention.variants.differential import DifferentialAttention
+from longctx.attention.variants.dilated import DilatedAttention
+from longctx.attention.variants.forgetting import ForgettingAttention
+from longctx.attention.variants.full import FullAttention
+from longctx.attention.variants.gated_deltanet import GatedDeltaNetAttention
+from longctx.attention.variants.gla import GatedLinearAttention
+from longctx.attention.variants.kda import KimiDeltaAttention
+from longctx.attention.variants.lightning import LightningAttention
+from longctx.attention.variants.linear import LinearAttention
+from longctx.attention.variants.longformer import LongformerAttention
+from longctx.attention.variants.mamba2 import Mamba2Attention
+from longctx.attention.variants.moba import MixtureOfBlockAttention
+from longctx.attention.variants.nsa import NativeSparseAttention
+from longctx.attention.variants.output_gate import OutputGateAttention
+from longctx.attention.variants.retention import RetentionAttention
+from longctx.attention.variants.scalable_softmax import ScalableSoftmaxAttention
+from longctx.attention.variants.sigmoid import SigmoidAttention
+from longctx.attention.variants.sink_logits import SinkLogitsAttention
+from longctx.attention.variants.sink_token import SinkTokenAttention
+from longctx.attention.variants.sliding_window import SlidingWindowAttention
+from longctx.attention.variants.softmax1 import Softmax1Attention
+from longctx.attention.variants.softpick import SoftpickAttention
+from longctx.attention.variants.streaming import StreamingAttention
+from longctx.attention.variants.window_linear import WindowLinearAttention
 
 __all__ = [
   'VARIANTS',

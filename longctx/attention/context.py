@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from longctx.attention import documents
+from longctx.attention import segments as documents
 from longctx.attention.recurrence import Recurrence
 from longctx.masks import Mask
-from longctx.ops import delta_rule, linear_attention
 from longctx.ops import dot_product_attention as softmax
 from longctx.ops import short_conv as convolution
 from longctx.ops.block_selection import Summary
 from longctx.ops.logit_bias import add_logit_bias
+from longctx.ops.recurrence import delta_rule, linear_attention
 from longctx.parallel import Placement
 from longctx.typing import Array, Float, Int, Key, Shaped
 

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from longctx.attention.attention import AttentionConfig
+from longctx.attention.base import AttentionConfig
 from longctx.attention.context import Context
-from longctx.ops.linear_attention.feature_maps import FeatureMap
+from longctx.ops.recurrence.linear_attention.feature_maps import FeatureMap
 from longctx.typing import Array, Float
 
 

@@ -5,7 +5,7 @@
     logits, cache = extend(model, cache, next_tokens)   # [2, 1]
 
 Which keys, values, sums and states a layer keeps follows from its mask or its
-recurrence (`longctx.attention.cells`). Shapes never change, so that each
+recurrence (`longctx.attention.cache_spec`). Shapes never change, so that each
 number of tokens compiles once; rows may be of different lengths.
 
 On a mesh the slots of keys and values are spread over the devices. Those have
@@ -25,7 +25,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longctx.attention import cells
+from longctx.attention import cache_spec as cells
 from longctx.models.transformer import Block, Transformer
 from longctx.parallel.axes import Axes, make_axes
 from longctx.typing import Array, Bool, Float, Int

@@ -5,10 +5,10 @@ import functools
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from longctx.ops import delta_rule
-from longctx.ops import linear_attention as linear
-from longctx.ops.delta_rule import final_state as delta_final
-from longctx.ops.linear_attention import final_state as linear_final
+from longctx.ops.recurrence import delta_rule
+from longctx.ops.recurrence import linear_attention as linear
+from longctx.ops.recurrence.delta_rule import final_state as delta_final
+from longctx.ops.recurrence.linear_attention import final_state as linear_final
 from longctx.parallel.axes import make_axes
 from longctx.parallel.layout import SequenceLayout
 from longctx.parallel.state_scan import Recurrence, run_recurrence
@@ -32,7 +32,7 @@ def linear_attention(
   chunk_size: int = 64,
   implementation: str | None = None,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N P W']]:
-  """`longctx.ops.linear_attention` of a sequence that lies on several devices.
+  """`ops.recurrence.linear_attention` of a sequence on several devices.
 
   Time of a shard: that of the op on its tokens, and T P V / R per head for the
   elements; log2(R) messages per run of P V numbers per head, whatever T (see
@@ -41,7 +41,7 @@ def linear_attention(
 
   Args:
     q, k, v, log_decay, scale, segment_ids, initial_state, normalize,
-    chunk_size, implementation: as in `longctx.ops.linear_attention`.
+    chunk_size, implementation: as in `longctx.ops.recurrence.linear_attention`.
     mesh: batch on 'data', heads on 'model', if the mesh has these axes and
       `axis` does not name them.
     axis: mesh axis of the sequence, or several, the first outermost.
@@ -121,7 +121,7 @@ def gated_delta_rule(
   chunk_size: int = 64,
   implementation: str | None = None,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N P V']]:
-  """`longctx.ops.delta_rule` of a sequence that lies on several devices.
+  """`ops.recurrence.delta_rule` of a sequence that lies on several devices.
 
   A run multiplies the state that enters it by a matrix, so a message is of
   P (P + V) numbers per head, whatever T, and a shard runs the chunked rule
@@ -129,7 +129,7 @@ def gated_delta_rule(
 
   Args:
     q, k, v, beta, log_decay, scale, segment_ids, initial_state, chunk_size,
-    implementation: as in `longctx.ops.delta_rule`.
+    implementation: as in `longctx.ops.recurrence.delta_rule`.
     mesh, axis, layout, in_layout: as in `linear_attention`.
 
   Returns:

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from longctx.attention import Attention
+from longctx.costs.attention import HopBlocks, hop_blocks
+from longctx.costs.chips import Chip
 from longctx.masks import Mask
 from longctx.ops.dot_product_attention import BlockSizes
-from longctx.parallel.costs import HopBlocks, hop_blocks
 from longctx.parallel.schedule import Ring, without_padding
-from longctx.plan.chips import Chip
 from longctx.plan.program import Step
 
 # Of the peak, by a kernel. The static schedules of a blockwise kernel reach

@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 
-from longctx.parallel.hlo import collective_bytes
-from longctx.plan import hops, memory, overlap
-from longctx.plan.chips import Chip
+from longctx.costs import memory, overlap
+from longctx.costs.chips import Chip
+from longctx.costs.hlo import collective_bytes
+from longctx.plan import hops
 from longctx.plan.program import (
   ASSIGNMENT,
   LIVE_RANGE,

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longctx import parallel, tasks
+from longctx.costs.chips import Chip
+from longctx.costs.memory import totals
 from longctx.models.transformer import Transformer, TransformerConfig
 from longctx.ops.target import Target, compiling_for
 from longctx.parallel import Placement
-from longctx.plan.chips import Chip
-from longctx.plan.memory import totals
 from longctx.plan.topologies import check_mesh
 from longctx.training import config as config_lib
 from longctx.training import runs, steps

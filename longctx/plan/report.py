@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from longctx.costs.overlap import Group, last_name
 from longctx.plan.hops import LayerRing, Pass
-from longctx.plan.overlap import Group, last_name
 from longctx.plan.planner import Plan
 
 

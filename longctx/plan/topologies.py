@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from longctx.plan.chips import CHIPS, Chip
+from longctx.costs.chips import CHIPS, Chip
 
 # libtpu looks for the machine that it runs on, and has to be told that there is
 # none; two processes may share it, as nobody owns a chip.

@@ -20,9 +20,9 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from longctx.analysis.analyzer import Analyzer
+from longctx.costs.hlo import program_cost
 from longctx.data.pipeline import BatchIterator
 from longctx.models import gate
-from longctx.parallel.hlo import program_cost
 from longctx.training import config as config_lib
 from longctx.training import figures, metrics, phase, steps
 from longctx.training import results as results_lib

@@ -8,7 +8,9 @@ one write pass, its β the best of BETAS; decay, gates and filler are left out.
 """
 
 from longctx.analysis import capacity
-from longctx.ops.linear_attention.feature_maps import make_feature_map
+from longctx.ops.recurrence.linear_attention.feature_maps import (
+  make_feature_map,
+)
 from studies.retrieval.config import CAPACITY, PAIRS
 
 LENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0)

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from longctx.analysis import capacity
-from longctx.ops.linear_attention.feature_maps import make_feature_map
+from longctx.ops.recurrence.linear_attention.feature_maps import (
+  make_feature_map,
+)
 
 IDENTITY = capacity.linear_memory(make_feature_map('identity'))
 PAIRS = (4, 16, 32, 64, 128)

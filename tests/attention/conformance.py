@@ -19,7 +19,7 @@ from longctx.attention import (
   AttentionConfig,
   make_attention,
 )
-from longctx.attention.cells import empty
+from longctx.attention.cache_spec import empty
 from longctx.masks import Causal, SlidingWindow
 from longctx.ops.target import Target, compiling_for
 from longctx.parallel import Placement

@@ -19,8 +19,8 @@ from longctx.attention.config import POSITIONS
 from longctx.masks import Causal, PrefixColumns, SlidingWindow
 from longctx.models.transformer import Transformer, TransformerConfig
 from longctx.ops import dot_product_attention as dpa
-from longctx.ops import linear_attention as la
-from longctx.ops.linear_attention.feature_maps import FEATURE_MAPS
+from longctx.ops.recurrence import linear_attention as la
+from longctx.ops.recurrence.linear_attention.feature_maps import FEATURE_MAPS
 from tests.tiny import tiny_layer
 
 # Longer than two blocks, chunks or windows and a multiple of none.

@@ -14,7 +14,7 @@ from flax import nnx
 
 from longctx import tasks
 from longctx.attention import AttentionConfig, make_attention
-from longctx.attention.gates import (
+from longctx.attention.norms import (
   initial_dt_bias,
   initial_log_rates,
   layer_norm,

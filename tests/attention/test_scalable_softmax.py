@@ -8,7 +8,7 @@ from flax import nnx
 from longctx import masks
 from longctx.attention import AttentionConfig, make_attention
 from longctx.attention.context import Context
-from longctx.attention.documents import count_keys
+from longctx.attention.segments import count_keys
 from tests.tolerances import tolerance
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2], [5, 3, 3, 5, 5, 3, 9]])

@@ -12,10 +12,10 @@ from jax import lax
 
 from longctx import parallel
 from longctx.attention import AttentionConfig, make_attention
-from longctx.attention.cells import empty
+from longctx.attention.cache_spec import empty
+from longctx.costs.hlo import program_cost
 from longctx.decoding import cache as cache_lib
 from longctx.models.transformer import Transformer, TransformerConfig
-from longctx.parallel.hlo import program_cost
 
 B, T, V = 2, 23, 11
 CONFIG = TransformerConfig(

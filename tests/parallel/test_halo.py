@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from longctx.costs.hlo import collective_bytes
 from longctx.ops.short_conv import short_conv as local
 from longctx.parallel import halo
-from longctx.parallel.hlo import collective_bytes
 from longctx.parallel.layout import SequenceLayout
 from longctx.parallel.mesh import make_mesh
 from tests.tolerances import tolerance

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops.delta_rule import gated_delta_rule
-from longctx.ops.linear_attention import linear_attention
+from longctx.costs.hlo import collective_bytes
+from longctx.ops.recurrence.delta_rule import gated_delta_rule
+from longctx.ops.recurrence.linear_attention import linear_attention
 from longctx.parallel import recurrences
-from longctx.parallel.hlo import collective_bytes
 from longctx.parallel.layout import SequenceLayout
 from longctx.parallel.mesh import make_mesh
 from tests.tolerances import tolerance

@@ -7,9 +7,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longctx import parallel
+from longctx.costs.overlap import transfers
 from longctx.parallel.layout import SequenceLayout
 from longctx.plan import topologies
-from longctx.plan.overlap import transfers
 from tests import needs
 
 pytestmark = needs.tpu_compiler

@@ -10,8 +10,9 @@ from absl import flags
 
 from longctx import tasks
 from longctx.cli import flags as cli
+from longctx.costs import memory
 from longctx.models.transformer import TransformerConfig
-from longctx.plan import memory, report, topologies
+from longctx.plan import report, topologies
 from longctx.plan.planner import make_plan
 from longctx.plan.program import find_run
 from longctx.training.config import (

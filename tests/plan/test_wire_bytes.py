@@ -9,10 +9,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longctx import parallel
+from longctx.costs.attention import wire_bytes
+from longctx.costs.hlo import collective_bytes
 from longctx.masks import Causal, PrefixColumns, SlidingWindow
 from longctx.ops.target import Target, compiling_for
-from longctx.parallel.costs import wire_bytes
-from longctx.parallel.hlo import collective_bytes
 from longctx.parallel.layout import SequenceLayout
 from longctx.plan import topologies
 from tests import needs

@@ -1,0 +1,381 @@
+"""The abstract attention layer: parameters, positions, one call into ops."""
+
+import abc
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from longctx import masks
+from longctx.attention.cache_spec import Cells, Plan, Tape
+from longctx.attention.capabilities import CAPABILITIES
+from longctx.attention.config import AttentionConfig
+from longctx.attention.context import Context
+from longctx.attention.decoding_context import DecodingContext
+from longctx.attention.recurrence import Recurrence
+from longctx.ops.alibi import alibi_slopes
+from longctx.ops.rope import apply_rope
+from longctx.parallel import Placement
+from longctx.parallel.axes import Axes
+from longctx.typing import Array, Bool, Float, Int, Key
+
+
+class Attention(nnx.Module, abc.ABC):
+  """Projects to heads, mixes over positions, projects back.
+
+  A variant is a final subclass that describes itself by `mask`, by
+  `recurrence`, or by both where it adds two branches; costs follow. `mix` is
+  softmax attention under the mask, or the recurrence, unless overridden.
+
+  Attributes:
+    mask: who reads whom.
+    recurrence: what is kept of the past.
+    mask_is_bound: whether a query reads some of what the mask allows, chosen by
+      its contents, and not all.
+    branches: sets of keys and values that a layer projects its inputs to.
+    unsupported: capability -> why the variant lacks it.
+    small: arguments that show the variant's structure within 20 tokens, for
+      tests and pictures.
+  """
+
+  mask: masks.Mask | None = None
+  recurrence: Recurrence | None = None
+  mask_is_bound: ClassVar[bool] = False
+  branches: ClassVar[int] = 1
+  unsupported: ClassVar[Mapping[str, str]] = {}
+  small: ClassVar[Mapping[str, Any]] = {}
+
+  def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    for capability in _asked_for(config):
+      self.require(capability)
+    N, K = config.num_heads, config.num_kv_heads * self.branches
+    H, V = config.head_dim, config.value_dim
+    self.query = linear(config, config.d_model, N * H, rngs=rngs)
+    self.key = linear(config, config.d_model, K * H, rngs=rngs)
+    self.value = linear(config, config.d_model, K * V, rngs=rngs)
+    self.out = linear(config, N * V, config.d_model, rngs=rngs)
+    if config.short_conv:
+      self.query_conv = _conv_kernel(config, N * H, rngs)
+      self.key_conv = _conv_kernel(config, K * H, rngs)
+      self.value_conv = _conv_kernel(config, K * V, rngs)
+
+  def __call__(
+    self,
+    x: Float[Array, 'B T D'],
+    *,
+    positions: Int[Array, '*B T'] | None = None,
+    segment_ids: Int[Array, 'B T'] | None = None,
+    read: Int[Array, 'B Q'] | None = None,
+    dropout_key: Key[Array, ''] | None = None,
+    step: Int[Array, ''] | int | None = None,
+    placement: Placement | None = None,
+  ) -> Float[Array, 'B Q D']:
+    """Applies the layer.
+
+    Args:
+      x: inputs.
+      positions: of the tokens; None means 0, 1, …, T - 1, which lets an
+        implementation know the mask's blocks when it compiles.
+      segment_ids: documents packed into a row; none reads another.
+      read: places on the axis T whose outputs are wanted, see `take_read`; None
+        means all, Q = T.
+      dropout_key: of this layer and step; None drops nothing.
+      step: of training, counted from 1; None before and without training.
+      placement: where the tokens lie on a mesh; None: all on one device. The
+        axis T is then in the layout's order, and positions default to those.
+
+    Raises:
+      NotImplementedError: what the variant lacks, with the reason.
+    """
+    config = self.config
+    if segment_ids is not None:
+      self.require('packing')
+    if placement is not None:
+      for capability in placement.asks_for:
+        self.require(capability)
+    dropout = None
+    if dropout_key is not None and config.attention_dropout:
+      dropout = (config.attention_dropout, dropout_key)
+    context = Context(
+      positions=positions,
+      segment_ids=segment_ids,
+      read=read,
+      dropout=dropout,
+      step=step,
+      placement=placement,
+      implementation=config.implementation,
+      block_sizes=config.block_sizes,
+    )
+    return self.apply(x, context)
+
+  def apply(
+    self, x: Float[Array, 'B T D'], context: Context
+  ) -> Float[Array, 'B Q D']:
+    """Applies the layer to tokens wherever they are."""
+    out = self.head_outputs(x, context)
+    return self.out(out.reshape(*out.shape[:2], -1))
+
+  def head_outputs(
+    self, x: Float[Array, 'B T D'], context: Context
+  ) -> Float[Array, 'B Q N V']:
+    """What each head found, before the projection that adds the heads up."""
+    q, k, v = self.project(x, context)
+    out = self.mix(q, k, v, x=x, context=context)
+    return self.finish(out, context.at_read(x))
+
+  def plan(self, capacity: int | None, *, shards: int = 1) -> Plan:
+    """What the layer keeps to decode, derived from the calls that it makes.
+
+    Nothing is computed, and parameters need no values.
+
+    Args:
+      capacity: the most tokens of a row; None for any number.
+      shards: devices that slots are spread over, which rounds their number up.
+
+    Raises:
+      NotImplementedError: the layer reads later tokens, or lacks 'decode'.
+      ValueError: there is no end, and the layer reads all tokens.
+    """
+    self.require('decode')
+    if shards > 1:
+      self.require('sharded_decode')
+    plan, reads_later = self._trace(capacity, shards)
+    if reads_later:
+      raise NotImplementedError(
+        f'{type(self).__name__} reads tokens that are not there yet, under '
+        f'{reads_later[0]}: to decode, take a causal layer'
+      )
+    return plan
+
+  def extend(
+    self,
+    x: Float[Array, 'B T D'],
+    *,
+    plan: Plan,
+    cells: Cells,
+    lengths: Int[Array, ' B'],
+    new: Bool[Array, 'B T'] | None = None,
+    read: Int[Array, 'B Q'] | None = None,
+    step: Int[Array, ''] | int | None = None,
+    axes: Axes | None = None,
+  ) -> tuple[Float[Array, 'B Q D'], Cells]:
+    """Outputs at the next tokens of each row, and what the layer then keeps.
+
+    Those of `__call__` on the whole rows, at these tokens.
+
+    Args:
+      x: inputs at T more tokens, of which a row may use fewer.
+      plan: of the layer.
+      cells: what it kept, at first `cells.empty(plan, B)`.
+      lengths: tokens that each row has read before.
+      new: which of the T are a row's tokens, the first ones; None: all.
+      read: places on the axis T whose outputs are wanted, see `take_read`.
+      step: of the training that made the parameters; None: none.
+      axes: of the mesh that the cells are spread over; None: one device.
+    """
+    tape = Tape(plan=plan, cells=cells)
+    context = DecodingContext(
+      positions=lengths[:, None] + jnp.arange(x.shape[1]),
+      read=read,
+      step=step,
+      implementation=self.config.implementation,
+      block_sizes=self.config.block_sizes,
+      tape=tape,
+      lengths=lengths,
+      new=new,
+      axes=axes,
+    )
+    return self.apply(x, context), tuple(tape.cells)
+
+  def _trace(
+    self, capacity: int | None, shards: int = 1
+  ) -> tuple[Plan, list[masks.Mask]]:
+    """The plan, and masks under which the layer reads later tokens."""
+    tape = Tape(capacity=capacity, shards=shards)
+    graph, state = nnx.split(self)
+
+    def apply(state, x):
+      context = DecodingContext(
+        positions=jnp.zeros((1, 1), jnp.int32),
+        step=1,
+        tape=tape,
+        lengths=jnp.zeros(1, jnp.int32),
+      )
+      return nnx.merge(graph, state).apply(x, context)
+
+    x = jax.ShapeDtypeStruct((1, 1, self.config.d_model), self.config.dtype)
+    jax.eval_shape(apply, state, x)
+    return tuple(tape.plan), tape.reads_later
+
+  def require(self, capability: str) -> None:
+    """Raises where the variant lacks a capability.
+
+    Raises:
+      NotImplementedError: with the variant's reason.
+    """
+    if reason := self.unsupported.get(capability):
+      raise NotImplementedError(
+        f'{type(self).__name__} lacks {capability!r}: {reason}'
+      )
+
+  def project(
+    self, x: Float[Array, 'B T D'], context: Context
+  ) -> tuple[
+    Float[Array, 'B T N H'], Float[Array, 'B T K H'], Float[Array, 'B T K V']
+  ]:
+    """Queries, keys and values, convolved and rotated."""
+    q, k, v = self.heads(x, context)
+    return self.rotate(q, context), self.rotate(k, context), v
+
+  def heads(
+    self, x: Float[Array, 'B T D'], context: Context
+  ) -> tuple[
+    Float[Array, 'B T N H'], Float[Array, 'B T K H'], Float[Array, 'B T K V']
+  ]:
+    """Queries, keys and values, convolved."""
+    return self.to_heads(self.query(x), self.key(x), self.value(x), context)
+
+  def to_heads(
+    self,
+    q: Float[Array, 'B T NH'],
+    k: Float[Array, 'B T KH'],
+    v: Float[Array, 'B T KV'],
+    context: Context,
+  ) -> tuple[
+    Float[Array, 'B T N H'], Float[Array, 'B T K H'], Float[Array, 'B T K V']
+  ]:
+    """Projections, convolved and split into heads."""
+    config = self.config
+    if config.short_conv:
+      q = context.short_conv(q, self.query_conv[...])
+      k = context.short_conv(k, self.key_conv[...])
+      v = context.short_conv(v, self.value_conv[...])
+    q, k, v = map(self.activate, (q, k, v))
+    q, k = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in (q, k))
+    return q, k, v.reshape(*v.shape[:2], -1, config.value_dim)
+
+  def rotate(
+    self, x: Float[Array, 'B T K H'], context: Context
+  ) -> Float[Array, 'B T K H']:
+    """Queries or keys as positions turn them, where the config says RoPE."""
+    if self.config.positions != 'rope':
+      return x
+    angles_at = context.true_positions(x.shape[1])
+    return apply_rope(x, angles_at, base=self.config.rope_base)
+
+  def activate(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
+    """What projections pass through before rotation; here nothing."""
+    return x
+
+  def mix(
+    self,
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B T K H'],
+    v: Float[Array, 'B T K V'],
+    *,
+    x: Float[Array, 'B T D'],
+    context: Context,
+  ) -> Float[Array, 'B Q N V']:
+    """Mixes values over positions.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      x: the layer's inputs, for gates and decays.
+      context: where the tokens are, with the ops that mix them.
+    """
+    if self.recurrence is not None:
+      return context.recur(self.recurrence, q, k, v)
+    return context.dot_product_attention(
+      q, k, v, mask=self.mask, **self.logit_options()
+    )
+
+  def logit_options(self) -> dict[str, Any]:
+    """What the config asks of the logits: options of the softmax op."""
+    if self.config.positions != 'alibi':
+      return {}
+    return {'alibi_slopes': alibi_slopes(self.config.num_heads)}
+
+  def finish(
+    self, out: Float[Array, 'B Q N V'], x: Float[Array, 'B Q D']
+  ) -> Float[Array, 'B Q N V']:
+    """What comes between mixing and the last projection: gates and norms."""
+    return out
+
+  def state_bytes(self, seq_len: int, dtype: str) -> int:
+    """Bytes that decoding keeps for one sequence of `seq_len` tokens.
+
+    Args:
+      seq_len: tokens read so far.
+      dtype: of cached keys and values; recurrent states are float32.
+    """
+    plan, _ = self._trace(seq_len)
+    return sum(cell.nbytes(dtype) for cell in plan)
+
+  def flops(self, seq_len: int) -> int:
+    """FLOPs of the forward pass on one sequence: projections and mixing."""
+    # Every matrix of parameters is applied to every token once.
+    _, params = nnx.split(self, nnx.Param)
+    matrices = [p.size for p in jax.tree.leaves(params) if p.ndim == 2]
+    return seq_len * 2 * sum(matrices) + self.mixing_flops(seq_len)
+
+  def mixing_flops(self, seq_len: int) -> int:
+    """FLOPs of `mix` alone on one sequence, counting allowed pairs."""
+    config = self.config
+    total = 0
+    if self.mask is not None:
+      width = config.head_dim + config.value_dim
+      pairs = self.mask.num_allowed(seq_len, seq_len)
+      total += 2 * config.num_heads * width * pairs
+    if self.recurrence is not None:
+      total += self.recurrence.flops(seq_len)
+    return total
+
+
+def _asked_for(config: AttentionConfig) -> list[str]:
+  """The capabilities that a config needs."""
+  asked = {
+    'gqa': config.num_kv_heads < config.num_heads,
+    'dropout': config.attention_dropout > 0,
+    'short_conv': config.short_conv > 0,
+    'pallas': config.implementation == 'pallas',
+    config.positions: config.positions in CAPABILITIES,
+  }
+  return [capability for capability, is_asked in asked.items() if is_asked]
+
+
+def linear(
+  config: AttentionConfig,
+  inputs: int,
+  outputs: int,
+  *,
+  use_bias: bool = False,
+  rngs: nnx.Rngs,
+) -> nnx.Linear:
+  """A projection in the dtypes of the config."""
+  return nnx.Linear(
+    inputs,
+    outputs,
+    use_bias=use_bias,
+    dtype=jnp.dtype(config.dtype),
+    param_dtype=jnp.dtype(config.param_dtype),
+    rngs=rngs,
+  )
+
+
+def _conv_kernel(
+  config: AttentionConfig, channels: int, rngs: nnx.Rngs
+) -> nnx.Param:
+  """Taps uniform in ±1/√W: from the start some heads look one token back.
+
+  A kernel that starts as the identity has to find the earlier taps by
+  gradient, which delays retrieval by hundreds of steps.
+  """
+  uniform = nnx.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+  shape = (config.short_conv, channels)
+  param_dtype = jnp.dtype(config.param_dtype)
+  return nnx.Param(uniform(rngs.params(), shape, param_dtype))

@@ -1,0 +1,361 @@
+"""How a layer mixes the next tokens with those that its cells remember."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from longctx import parallel
+from longctx.attention.cache_spec import Tape
+from longctx.attention.context import Context, biased
+from longctx.attention.recurrence import Recurrence
+from longctx.masks import Mask, Reach
+from longctx.ops import dot_product_attention as softmax
+from longctx.ops import short_conv as convolution
+from longctx.ops.block_selection import Summary
+from longctx.ops.block_selection.documents import take_blocks
+from longctx.ops.recurrence import delta_rule, linear_attention
+from longctx.parallel.axes import Axes
+from longctx.parallel.layout import SequenceLayout
+from longctx.typing import Array, Bool, Float, Int, Shaped
+
+# Where there is no token: later than any query, which causal masks exclude.
+NOWHERE = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodingContext(Context):
+  """The next tokens of each row, after those that cells remember.
+
+  Attributes:
+    tape: the layer's cells.
+    lengths: tokens that each row has read before.
+    new: which of the tokens are a row's own, the first ones; None: all.
+    axes: of the mesh that the cells are spread over; None: one device.
+  """
+
+  tape: Tape
+  lengths: Int[Array, ' B']
+  new: Bool[Array, 'B T'] | None = None
+  axes: Axes | None = None
+
+  def document_positions(self, T: int) -> Int[Array, 'B T']:
+    return self.positions
+
+  def natural_length(self, T: int) -> int | None:
+    # Asked for when the length is decided; an endless one is above any limit.
+    if not self.tape.is_planning:
+      return None
+    return self.tape.capacity or NOWHERE
+
+  def cumulative_sum(self, x: Float[Array, 'B T N']) -> Float[Array, 'B T N']:
+    place = self.tape.state(x.shape[2:], x.dtype, is_sum=True)
+    sums = jnp.cumsum(self._own(x), axis=1)
+    if self.tape.is_planning:
+      return sums
+    sums = self.tape.cells[place][:, None] + sums
+    self.tape.cells[place] = sums[:, -1]
+    return sums
+
+  def short_conv(
+    self, x: Float[Array, 'B T E'], kernel: Float[Array, 'W E']
+  ) -> Float[Array, 'B T E']:
+    before = kernel.shape[0] - 1
+    place = self.tape.state((before, x.shape[2]), x.dtype)
+    kernel = kernel.astype(x.dtype)
+    if self.tape.is_planning:
+      return convolution.short_conv(x, kernel)[0]
+    tail = self.tape.cells[place]
+    out, last = convolution.short_conv(x, kernel, initial_state=tail)
+    if self.new is not None:
+      inputs = jnp.concatenate([tail, x], axis=1)
+      cut = functools.partial(lax.dynamic_slice_in_dim, slice_size=before)
+      last = jax.vmap(cut)(inputs, self.counts(x.shape[1]))
+    self.tape.cells[place] = last
+    return out
+
+  def recur(
+    self,
+    recurrence: Recurrence,
+    q: Float[Array, 'B T N P'],
+    k: Float[Array, 'B T K P'],
+    v: Float[Array, 'B T K V'],
+    *,
+    beta: Float[Array, 'B T N'] | None = None,
+    log_decay: Float[Array, 'B T N'] | Float[Array, 'B T N P'] | None = None,
+  ) -> Float[Array, 'B Q N V']:
+    dtype = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
+    place = self.tape.state(recurrence.state_shape, dtype, is_sum=True)
+    state = None
+    if not self.tape.is_planning:
+      state = self.tape.cells[place]
+    # A token that is not the row's own adds nothing, and nothing fades by it.
+    k, beta, log_decay = map(self._own, (k, beta, log_decay))
+    implementation = self.implementation
+    if implementation is None and q.shape[1] == 1:
+      # The equation itself, where a chunk would be mostly padding.
+      implementation = 'reference'
+    elif self.axes is not None and implementation in (None, 'pallas'):
+      # What the compiler itself spreads over a mesh cannot be a kernel.
+      if implementation:
+        raise NotImplementedError(
+          f'{implementation=} does not read a cache that lies on a mesh: take '
+          "'xla' or None"
+        )
+      implementation = 'xla'
+    common = dict(
+      log_decay=log_decay,
+      scale=recurrence.scale,
+      initial_state=state,
+      chunk_size=min(recurrence.chunk_size, q.shape[1]),
+      implementation=implementation,
+    )
+    if recurrence.delta:
+      out, state = delta_rule.gated_delta_rule(q, k, v, beta, **common)
+    else:
+      out, state = linear_attention.linear_attention(
+        q, k, v, normalize=recurrence.normalize, **common
+      )
+    if not self.tape.is_planning:
+      self.tape.cells[place] = state
+    return self.at_read(out)
+
+  def dot_product_attention(
+    self,
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B T K H'],
+    v: Float[Array, 'B T _ V'],
+    *,
+    mask: Mask,
+    q_bias: Float[Array, '#B T N'] | None = None,
+    k_bias: Float[Array, '#B T N'] | None = None,
+    **options: Any,
+  ) -> Any:
+    reach = mask.reach()
+    if not mask.is_causal:
+      self.tape.reads_later.append(mask)
+    if k_bias is not None:
+      k_bias = jnp.broadcast_to(k_bias, (k.shape[0], *k_bias.shape[1:]))
+      k_bias, _ = self._keep(k_bias, reach, is_sum=True)
+    k, k_positions = self._keep(k, reach)
+    v, _ = self._keep(v, reach)
+    q, k, v, options = biased(q, k, v, q_bias, k_bias, options)
+    attend = softmax.dot_product_attention
+    if self.axes is not None:
+      attend = self._attend_on_mesh
+    q = self.at_read(q)
+    implementation = self.implementation
+    if implementation is None and q.shape[1] == 1:
+      # The scores of a token fit anywhere, and blocks of one row are all
+      # overhead.
+      implementation = 'side_by_side'
+
+    def read(q, k, v, q_positions, k_positions):
+      return attend(
+        q,
+        k,
+        v,
+        mask=mask,
+        q_positions=q_positions,
+        k_positions=k_positions,
+        block_sizes=self.block_sizes,
+        implementation=implementation,
+        **options,
+      )
+
+    return self._apart(read, q, k, v, self.at_read(self.positions), k_positions)
+
+  def _apart(self, read: Callable[..., Any], *arrays: Array | None) -> Any:
+    """read(*arrays); zeros where no row has a token yet.
+
+    For a single token as a branch, which XLA on CPU does not fuse with what was
+    before: it would write the token twice, for the cache and for the product
+    that reads it, and copy the cache to do so.
+    """
+    if self.positions.shape[1] > 1 or self.axes is not None:
+      return read(*arrays)
+    is_some = (self.lengths + self.counts(self.positions.shape[1]) > 0).any()
+    nothing = jax.eval_shape(read, *arrays)
+
+    def zeros(*_):
+      return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nothing)
+
+    return lax.cond(is_some, read, zeros, *arrays)
+
+  def _attend_on_mesh(
+    self,
+    q: Float[Array, 'B Q N H'],
+    k: Float[Array, 'B S K H'],
+    v: Float[Array, 'B S K V'],
+    *,
+    k_positions: Int[Array, 'B S'],
+    **options: Any,
+  ) -> Any:
+    """Every device has the queries and reads its slots; parts are merged."""
+    shards = self.axes.size(self.axes.seq)
+    missing = -k.shape[1] % shards
+    k, v = (jnp.pad(x, [(0, 0), (0, missing), (0, 0), (0, 0)]) for x in (k, v))
+    k_positions = jnp.pad(
+      k_positions, [(0, 0), (0, missing)], constant_values=NOWHERE
+    )
+    return parallel.dot_product_attention(
+      q,
+      k,
+      v,
+      k_positions=k_positions,
+      mesh=self.axes.mesh,
+      axis=self.axes.seq,
+      scheme='all_gather',
+      layout=SequenceLayout('contiguous', k.shape[1], shards),
+      in_layout=True,
+      **options,
+    )
+
+  def with_all_keys(
+    self,
+    op: Callable[..., Any],
+    q: Float[Array, 'B T N H'],
+    *keys: Float[Array, 'B T K _'],
+    per_head: Mapping[str, Any] | None = None,
+    shared: Mapping[str, Any] | None = None,
+    summarize: Callable[..., tuple[Summary, ...]] | None = None,
+    **options: Any,
+  ) -> Any:
+    options |= {**(per_head or {}), **(shared or {})}
+    options['implementation'] = self.implementation
+    keys = list(keys)
+    if summarize is not None and self.implementation != 'reference':
+      parts = summarize(**options)
+      options['summaries'] = tuple(
+        self._summarize(part, keys[part.key]) for part in parts
+      )
+      for part in parts:
+        if part.replaces:
+          keys[part.key] = None
+    # All are kept, so that the slot of a key is its position.
+    reach = Reach(0, None)
+    kept = [None if x is None else self._keep(x, reach)[0] for x in keys]
+
+    def read(q, q_positions, *kept):
+      return op(q, *kept, q_positions=q_positions, **options)
+
+    arrays = (self.at_read(q), self.at_read(self.positions), *kept)
+    return self._apart(read, *arrays)
+
+  def _summarize(
+    self, summary: Summary, x: Float[Array, 'B T K D']
+  ) -> Float[Array, 'B C K D']:
+    """The vectors of all blocks, of which some are complete by now."""
+    B, T = x.shape[:2]
+    L, stride = summary.length, summary.stride
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    tail_place = self.tape.state((L - 1, *x.shape[2:]), x.dtype)
+    C = 0
+    if self.tape.is_planning:
+      C = max(0, (Reach(0, None).slots(self.tape.capacity) - L) // stride + 1)
+    place = self.tape.state((C, *x.shape[2:]), dtype, is_sum=True)
+    if self.tape.is_planning:
+      return jnp.zeros((B, C, *x.shape[2:]), dtype)
+    # Of token p the index is p - lengths + L - 1.
+    tokens = jnp.concatenate([self.tape.cells[tail_place], x], axis=1)
+    count = self.counts(T)
+    cut = functools.partial(lax.dynamic_slice_in_dim, slice_size=L - 1)
+    self.tape.cells[tail_place] = jax.vmap(cut)(tokens, count)
+    vectors = self.tape.cells[place]
+    C = vectors.shape[1]
+    if not C:
+      return vectors
+    # Those that may become complete: the first ones that were not before.
+    block = jnp.maximum((self.lengths - L) // stride + 1, 0)
+    block = block[:, None] + jnp.arange(T // stride + 1)
+    begin, end = block * stride, (self.lengths + count)[:, None]
+    new = summary.make(
+      take_blocks(tokens, begin - self.lengths[:, None] + L - 1, L).astype(
+        dtype
+      ),
+      begin,
+    )
+    block = jnp.where(begin + L <= end, block, C)
+    rows = jnp.arange(B)[:, None]
+    self.tape.cells[place] = vectors.at[rows, block].set(new, mode='drop')
+    return self.tape.cells[place]
+
+  def counts(self, T: int) -> Int[Array, ' B']:
+    """How many of the T tokens are each row's own."""
+    if self.new is None:
+      return jnp.full(self.lengths.shape, T)
+    return self.new.sum(1)
+
+  def _own(self, x: Shaped[Array, 'B T ...'] | None):
+    """x with zeros where a token is not the row's own."""
+    if x is None or self.new is None:
+      return x
+    new = self.new.reshape(*self.new.shape, *[1] * (x.ndim - 2))
+    return jnp.where(new, x, 0)
+
+  def _keep(
+    self, x: Shaped[Array, 'B T ...'], reach: Reach, *, is_sum: bool = False
+  ) -> tuple[Shaped[Array, 'B S ...'], Int[Array, 'B S']]:
+    """Puts tokens into their slots; returns all to be read, with positions.
+
+    Slot s < columns is that of token s, the others are used in turn. A single
+    token is read from its slot, as is any number where none pushes out another.
+    More are read beside the slots that were there before.
+    """
+    place, found = self.tape.slots(x, reach, is_sum=is_sum)
+    if found is None:
+      found = x, self.positions
+      if not self.tape.is_planning:
+        found = self._write(x, place)
+      self.tape.known.append((x, place, found))
+    return found
+
+  def _write(
+    self, x: Shaped[Array, 'B T ...'], place: int
+  ) -> tuple[Shaped[Array, 'B S ...'], Int[Array, 'B S']]:
+    cell, slots = self.tape.plan[place], self.tape.cells[place]
+    S, T = slots.shape[1], x.shape[1]
+    columns = min(cell.reach.columns, S)
+    ring = S - columns
+    positions = self.positions
+    if self.new is not None:
+      positions = jnp.where(self.new, positions, NOWHERE)
+    end = self.lengths + self.counts(T)
+    slot = positions
+    if ring:
+      turn = columns + (positions - columns) % ring
+      slot = jnp.where(positions < columns, positions, turn)
+    # Tokens that others of the same call push out are not written at all.
+    stay = (positions < columns) | (positions >= end[:, None] - ring)
+    slot = jnp.where(stay & (positions < NOWHERE), slot, S)
+    rows = jnp.arange(x.shape[0])[:, None]
+    written = slots.at[rows, slot].set(x.astype(slots.dtype), mode='drop')
+    self.tape.cells[place] = written
+    if T == 1 or cell.reach.window is None:
+      return written, _slot_positions(end, columns, S)
+    before = _slot_positions(self.lengths, columns, S)
+    return (
+      jnp.concatenate([slots, x.astype(slots.dtype)], axis=1),
+      jnp.concatenate([before, positions], axis=1),
+    )
+
+
+def _slot_positions(
+  lengths: Int[Array, ' B'], columns: int, S: int
+) -> Int[Array, 'B S']:
+  """Positions of the tokens in S slots, NOWHERE in those not used yet."""
+  slot, last = jnp.arange(S), lengths[:, None] - 1
+  positions = jnp.broadcast_to(slot, (lengths.shape[0], S))
+  if columns < S:
+    newest = last - (last - slot) % (S - columns)
+    positions = jnp.where(slot < columns, slot, newest)
+  used = (positions >= jnp.where(slot < columns, 0, columns)) & (
+    positions <= last
+  )
+  return jnp.where(used, positions, NOWHERE)

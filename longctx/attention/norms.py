@@ -1,0 +1,96 @@
+"""Norms, gates and decays that several recurrent layers have in common.
+
+Everything is computed in float32, or float64 where its input is.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from longctx.attention.base import AttentionConfig, linear
+from longctx.typing import Array, Float, Key
+
+
+def sum_dtype(x: Array) -> np.dtype:
+  """What statistics and decays of x are computed in."""
+  return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def unit_length(x: Float[Array, '*shape H']) -> Float[Array, '*shape H']:
+  """x / |x| over the last axis, in the dtype of x; zero stays zero."""
+  y = x.astype(sum_dtype(x))
+  y *= jax.lax.rsqrt(jnp.sum(y**2, axis=-1, keepdims=True) + 1e-6)
+  return y.astype(x.dtype)
+
+
+def rms_norm(
+  x: Float[Array, '*shape V'], *, eps: float = 1e-5
+) -> Float[Array, '*shape V']:
+  """x / √(mean(x²) + eps) over the last axis (arXiv:1910.07467)."""
+  y = x.astype(sum_dtype(x))
+  # What a state without a normaliser gives may be too large to be squared. The
+  # result does not depend on `size`, nor then its gradient.
+  size = jnp.max(jnp.abs(y), axis=-1, keepdims=True)
+  size = jax.lax.stop_gradient(jnp.maximum(size, 1))
+  y = y / size
+  mean = jnp.mean(y**2, axis=-1, keepdims=True)
+  return y * jax.lax.rsqrt(mean + eps / size**2)
+
+
+def layer_norm(
+  x: Float[Array, '*shape V'], *, eps: float = 1e-5
+) -> Float[Array, '*shape V']:
+  """The same without the mean: one group of a group norm, no parameters."""
+  y = x.astype(sum_dtype(x))
+  return rms_norm(y - jnp.mean(y, axis=-1, keepdims=True), eps=eps)
+
+
+def low_rank(
+  config: AttentionConfig,
+  rank: int,
+  outputs: int,
+  *,
+  use_bias: bool = False,
+  rngs: nnx.Rngs,
+) -> tuple[nnx.Linear, nnx.Linear]:
+  """Two projections, D -> rank -> outputs, of which the second has a bias."""
+  return (
+    linear(config, config.d_model, rank, rngs=rngs),
+    linear(config, rank, outputs, use_bias=use_bias, rngs=rngs),
+  )
+
+
+def softplus_decay(
+  logits: Float[Array, 'B T *N'],
+  bias: Float[Array, ' *N'],
+  log_rate: Float[Array, '...'],
+) -> tuple[Float[Array, 'B T *N'], Float[Array, 'B T *N']]:
+  """(dt, log_decay) of Mamba-2: dt = softplus(logits + bias), -rate dt.
+
+  Args:
+    logits: from the layer's inputs.
+    bias: see `initial_dt_bias`.
+    log_rate: log of the rate, which broadcasts with `bias`.
+  """
+  dtype = sum_dtype(logits)
+  dt = jax.nn.softplus(logits.astype(dtype) + bias.astype(dtype))
+  return dt, -jnp.exp(log_rate.astype(dtype)) * dt
+
+
+def initial_dt_bias(
+  key: Key[Array, ''], size: int, dtype: str
+) -> Float[Array, ' N']:
+  """Biases with which softplus gives steps of 0.001 to 0.1, uniform in log."""
+  low, high = np.log(0.001), np.log(0.1)
+  dt = jnp.exp(jax.random.uniform(key, (size,), minval=low, maxval=high))
+  return (dt + jnp.log(-jnp.expm1(-dt))).astype(dtype)
+
+
+def initial_log_rates(
+  key: Key[Array, ''], size: int, dtype: str, *, low: float
+) -> Float[Array, ' N']:
+  """Logarithms of decay rates between `low` and 16, uniform before the log."""
+  rates = jax.random.uniform(key, (size,), minval=low, maxval=16.0)
+  # Zero, which `low` may be, has no logarithm.
+  return jnp.log(jnp.maximum(rates, 1e-4)).astype(dtype)

@@ -1,0 +1,78 @@
+"""DeltaNet: a memory that replaces what it held for a key."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from longctx.attention.base import Attention, AttentionConfig, linear
+from longctx.attention.capabilities import OF_RECURRENCES
+from longctx.attention.context import Context
+from longctx.attention.norms import rms_norm, sum_dtype, unit_length
+from longctx.attention.recurrence import Recurrence
+from longctx.typing import Array, Float
+
+
+class DeltaNetAttention(Attention):
+  """S_t = (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ.
+
+    out_t = norm(q_t S_t / √H)        β_t = σ(W_β x_t)
+
+  'Parallelizing Linear Transformers with the Delta Rule over Sequence Length'
+  (arXiv:2406.06484): q, k and v pass a silu, behind a convolution with
+  `short_conv`, 4 in the paper; q and k have length one; the norm is an RMS norm
+  of each head's outputs.
+
+  Time O(T (H V + C H)) in chunks of C, memory O(T); decoding keeps S, H x V
+  numbers per head.
+
+  Attributes:
+    chunk_size: tokens C that are mixed by matrix products.
+  """
+
+  unsupported = OF_RECURRENCES
+  small: ClassVar = {'chunk_size': 8}
+
+  def __init__(
+    self, config: AttentionConfig, *, chunk_size: int = 64, rngs: nnx.Rngs
+  ):
+    super().__init__(config, rngs=rngs)
+    N, V = config.num_heads, config.value_dim
+    self.beta = linear(config, config.d_model, N, rngs=rngs)
+    self.norm_scale = nnx.Param(jnp.ones(V, config.param_dtype))
+    self.recurrence = Recurrence(
+      heads=N,
+      key_dim=config.head_dim,
+      value_dim=V,
+      delta=True,
+      scale=config.head_dim**-0.5,
+      chunk_size=chunk_size,
+    )
+
+  def activate(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
+    return jax.nn.silu(x)
+
+  def mix(
+    self,
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B T K H'],
+    v: Float[Array, 'B T K V'],
+    *,
+    x: Float[Array, 'B T D'],
+    context: Context,
+  ) -> Float[Array, 'B Q N V']:
+    """The delta rule."""
+    return context.recur(
+      self.recurrence,
+      unit_length(q),
+      unit_length(k),
+      v,
+      beta=jax.nn.sigmoid(self.beta(x).astype(sum_dtype(x))),
+    )
+
+  def finish(
+    self, out: Float[Array, 'B Q N V'], x: Float[Array, 'B Q D']
+  ) -> Float[Array, 'B Q N V']:
+    """Norm of each head."""
+    return (rms_norm(out) * self.norm_scale[...]).astype(out.dtype)

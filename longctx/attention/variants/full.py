@@ -1,0 +1,18 @@
+"""Full causal softmax attention."""
+
+from flax import nnx
+
+from longctx import masks
+from longctx.attention.base import Attention, AttentionConfig
+
+
+class FullAttention(Attention):
+  """out_t = Σ_{s ≤ t} softmax_s(q_t k_s / √H) v_s.
+
+  'Attention Is All You Need' (arXiv:1706.03762). Time O(T²), memory O(T);
+  decoding keeps every key and value, so that any of them can be recalled.
+  """
+
+  def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
+    super().__init__(config, rngs=rngs)
+    self.mask = masks.Causal()

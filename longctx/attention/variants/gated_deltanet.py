@@ -1,0 +1,97 @@
+"""Gated DeltaNet: the delta rule under a decay per head."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from longctx.attention.base import Attention, AttentionConfig, linear
+from longctx.attention.capabilities import OF_RECURRENCES
+from longctx.attention.context import Context
+from longctx.attention.norms import (
+  initial_dt_bias,
+  initial_log_rates,
+  rms_norm,
+  softplus_decay,
+  sum_dtype,
+  unit_length,
+)
+from longctx.attention.recurrence import Recurrence
+from longctx.typing import Array, Float
+
+
+class GatedDeltaNetAttention(Attention):
+  """S_t = α_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ.
+
+    out_t = norm(q_t S_t / √H) ⊙ silu(W_g x_t)
+    α_t = exp(-A softplus(W_α x_t + b_α))        β_t = σ(W_β x_t)
+
+  'Gated Delta Networks' (arXiv:2412.06464): α is Mamba-2's decay, one per head;
+  q, k and v pass a silu, behind a convolution with `short_conv`, 4 in the
+  paper; q and k have length one; the norm is an RMS norm of each head's
+  outputs.
+
+  Time O(T (H V + C H)) in chunks of C, memory O(T); decoding keeps S, H x V
+  numbers per head.
+
+  Attributes:
+    chunk_size: tokens C that are mixed by matrix products.
+  """
+
+  unsupported = OF_RECURRENCES
+  small: ClassVar = {'chunk_size': 8}
+
+  def __init__(
+    self, config: AttentionConfig, *, chunk_size: int = 64, rngs: nnx.Rngs
+  ):
+    super().__init__(config, rngs=rngs)
+    N, V, dtype = config.num_heads, config.value_dim, config.param_dtype
+    self.beta = linear(config, config.d_model, N, rngs=rngs)
+    self.dt = linear(config, config.d_model, N, rngs=rngs)
+    self.dt_bias = nnx.Param(initial_dt_bias(rngs.params(), N, dtype))
+    self.log_rate = nnx.Param(
+      initial_log_rates(rngs.params(), N, dtype, low=0.0)
+    )
+    self.gate = linear(config, config.d_model, N * V, rngs=rngs)
+    self.norm_scale = nnx.Param(jnp.ones(V, dtype))
+    self.recurrence = Recurrence(
+      heads=N,
+      key_dim=config.head_dim,
+      value_dim=V,
+      delta=True,
+      scale=config.head_dim**-0.5,
+      chunk_size=chunk_size,
+    )
+
+  def activate(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
+    return jax.nn.silu(x)
+
+  def mix(
+    self,
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B T K H'],
+    v: Float[Array, 'B T K V'],
+    *,
+    x: Float[Array, 'B T D'],
+    context: Context,
+  ) -> Float[Array, 'B Q N V']:
+    """The delta rule under α."""
+    _, log_decay = softplus_decay(
+      self.dt(x), self.dt_bias[...], self.log_rate[...]
+    )
+    return context.recur(
+      self.recurrence,
+      unit_length(q),
+      unit_length(k),
+      v,
+      beta=jax.nn.sigmoid(self.beta(x).astype(sum_dtype(x))),
+      log_decay=log_decay,
+    )
+
+  def finish(
+    self, out: Float[Array, 'B Q N V'], x: Float[Array, 'B Q D']
+  ) -> Float[Array, 'B Q N V']:
+    """Norm of each head, and the gate."""
+    gate = jax.nn.silu(self.gate(x)).reshape(out.shape)
+    return (rms_norm(out) * self.norm_scale[...] * gate).astype(out.dtype)

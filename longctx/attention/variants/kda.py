@@ -1,0 +1,104 @@
+"""Kimi Delta Attention: the delta rule under a decay per channel."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from longctx.attention.base import Attention, AttentionConfig, linear
+from longctx.attention.capabilities import OF_RECURRENCES
+from longctx.attention.context import Context
+from longctx.attention.norms import (
+  initial_dt_bias,
+  initial_log_rates,
+  low_rank,
+  rms_norm,
+  softplus_decay,
+  sum_dtype,
+  unit_length,
+)
+from longctx.attention.recurrence import Recurrence
+from longctx.typing import Array, Float
+
+
+class KimiDeltaAttention(Attention):
+  """S_t = (I - β_t k_t k_tᵀ) diag(α_t) S_{t-1} + β_t k_t v_tᵀ.
+
+    out_t = norm(q_t S_t / √H) ⊙ σ(W_4 W_3 x_t + b)
+    α_t = exp(-A softplus(W_2 W_1 x_t + b_α))        β_t = σ(W_β x_t)
+
+  'Kimi Linear' (arXiv:2510.26692): α is one number per head and
+  channel of the key, A one per head; W_1 and W_3 have the rank V of a head. q,
+  k and v pass a silu, behind a convolution with `short_conv`, 4 in the paper;
+  q and k have length one; the norm is an RMS norm of each head's outputs. The
+  paper has no positions.
+
+  Time O(T (H V + C H)) in chunks of C, memory O(T H); decoding keeps S, H x V
+  numbers per head.
+
+  Attributes:
+    chunk_size: tokens C that are mixed by matrix products.
+  """
+
+  unsupported = OF_RECURRENCES
+  small: ClassVar = {'chunk_size': 8}
+
+  def __init__(
+    self, config: AttentionConfig, *, chunk_size: int = 64, rngs: nnx.Rngs
+  ):
+    super().__init__(config, rngs=rngs)
+    N, H, V = config.num_heads, config.head_dim, config.value_dim
+    dtype = config.param_dtype
+    self.beta = linear(config, config.d_model, N, rngs=rngs)
+    self.decay_down, self.decay_up = low_rank(config, V, N * H, rngs=rngs)
+    self.dt_bias = nnx.Param(initial_dt_bias(rngs.params(), N * H, dtype))
+    self.log_rate = nnx.Param(
+      initial_log_rates(rngs.params(), N, dtype, low=1.0)
+    )
+    self.gate_down, self.gate_up = low_rank(
+      config, V, N * V, use_bias=True, rngs=rngs
+    )
+    self.norm_scale = nnx.Param(jnp.ones(V, dtype))
+    self.recurrence = Recurrence(
+      heads=N,
+      key_dim=H,
+      value_dim=V,
+      delta=True,
+      scale=H**-0.5,
+      chunk_size=chunk_size,
+    )
+
+  def activate(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
+    return jax.nn.silu(x)
+
+  def mix(
+    self,
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B T K H'],
+    v: Float[Array, 'B T K V'],
+    *,
+    x: Float[Array, 'B T D'],
+    context: Context,
+  ) -> Float[Array, 'B Q N V']:
+    """The delta rule under α."""
+    _, log_decay = softplus_decay(
+      self.decay_up(self.decay_down(x)).reshape(q.shape),
+      self.dt_bias[...].reshape(q.shape[2:]),
+      self.log_rate[...][:, None],
+    )
+    return context.recur(
+      self.recurrence,
+      unit_length(q),
+      unit_length(k),
+      v,
+      beta=jax.nn.sigmoid(self.beta(x).astype(sum_dtype(x))),
+      log_decay=log_decay,
+    )
+
+  def finish(
+    self, out: Float[Array, 'B Q N V'], x: Float[Array, 'B Q D']
+  ) -> Float[Array, 'B Q N V']:
+    """Norm of each head, and the gate."""
+    gate = jax.nn.sigmoid(self.gate_up(self.gate_down(x))).reshape(out.shape)
+    return (rms_norm(out) * self.norm_scale[...] * gate).astype(out.dtype)

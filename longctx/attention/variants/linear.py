@@ -1,0 +1,76 @@
+"""Linear attention: softmax's kernel replaced by a product of features."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from flax import nnx
+
+from longctx.attention.base import Attention, AttentionConfig
+from longctx.attention.capabilities import OF_RECURRENCES
+from longctx.attention.context import Context
+from longctx.attention.features import Features
+from longctx.attention.recurrence import Recurrence
+from longctx.ops.recurrence.linear_attention.feature_maps import (
+  make_feature_map,
+)
+from longctx.typing import Array, Float
+
+
+class LinearAttention(Attention):
+  """out_t = φ(q_t) S_t / φ(q_t) z_t with S_t = Σ φ(k_s) v_sᵀ, z_t = Σ φ(k_s).
+
+  Both sums run over s ≤ t.
+
+  'Transformers are RNNs' (arXiv:2006.16236). Time O(T P V), memory O(T);
+  decoding keeps S and z alone, whatever the length, and what does not fit into
+  P x V numbers cannot be recalled. RoPE rotates queries and keys before φ, so
+  that features stay positive where φ makes them so.
+
+  Attributes:
+    feature_map: φ, by its name in ops.recurrence.linear_attention.feature_maps.
+    feature_arguments: arguments of φ, such as {'num_features': 64} or
+      {'num_features': 64, 'redraw_every': 1000}.
+    normalize: divide by φ(q_t) z_t; without it, scale by 1 / √P.
+    chunk_size: tokens that are mixed by one matrix product.
+  """
+
+  unsupported = OF_RECURRENCES
+  small: ClassVar = {'chunk_size': 8}
+
+  def __init__(
+    self,
+    config: AttentionConfig,
+    *,
+    feature_map: str = 'elu+1',
+    feature_arguments: Mapping[str, int] | None = None,
+    normalize: bool = True,
+    chunk_size: int = 64,
+    rngs: nnx.Rngs,
+  ):
+    super().__init__(config, rngs=rngs)
+    phi = make_feature_map(feature_map, **feature_arguments or {})
+    self.query_features = Features(phi, config, is_query=True)
+    self.key_features = Features(phi, config, is_query=False)
+    features = phi.dim(config.head_dim)
+    self.recurrence = Recurrence(
+      heads=config.num_heads,
+      key_dim=features,
+      value_dim=config.value_dim,
+      normalize=normalize,
+      scale=1.0 if normalize else features**-0.5,
+      chunk_size=chunk_size,
+    )
+
+  def mix(
+    self,
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B T K H'],
+    v: Float[Array, 'B T K V'],
+    *,
+    x: Float[Array, 'B T D'],
+    context: Context,
+  ) -> Float[Array, 'B Q N V']:
+    """The recurrence over features; order is that of T."""
+    q = self.query_features(q, context)
+    k = self.key_features(k, context)
+    return context.recur(self.recurrence, q, k, v)

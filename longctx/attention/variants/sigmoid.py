@@ -1,0 +1,70 @@
+"""Attention whose weights do not compete."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from longctx import masks
+from longctx.attention.base import Attention, AttentionConfig
+from longctx.attention.context import Context
+from longctx.typing import Array, Float
+
+
+class SigmoidAttention(Attention):
+  """out_t = Σ_{s ≤ t} σ(q_t k_s / √H + b) v_s with b = β_n - log n.
+
+  'Theory, Analysis, and Best Practices for Sigmoid Self-Attention'
+  (arXiv:2409.04431): each key is weighed alone. The bias keeps the sum of n
+  weights near one at first; β is 0, or learned per head. Cost and state are
+  those of full attention.
+
+  Attributes:
+    length: n for all queries, the published form, for training lengths that do
+      not change. None counts the keys that each query may read: n_t = t + 1.
+    learned_bias: whether β is learned.
+  """
+
+  def __init__(
+    self,
+    config: AttentionConfig,
+    *,
+    length: int | None = None,
+    learned_bias: bool = False,
+    rngs: nnx.Rngs,
+  ):
+    if length is not None and length < 1:
+      raise ValueError(f'sigmoid: {length=} must be at least 1')
+    super().__init__(config, rngs=rngs)
+    self.mask = masks.Causal()
+    self.length = length
+    self.learned_bias = learned_bias
+    if learned_bias:
+      param_dtype = jnp.dtype(config.param_dtype)
+      self.logit_bias = nnx.Param(jnp.zeros(config.num_heads, param_dtype))
+
+  def mix(
+    self,
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B T K H'],
+    v: Float[Array, 'B T K V'],
+    *,
+    x: Float[Array, 'B T D'],
+    context: Context,
+  ) -> Float[Array, 'B Q N V']:
+    """The bias is a product of channels, which leaves the op its blocks."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    if self.length is None:
+      n = jnp.atleast_2d(context.document_positions(q.shape[1]) + 1)
+    else:
+      n = jnp.full((1, q.shape[1]), self.length)
+    bias = jnp.zeros(self.config.num_heads, wide)
+    if self.learned_bias:
+      bias = self.logit_bias[...].astype(wide)
+    bias = bias - jnp.log(n.astype(wide))[..., None]
+    return context.dot_product_attention(
+      q, k, v, mask=self.mask, q_bias=bias, **self.logit_options()
+    )
+
+  def logit_options(self) -> dict[str, Any]:
+    return {**super().logit_options(), 'normalizer': 'sigmoid'}

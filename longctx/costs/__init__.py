@@ -1,0 +1,1 @@
+"""Costs of attention and of programs: FLOPs, bytes, memory and overlap."""

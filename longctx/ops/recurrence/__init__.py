@@ -1,0 +1,1 @@
+"""Linear recurrences: linear attention and the delta rule, by chunks."""

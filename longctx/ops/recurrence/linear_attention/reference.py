@@ -1,0 +1,62 @@
+"""Linear attention one step at a time: the equation, and the oracle."""
+
+import jax
+import jax.numpy as jnp
+
+from longctx.typing import Array, Float, Int
+
+
+def linear_attention(
+  q: Float[Array, 'B T N P'],
+  k: Float[Array, 'B T K P'],
+  v: Float[Array, 'B T K V'],
+  *,
+  log_decay: Float[Array, 'B T N'] | Float[Array, 'B T N P'] | None,
+  scale: float,
+  document: Int[Array, 'B T'] | None,
+  initial_state: Float[Array, 'B N P V'],
+  chunk_size: int,
+  out_dtype: jax.typing.DTypeLike | None = None,
+) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N P V']]:
+  """The recurrence as one `lax.scan` over the steps.
+
+    S_t = exp(log_decay_t) S_{t-1} + k_t v_tᵀ        out_t = scale q_t S_t
+
+  Time T P V per head. The backward pass keeps every state: memory T P V.
+
+  Args:
+    q, k, v, log_decay, scale: as in `longctx.ops.recurrence.linear_attention`.
+    document: the number of document changes in the row so far; the state does
+      not pass from one number to another. Zero continues `initial_state`.
+    initial_state: S_0, in the dtype in which everything is summed.
+    chunk_size: not used; taken so that every implementation is called alike.
+    out_dtype: of out; None: that of `initial_state`.
+
+  Returns:
+    out, and the last state in the dtype of `initial_state`.
+  """
+  del chunk_size
+  B, T, N, P = q.shape
+  dtype = initial_state.dtype
+  group = N // k.shape[2]
+  k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
+  q, k, v = q.astype(dtype), k.astype(dtype), v.astype(dtype)
+  if log_decay is None:
+    log_decay = jnp.zeros((B, T, N), dtype)
+  if log_decay.ndim == 3:
+    log_decay = jnp.broadcast_to(log_decay[..., None], (B, T, N, P))
+  decay = jnp.exp(log_decay.astype(dtype))
+  if document is None:
+    document = jnp.zeros((B, T), int)
+  same = jnp.diff(document, axis=1, prepend=0) == 0
+  decay = jnp.where(same[:, :, None, None], decay, 0)
+
+  def step(state, inputs):
+    q, k, v, decay = inputs
+    state = decay[..., None] * state + jnp.einsum('BNP,BNV->BNPV', k, v)
+    return state, scale * jnp.einsum('BNP,BNPV->BNV', q, state)
+
+  steps = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, decay))
+  state, out = jax.lax.scan(step, initial_state, steps)
+  out = jnp.moveaxis(out, 0, 1).astype(out_dtype or dtype)
+  return out, state
