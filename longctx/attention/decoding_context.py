@@ -154,7 +154,7 @@ class DecodingContext(Context):
     if implementation is None and q.shape[1] == 1:
       # The scores of a token fit anywhere, and blocks of one row are all
       # overhead.
-      implementation = 'side_by_side'
+      implementation = 'decode'
 
     def read(q, k, v, q_positions, k_positions):
       return attend(

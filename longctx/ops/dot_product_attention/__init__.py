@@ -10,9 +10,9 @@ from longctx.masks import Causal, Mask
 from longctx.ops.dot_product_attention import (
   blockwise,
   cudnn,
+  decode,
   pallas_tpu,
   reference,
-  side_by_side,
 )
 from longctx.ops.dot_product_attention.blocks import BlockSizes
 from longctx.ops.dot_product_attention.dropout import Dropout, make_dropout
@@ -34,7 +34,7 @@ IMPLEMENTATIONS = {
   'cudnn': cudnn.dot_product_attention,
   'pallas': pallas_tpu.dot_product_attention,
   'reference': reference.dot_product_attention,
-  'side_by_side': side_by_side.dot_product_attention,
+  'decode': decode.dot_product_attention,
   'xla': blockwise.dot_product_attention,
 }
 
@@ -114,7 +114,7 @@ def dot_product_attention(
       implementation or block sizes. Batch rows and heads are counted in the
       arrays given; a `Dropout` also says where those begin in larger ones.
     block_sizes: for blockwise implementations; None for heuristics.
-    implementation: 'reference' (memory B N T S), 'side_by_side' (the same, for
+    implementation: 'reference' (memory B N T S), 'decode' (the same, for
       few queries), 'xla' (memory linear in T and S, that of second derivatives
       too), 'pallas' (kernels for TPUs; on a CPU they are interpreted, to check
       values), 'cudnn' (on NVIDIA GPUs, plain causal and windowed attention,
