@@ -39,7 +39,7 @@ def precision(*, exact: bool = False) -> lax.Precision:
   return lax.Precision.DEFAULT
 
 
-def why_not(target: Target) -> str | None:
+def unsupported_reason(target: Target) -> str | None:
   """Why there are no kernels for a target, or None where there are.
 
   On a CPU they are interpreted.

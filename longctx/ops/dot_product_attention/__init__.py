@@ -40,7 +40,10 @@ IMPLEMENTATIONS = {
 
 # Why those that run on some machines alone do not support a call, and what is
 # best on a platform where they do.
-KERNELS = {'cudnn': cudnn.refusal, 'pallas': pallas_tpu.refusal}
+KERNELS = {
+  'cudnn': cudnn.unsupported_reason,
+  'pallas': pallas_tpu.unsupported_reason,
+}
 BEST = {'gpu': 'cudnn', 'tpu': 'pallas'}
 
 Integers = Int[Array, '...'] | Int[np.ndarray, '...']

@@ -35,7 +35,7 @@ UNKNOWN = (
 )
 
 
-def refusal(
+def unsupported_reason(
   q: Float[Array, 'B T N H'],
   k: Float[Array, 'B S K H'],
   v: Float[Array, 'B S K V'],
@@ -99,7 +99,7 @@ def dot_product_attention(
   scale: float,
   **others: Any,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
-  """Attention by cuDNN, of calls that `refusal` lets pass.
+  """Attention by cuDNN, of calls that `unsupported_reason` lets pass.
 
   Returns:
     out in the dtype of q, and NaN in place of lse, which nobody reads.

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from longctx import masks
 from longctx.masks import Mask
+from longctx.ops import tpu
 from longctx.ops.dot_product_attention import blockwise, tpu_kernels
 from longctx.ops.dot_product_attention.blocks import BlockSizes, Tiling
 from longctx.ops.dot_product_attention.blockwise import add_sink, make_delta
@@ -40,7 +41,7 @@ from longctx.ops.dot_product_attention.work_list import Indices
 from longctx.ops.merge import merge
 from longctx.ops.remat import keep
 from longctx.ops.target import target
-from longctx.ops.tpu import LANES, why_not
+from longctx.ops.tpu import LANES
 from longctx.typing import Array, Float, Int
 
 DTYPES = ('float32', 'bfloat16')
@@ -70,7 +71,7 @@ class Spec:
   xla: Any
 
 
-def refusal(
+def unsupported_reason(
   q: Float[Array, 'B T N H'],
   k: Float[Array, 'B S K H'],
   v: Float[Array, 'B S K V'],
@@ -81,7 +82,7 @@ def refusal(
 ) -> str | None:
   """Why the kernels do not support a call, or None where they do."""
   del call
-  if reason := why_not(target()):
+  if reason := tpu.unsupported_reason(target()):
     return reason
   dtypes = {x.dtype.name for x in (q, k, v)}
   if len(dtypes) > 1 or not dtypes <= set(DTYPES):
@@ -126,7 +127,7 @@ def dot_product_attention(
   """Attention on TPUs; arguments as in the reference, memory O(T).
 
   On a CPU the kernels are interpreted, to check values: slow. Second
-  derivatives are those of 'xla'. What `refusal` names is not supported.
+  derivatives are those of 'xla'. What `unsupported_reason` names is not supported.
 
   Returns:
     out in the dtype of q, lse in float32.

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from longctx.ops import tpu
 from longctx.ops.recurrence.chunks import SMALLEST_LOG_DECAY
 from longctx.ops.recurrence.products_tpu import Documents
 from longctx.ops.target import target
-from longctx.ops.tpu import VMEM_LIMIT, why_not
+from longctx.ops.tpu import VMEM_LIMIT
 from longctx.typing import Array, Float, Int
 
 # Arrays with one head per key head; all others have one per query head.
@@ -104,13 +105,13 @@ class Kernel:
   interpret: bool
 
 
-def refusal(
+def unsupported_reason(
   q: Float[Array, 'B T N P'],
   k: Float[Array, 'B T K P'],
   v: Float[Array, 'B T K V'],
 ) -> str | None:
   """Why the kernels do not take a call, and what to take; None if they do."""
-  if reason := why_not(target()):
+  if reason := tpu.unsupported_reason(target()):
     return f"{reason}: take 'xla' or None"
   for name, x in dict(q=q, k=k, v=v).items():
     if x.dtype not in (jnp.float32, jnp.bfloat16):

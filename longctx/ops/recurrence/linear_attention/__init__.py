@@ -113,7 +113,7 @@ def _implementation(name, q, k, v):
       f'unknown implementation {name!r}; known: {sorted(IMPLEMENTATIONS)}'
     )
   if name == 'pallas' or (name is None and target().platform == 'tpu'):
-    reason = chunks_tpu.refusal(q, k, v)
+    reason = chunks_tpu.unsupported_reason(q, k, v)
     if reason and name:
       raise NotImplementedError(f'implementation={name!r}: {reason}')
     name = 'xla' if reason else 'pallas'
