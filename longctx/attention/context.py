@@ -155,7 +155,7 @@ class Context:
       return self.placement.dot_product_attention(*arrays, **call)
     return softmax.dot_product_attention(*arrays, **call)
 
-  def with_all_keys(
+  def with_gathered_kv(
     self,
     op: Callable[..., Any],
     q: Float[Array, 'B T N H'],
@@ -196,7 +196,7 @@ class Context:
     if where is None:
       arrays = {**(per_head or {}), **(shared or {})}
       return op(self.at_read(q), *keys, **indices, **arrays, **options)
-    return where.with_all_keys(
+    return where.with_gathered_kv(
       op,
       self.at_read(q),
       *keys,

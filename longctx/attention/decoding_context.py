@@ -217,7 +217,7 @@ class DecodingContext(Context):
       **options,
     )
 
-  def with_all_keys(
+  def with_gathered_kv(
     self,
     op: Callable[..., Any],
     q: Float[Array, 'B T N H'],

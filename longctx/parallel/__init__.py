@@ -4,7 +4,7 @@ The same names and arguments as in ops, and where to run: global arrays, under
 `jit`, differentiated from outside.
 """
 
-from longctx.parallel.all_keys import with_all_keys
+from longctx.parallel.gathered_kv import with_gathered_kv
 from longctx.parallel.halo import short_conv
 from longctx.parallel.mesh import (
   ensure_devices,
@@ -30,5 +30,5 @@ __all__ = [
   'sequence_axes',
   'short_conv',
   'topology_mesh',
-  'with_all_keys',
+  'with_gathered_kv',
 ]

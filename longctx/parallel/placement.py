@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longctx.parallel import all_keys, halo, parameters, recurrences, schemes
+from longctx.parallel import gathered_kv, halo, parameters, recurrences, schemes
 from longctx.parallel.axes import Axes
 from longctx.parallel.layout import SequenceLayout
 from longctx.parallel.schemes import SCHEMES
@@ -116,9 +116,9 @@ class Placement:
       *arrays, **self._place(), scheme=self.scheme, **options
     )
 
-  def with_all_keys(self, op: Any, *arrays: Any, **options: Any) -> Any:
-    """`parallel.with_all_keys` of arrays that lie here."""
-    return all_keys.with_all_keys(
+  def with_gathered_kv(self, op: Any, *arrays: Any, **options: Any) -> Any:
+    """`parallel.with_gathered_kv` of arrays that lie here."""
+    return gathered_kv.with_gathered_kv(
       op,
       *arrays,
       mesh=self.mesh,

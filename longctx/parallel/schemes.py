@@ -129,7 +129,7 @@ def dot_product_attention(
     block_sizes=block_sizes,
     implementation=implementation,
   )
-  few = q.shape[1] != k.shape[1]
+  replicated = q.shape[1] != k.shape[1]
   axes = make_axes(mesh, axis)
   axes.check(batch=q.shape[0], query_heads=q.shape[2], key_heads=k.shape[2])
   check_scheme(scheme, axes, q.shape[2], implementation)
@@ -137,21 +137,21 @@ def dot_product_attention(
     layout, k.shape[1], axes.size(axes.seq), in_layout=in_layout
   )
   if not in_layout:
-    q, k, v, call = _into_layout(layout, q, k, v, call, few=few)
+    q, k, v, call = _into_layout(layout, q, k, v, call, replicated=replicated)
   sink_logits = call.pop('sink_logits')
-  if scheme != 'ulysses' or few:
+  if scheme != 'ulysses' or replicated:
     # What devices compute is a part, at positions of its own, to be merged.
     call_of_device = {**call, 'q_positions': np.arange(0)}
   else:
     call_of_device = call
   uses_lse = return_lse or sink_logits is not None
   name = choose(implementation, q, k, v, uses_lse=uses_lse, **call_of_device)
-  plan = _Plan(axes, layout, scheme, name, few)
+  plan = _Plan(axes, layout, scheme, name, replicated)
   out, lse = _on_mesh(plan, q, k, v, call)
   out = NORMALIZERS[normalizer].finish(out, lse)
   if sink_logits is not None:
     out, lse = blockwise.add_sink(out, lse, sink_logits)
-  if not in_layout and not few:
+  if not in_layout and not replicated:
     out, lse = layout.restore(out), layout.restore(lse)
   return (out, lse) if return_lse else out
 
@@ -192,17 +192,17 @@ class _Plan:
   """How a call runs.
 
   Attributes:
-    few: whether the queries are few and on every device.
+    replicated_queries: whether the queries are few and on every device.
   """
 
   axes: Axes
   layout: SequenceLayout
   scheme: str
   implementation: str
-  few: bool
+  replicated_queries: bool
 
 
-def _into_layout(layout, q, k, v, call, *, few: bool):
+def _into_layout(layout, q, k, v, call, *, replicated: bool):
   """The arrays in the layout's order, padding being a segment of its own."""
   call = dict(call)
   if layout.is_padded and call['k_positions'] is not None:
@@ -215,17 +215,21 @@ def _into_layout(layout, q, k, v, call, *, few: bool):
     ids = (call['q_segment_ids'], call['k_segment_ids'])
     unused = jnp.maximum(*(x.max() for x in ids)) + 1
   for name in INDICES:
-    if call[name] is not None and not (few and name.startswith('q_')):
+    if call[name] is not None and not (replicated and name.startswith('q_')):
       fill = unused if 'segment' in name else 0
       call[name] = layout.apply(call[name], fill=fill)
   k, v = layout.apply(k), layout.apply(v)
-  return (q if few else layout.apply(q)), k, v, call
+  return (q if replicated else layout.apply(q)), k, v, call
 
 
 def _on_mesh(plan: _Plan, q, k, v, call: dict[str, Any]):
   """(out, lse) of arrays in the layout's order."""
   axes = plan.axes
-  rows = P(axes.data, None, axes.heads) if plan.few else axes.spec(heads=True)
+  rows = (
+    P(axes.data, None, axes.heads)
+    if plan.replicated_queries
+    else axes.spec(heads=True)
+  )
   static = {n: call[n] for n in ('mask', 'scale', 'logits_soft_cap')}
   static |= {n: call[n] for n in ('normalizer', 'block_sizes')}
   arrays = {n: call[n] for n in (*INDICES, 'alibi_slopes', 'dropout')}
@@ -235,7 +239,9 @@ def _on_mesh(plan: _Plan, q, k, v, call: dict[str, Any]):
       return P(axes.heads)
     if name == 'dropout':
       return P()
-    seq = None if plan.few and name.startswith('q_') else axes.seq
+    seq = (
+      None if plan.replicated_queries and name.startswith('q_') else axes.seq
+    )
     return P(axes.data if x.shape[0] == q.shape[0] else None, seq)
 
   specs = {
@@ -265,7 +271,7 @@ def _local(plan: _Plan, q, k, v, call: dict[str, Any]):
     )
   sizes = call['block_sizes'] or BlockSizes()
   call['block_sizes'] = dataclasses.replace(sizes, sharing=axes.sharing)
-  if plan.few:
+  if plan.replicated_queries:
     return _few_queries(plan, q, k, v, call)
   if plan.scheme == 'all_gather':
     return _all_gather(plan, q, k, v, call)

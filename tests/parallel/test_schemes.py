@@ -517,7 +517,7 @@ WRONG = [
     'q_segment_ids must have length=8',
   ),
   (dict(dropout=(1.5, jax.random.key(0))), ValueError, 'rate=1.5'),
-  (dict(few=True, scheme='star'), ValueError, 'known: ring, ulysses'),
+  (dict(replicated=True, scheme='star'), ValueError, 'known: ring, ulysses'),
 ]
 
 
@@ -530,9 +530,11 @@ WRONG = [
   ],
 )
 def test_what_cannot_work_says_what_to_change(change, error, message):
-  call = dict(B=2, T=8, N=4, K=2, few=False) | change
-  B, T, N, K, few = (call.pop(name) for name in ('B', 'T', 'N', 'K', 'few'))
-  q, k = jnp.zeros((B, 3 if few else T, N, 4)), jnp.zeros((B, T, K, 4))
+  call = dict(B=2, T=8, N=4, K=2, replicated=False) | change
+  B, T, N, K, replicated = (
+    call.pop(name) for name in ('B', 'T', 'N', 'K', 'replicated')
+  )
+  q, k = jnp.zeros((B, 3 if replicated else T, N, 4)), jnp.zeros((B, T, K, 4))
   mesh = make_mesh(data=2, seq=2, model=2)
   with pytest.raises(error, match=message):
     parallel.dot_product_attention(q, k, k, mesh=mesh, **call)

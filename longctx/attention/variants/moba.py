@@ -58,7 +58,7 @@ class MixtureOfBlockAttention(Attention):
     context: Context,
   ) -> Float[Array, 'B Q N V']:
     """Chooses blocks and attends to them."""
-    return context.with_all_keys(
+    return context.with_gathered_kv(
       block_selection.moba,
       q,
       k,

@@ -136,7 +136,7 @@ class NativeSparseAttention(Attention):
       jnp.moveaxis(y.reshape(*y.shape[:2], -1, 3, y.shape[-1]), 3, 0)
       for y in (k, v)
     )
-    compressed, selected = context.with_all_keys(
+    compressed, selected = context.with_gathered_kv(
       block_selection.nsa,
       q,
       k[0],

@@ -127,7 +127,7 @@ def dot_product_attention(
   """Attention on TPUs; arguments as in the reference, memory O(T).
 
   On a CPU the kernels are interpreted, to check values: slow. Second
-  derivatives are those of 'xla'. What `unsupported_reason` names is not supported.
+  derivatives are those of 'xla'; see `unsupported_reason` for the rest.
 
   Returns:
     out in the dtype of q, lse in float32.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from longctx.ops.block_selection import moba, nsa
-from longctx.parallel import with_all_keys
+from longctx.parallel import with_gathered_kv
 from longctx.parallel.layout import SequenceLayout
 from longctx.parallel.mesh import make_mesh
 from tests.ops.test_block_selection import (
@@ -66,8 +66,8 @@ def test_many_devices_equal_one(op, layout, axis, axes, queries, given):
     per_head['alibi_slopes'] = SLOPES
   if 'dropout' in given:
     options['dropout'] = (0.3, jax.random.key(1))
-  few = queries != T
-  if few:
+  replicated = queries != T
+  if replicated:
     read = jnp.asarray(np.random.default_rng(1).permutation(T)[:queries])
     indices.setdefault('q_positions', jnp.arange(T)[None])
     arrays['q'] = arrays['q'][:, read]
@@ -79,14 +79,14 @@ def test_many_devices_equal_one(op, layout, axis, axes, queries, given):
     return op(**arrays, **options, **per_head, **indices, return_lse=True)
 
   def place(name, x):
-    if few and name.startswith('q'):
+    if replicated and name.startswith('q'):
       return x
     return layout.apply(x, fill=9 if 'segment' in name else 0)
 
   def on_many(arrays):
     shared = {n: x for n, x in arrays.items() if n not in TOKENS[op]}
     placed = [place(name, arrays[name]) for name in TOKENS[op]]
-    results = with_all_keys(
+    results = with_gathered_kv(
       op,
       *placed,
       mesh=mesh,
@@ -98,7 +98,7 @@ def test_many_devices_equal_one(op, layout, axis, axes, queries, given):
       **{name: place(name, x) for name, x in indices.items()},
       **options,
     )
-    return results if few else jax.tree.map(layout.restore, results)
+    return results if replicated else jax.tree.map(layout.restore, results)
 
   @functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
   def run(f, arrays):

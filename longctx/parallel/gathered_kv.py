@@ -24,7 +24,7 @@ from longctx.typing import Array, Float, Int, Key
 INDICES = ('q_positions', 'k_positions', 'q_segment_ids', 'k_segment_ids')
 
 
-def with_all_keys(
+def with_gathered_kv(
   op: Callable[..., Any],
   q: Float[Array, 'B T N H'],
   *keys: Float[Array, 'B S K _'],
@@ -72,8 +72,10 @@ def with_all_keys(
   axes.check(batch=B, query_heads=N, key_heads=K)
   shards = axes.size(axes.seq)
   layout = make_layout(layout, S, shards, in_layout=True)
-  few = T != S
-  queries = P(axes.data, None, axes.heads) if few else axes.spec(heads=True)
+  replicated = T != S
+  queries = (
+    P(axes.data, None, axes.heads) if replicated else axes.spec(heads=True)
+  )
   indices = dict(
     zip(
       INDICES,
@@ -90,7 +92,7 @@ def with_all_keys(
     x = indices[name]
     if x is None:
       return None
-    seq = None if few and name.startswith('q_') else axes.seq
+    seq = None if replicated and name.startswith('q_') else axes.seq
     return P(axes.data if x.shape[0] == B else None, seq)
 
   shared = dict(shared or {})
@@ -103,7 +105,7 @@ def with_all_keys(
     call = dict(indices)
     for name in ('k_positions', 'k_segment_ids'):
       call[name] = gather(call[name], axis=axes.seq, layout=layout)
-    if call['q_positions'] is None and not few:
+    if call['q_positions'] is None and not replicated:
       call['q_positions'] = layout.positions(axes.index(axes.seq))[None]
     if 'dropout' in shared:
       shared = shared | {'dropout': _here(shared['dropout'], axes, q)}
