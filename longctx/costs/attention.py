@@ -59,9 +59,9 @@ class HopBlocks:
   """Blocks that each of R devices computes, by when it has their keys.
 
   Attributes:
-    schedule: whose chains these are.
+    schedule: whose passes these are.
     own: int64[R], of its own keys and of what is broadcast.
-    hops: per chain int64[hops, R], of the keys that a hop brings.
+    hops: per ring pass int64[hops, R], of the keys that a hop brings.
   """
 
   schedule: Schedule
@@ -70,7 +70,7 @@ class HopBlocks:
 
   @property
   def total(self) -> Int[np.ndarray, ' R']:
-    return self.own + sum(chain.sum(0) for chain in self.hops)
+    return self.own + sum(ring_pass.sum(0) for ring_pass in self.hops)
 
 
 def hop_blocks(
@@ -92,22 +92,24 @@ def hop_blocks(
     some, _ = mask.bounds(Range(q.low[:, None], q.high[:, None]), k)
     return int(np.count_nonzero(some))
 
-  columns = _ranges(np.arange(schedule.columns), block_k)
-  rows = _ranges(np.arange(schedule.rows), block_q)
+  columns = _ranges(np.arange(schedule.prefix_keys), block_k)
+  rows = _ranges(np.arange(schedule.prefix_queries), block_q)
   own = np.zeros(R, np.int64)
   for shard in range(R):
     keys = _ranges(positions[shard], block_k)
     own[shard] = blocks(schedule.travelling, queries[shard], keys)
-    if schedule.columns:
+    if schedule.prefix_keys:
       own[shard] += blocks(schedule.mask, queries[shard], columns)
-    if schedule.rows:
-      own[shard] += blocks(schedule.of_rows, rows, keys)
+    if schedule.prefix_queries:
+      own[shard] += blocks(schedule.of_prefix_queries, rows, keys)
   hops = []
-  for chain in schedule.chains:
-    sent = [_ranges(p[chain.start : chain.stop], block_k) for p in positions]
-    counts = np.zeros((chain.hops, R), np.int64)
+  for ring_pass in schedule.passes:
+    sent = [
+      _ranges(p[ring_pass.start : ring_pass.stop], block_k) for p in positions
+    ]
+    counts = np.zeros((ring_pass.hops, R), np.int64)
     for hop, shard in np.ndindex(*counts.shape):
-      keys = sent[(shard - chain.direction * (hop + 1)) % R]
+      keys = sent[(shard - ring_pass.direction * (hop + 1)) % R]
       counts[hop, shard] = blocks(schedule.travelling, queries[shard], keys)
     hops.append(counts)
   return HopBlocks(schedule, own, tuple(hops))
@@ -266,11 +268,13 @@ def _ring_bytes(
   """What one ring sends; see `longctx.parallel.ring`."""
   R, passes = ring.size, 1 + backward
   sent = Counter()
-  for chain in schedule.chains:
-    arriving = chain.hops * len(chain.pairs) * (sizes.kv + sizes.indices)
+  for ring_pass in schedule.passes:
+    arriving = (
+      ring_pass.hops * len(ring_pass.pairs) * (sizes.kv + sizes.indices)
+    )
     # Gradients leave with the first keys, and go home from the last hop.
-    home = R * (1 if chain.hops == 1 else chain.hops + 1) * sizes.kv_sum
-    sent['collective-permute'] += chain.length * (
+    home = R * (1 if ring_pass.hops == 1 else ring_pass.hops + 1) * sizes.kv_sum
+    sent['collective-permute'] += ring_pass.length * (
       passes * arriving + backward * home
     )
   columns = passes * (sizes.kv + sizes.segments) + backward * sizes.kv_sum
@@ -280,6 +284,6 @@ def _ring_bytes(
   if backward:
     # With lse, dout and delta; dq comes back.
     rows += 2 * sizes.heads + sizes.out + sizes.q_sum
-  summed = schedule.columns * columns + schedule.rows * rows
+  summed = schedule.prefix_keys * columns + schedule.prefix_queries * rows
   sent['all-reduce'] = 2 * (R - 1) * summed
   return sent

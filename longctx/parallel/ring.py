@@ -1,7 +1,7 @@
 """Ring attention: keys and values visit the devices that read them.
 
 Every device holds the queries, keys and values of its tokens. Keys and values
-travel along the chains of a `Schedule`; at every stop the device goes on from
+travel along the passes of a `Schedule`; at every stop the device goes on from
 what it has summed so far, in float32. Ring Attention (arXiv:2310.01889), with
 the hops, their direction and what travels derived from the mask.
 
@@ -33,7 +33,7 @@ from longctx.ops.dot_product_attention.work_list import Indices
 from longctx.ops.merge import merge, merge_devices
 from longctx.ops.remat import keep
 from longctx.parallel.schedule import (
-  Chain,
+  RingPass,
   Ring,
   Schedule,
   full_schedule,
@@ -187,38 +187,38 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 def _forward(device: '_Device', q, k, v):
   schedule, parts = device.spec.schedule, device.spec.parts
   queries, keys = device.queries(q), device.keys(k, v)
-  arriving = [device.send(chain, keys) for chain in schedule.chains]
+  arriving = [device.send(ring_pass, keys) for ring_pass in schedule.passes]
   out, lse = device.forward(schedule.travelling, queries, keys)
-  if schedule.columns:
-    columns = device.broadcast_keys(keys, schedule.columns)
+  if schedule.prefix_keys:
+    columns = device.broadcast_keys(keys, schedule.prefix_keys)
     part = device.forward(schedule.mask, queries, columns)
     out, lse = merge(out, lse, *part)
-  if schedule.rows:
-    rows = device.broadcast_queries(queries, schedule.rows)
-    part = device.forward(schedule.of_rows, rows, keys)
+  if schedule.prefix_queries:
+    rows = device.broadcast_queries(queries, schedule.prefix_queries)
+    part = device.forward(schedule.of_prefix_queries, rows, keys)
     part = merge_devices(*part, axis=device.spec.axis)
-    own = device.take((out, lse), schedule.rows)
+    own = device.take((out, lse), schedule.prefix_queries)
     out, lse = device.put((out, lse), merge(*own, *part))
 
-  for chain, arrived in zip(schedule.chains, arriving, strict=True):
+  for ring_pass, arrived in zip(schedule.passes, arriving, strict=True):
     part = device.part(schedule.travelling, queries, arrived)
 
-    def stop(hop, sums, arrived, chain=chain, part=part):
-      keys = device.arrived(chain, arrived, hop)
+    def stop(hop, sums, arrived, ring_pass=ring_pass, part=part):
+      keys = device.arrived(ring_pass, arrived, hop)
       extras = device.extras(queries, keys)
       return parts.add(part, queries.q, keys.k, keys.v, extras, sums)
 
-    def body(carry, hop, chain=chain, stop=stop):
+    def body(carry, hop, ring_pass=ring_pass, stop=stop):
       arrived, sums = carry
       # On its way before the work that it will overlap with.
-      following = device.shift(arrived, chain.pairs)
+      following = device.shift(arrived, ring_pass.pairs)
       return (following, stop(hop, sums, arrived)), None
 
     sums = parts.resume(part, out, lse)
-    if chain.hops > 1:
-      hops = jnp.arange(1, chain.hops)
+    if ring_pass.hops > 1:
+      hops = jnp.arange(1, ring_pass.hops)
       (arrived, sums), _ = lax.scan(body, (arrived, sums), hops)
-    out, lse = parts.finish(part, stop(chain.hops, sums, arrived))
+    out, lse = parts.finish(part, stop(ring_pass.hops, sums, arrived))
   return out, lse
 
 
@@ -227,57 +227,58 @@ def _backward(device: '_Device', q, k, v, lse, dout, delta):
   queries, keys = device.queries(q), device.keys(k, v)
   # The cotangents of the queries' rows, which go where the queries go.
   bars = (lse, dout, delta)
-  arriving = [device.send(chain, keys) for chain in schedule.chains]
+  arriving = [device.send(ring_pass, keys) for ring_pass in schedule.passes]
   dq, dk, dv = device.backward(schedule.travelling, queries, keys, bars)
-  if schedule.columns:
-    columns = device.broadcast_keys(keys, schedule.columns)
+  if schedule.prefix_keys:
+    columns = device.broadcast_keys(keys, schedule.prefix_keys)
     part = device.backward(schedule.mask, queries, columns, bars)
     dq += part[0]
     dk, dv = device.collect((dk, dv), part[1:])
-  if schedule.rows:
-    rows = device.broadcast_queries(queries, schedule.rows)
-    row_bars = device.broadcast(bars, schedule.rows)
-    part = device.backward(schedule.of_rows, rows, keys, row_bars)
+  if schedule.prefix_queries:
+    rows = device.broadcast_queries(queries, schedule.prefix_queries)
+    row_bars = device.broadcast(bars, schedule.prefix_queries)
+    part = device.backward(schedule.of_prefix_queries, rows, keys, row_bars)
     (dq,) = device.collect((dq,), part[:1])
     dk, dv = dk + part[1], dv + part[2]
 
-  for chain, arrived in zip(schedule.chains, arriving, strict=True):
-    everyone = device.neighbours(chain.direction)
+  for ring_pass, arrived in zip(schedule.passes, arriving, strict=True):
+    everyone = device.neighbours(ring_pass.direction)
     part = device.part(schedule.travelling, queries, arrived)
 
-    def stop(hop, sums, arrived, chain=chain, part=part):
-      keys = device.arrived(chain, arrived, hop)
+    def stop(hop, sums, arrived, ring_pass=ring_pass, part=part):
+      keys = device.arrived(ring_pass, arrived, hop)
       extras = device.extras(queries, keys)
       sums, *share = parts.add_gradients(
         part, queries.q, keys.k, keys.v, extras, *bars, sums
       )
       return sums, tuple(share)
 
-    def body(carry, hop, chain=chain, stop=stop, everyone=everyone):
+    def body(carry, hop, ring_pass=ring_pass, stop=stop, everyone=everyone):
       arrived, collected, sums = carry
-      following = device.shift(arrived, chain.pairs)
+      following = device.shift(arrived, ring_pass.pairs)
       collected = device.shift(collected, everyone)
       sums, share = stop(hop, sums, arrived)
       return (following, jax.tree.map(jnp.add, collected, share), sums), None
 
     collected = None
     sums = parts.no_queries(part, q, dq.dtype)
-    if chain.hops > 1:
+    if ring_pass.hops > 1:
       zeros = (
-        jnp.zeros_like(dk[:, : chain.length]),
-        jnp.zeros_like(dv[:, : chain.length]),
+        jnp.zeros_like(dk[:, : ring_pass.length]),
+        jnp.zeros_like(dv[:, : ring_pass.length]),
       )
       carry = (arrived, zeros, sums)
-      carry, _ = lax.scan(body, carry, jnp.arange(1, chain.hops))
+      carry, _ = lax.scan(body, carry, jnp.arange(1, ring_pass.hops))
       arrived, collected, sums = carry
       collected = device.shift(collected, everyone)
-    sums, share = stop(chain.hops, sums, arrived)
+    sums, share = stop(ring_pass.hops, sums, arrived)
     dq += parts.join_queries(part, sums)
     if collected is not None:
       share = jax.tree.map(jnp.add, collected, share)
-    home = device.shift(share, device.neighbours(-chain.direction * chain.hops))
-    dk = dk.at[:, chain.start : chain.stop].add(home[0])
-    dv = dv.at[:, chain.start : chain.stop].add(home[1])
+    back = -ring_pass.direction * ring_pass.hops
+    home = device.shift(share, device.neighbours(back))
+    dk = dk.at[:, ring_pass.start : ring_pass.stop].add(home[0])
+    dv = dv.at[:, ring_pass.start : ring_pass.stop].add(home[1])
   return dq, dk, dv
 
 
@@ -307,17 +308,17 @@ class _Device:
   def shift(self, tree: Any, pairs: tuple[tuple[int, int], ...]) -> Any:
     return jax.tree.map(lambda x: lax.ppermute(x, self.spec.axis, pairs), tree)
 
-  def send(self, chain: Chain, keys: Keys) -> Keys:
-    """The first hop of a chain."""
-    sent = jax.tree.map(lambda x: x[:, chain.start : chain.stop], keys)
-    return self.shift(sent, chain.pairs)
+  def send(self, ring_pass: RingPass, keys: Keys) -> Keys:
+    """The first hop of a ring pass."""
+    sent = jax.tree.map(lambda x: x[:, ring_pass.start : ring_pass.stop], keys)
+    return self.shift(sent, ring_pass.pairs)
 
-  def arrived(self, chain: Chain, keys: Keys, hop: int | Array) -> Keys:
+  def arrived(self, ring_pass: RingPass, keys: Keys, hop: int | Array) -> Keys:
     """The keys of a hop with their positions."""
     if keys.positions is not None:
       return keys
-    shard = (self.me - chain.direction * hop) % self.ring.size
-    positions = self.ring.positions(shard)[chain.start : chain.stop]
+    shard = (self.me - ring_pass.direction * hop) % self.ring.size
+    positions = self.ring.positions(shard)[ring_pass.start : ring_pass.stop]
     return keys._replace(positions=positions[None])
 
   def forward(self, mask: Mask, queries: Queries, keys: Keys):

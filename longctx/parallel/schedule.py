@@ -2,12 +2,12 @@
 
 A mask is cut into three parts that share no pair:
 
-    columns   the first keys, where many queries read them (sinks, global keys):
-              broadcast once
-    rows      the first queries, where they read far keys (global queries):
-              broadcast once, their partial results merged
-    the rest  keys and values that travel from neighbour to neighbour, as far
-              and in those directions as anything is read, and no farther
+    prefix keys     the first keys, where many queries read them (sinks, global
+                    keys): broadcast once
+    prefix queries  the first queries, where they read far keys (global
+                    queries): broadcast once, their partial results merged
+    the rest        keys and values that travel from neighbour to neighbour, as
+                    far and in those directions as anything is read, no farther
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ TRIMMING = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Chain:
+class RingPass:
   """Keys and values that travel `hops` times by one shard.
 
   Attributes:
@@ -59,27 +59,27 @@ class Schedule:
 
   Attributes:
     mask: all pairs.
-    columns: number of first keys that are broadcast.
-    rows: number of first queries that are broadcast.
-    chains: how the other keys travel; at most one per direction.
+    prefix_keys: number of first keys that are broadcast.
+    prefix_queries: number of first queries that are broadcast.
+    passes: how the other keys travel; at most one per direction.
   """
 
   mask: Mask
-  columns: int
-  rows: int
-  chains: tuple[Chain, ...]
+  prefix_keys: int
+  prefix_queries: int
+  passes: tuple[RingPass, ...]
 
   @property
   def travelling(self) -> Mask:
-    """The pairs that neither the broadcast columns nor rows cover."""
-    if self.columns == self.rows == 0:
+    """The pairs that neither the broadcast keys nor queries cover."""
+    if self.prefix_keys == self.prefix_queries == 0:
       return self.mask
-    return self.mask & Beyond(self.rows, self.columns)
+    return self.mask & Beyond(self.prefix_queries, self.prefix_keys)
 
   @property
-  def of_rows(self) -> Mask:
-    """The pairs of broadcast queries that no broadcast column covers."""
-    return self.mask & Beyond(0, self.columns)
+  def of_prefix_queries(self) -> Mask:
+    """The pairs of broadcast queries that no broadcast key covers."""
+    return self.mask & Beyond(0, self.prefix_keys)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,14 +154,14 @@ def make_schedule(mask: Mask, ring: Ring) -> Schedule:
   if ring.size == 1:
     return Schedule(mask, 0, 0, ())
   short = [p for p in mask.primitives() if getattr(p, 'n', T) < T]
-  columns = [p.n for p in short if isinstance(p, PrefixColumns | GlobalTokens)]
-  rows = [p.n for p in short if isinstance(p, PrefixRows | GlobalTokens)]
-  columns, rows = max(columns, default=0), max(rows, default=0)
+  keys = [p.n for p in short if isinstance(p, PrefixColumns | GlobalTokens)]
+  queries = [p.n for p in short if isinstance(p, PrefixRows | GlobalTokens)]
+  keys, queries = max(keys, default=0), max(queries, default=0)
   schedules = []
-  for broadcast in ((0, 0), (columns, 0), (columns, rows)):
+  for broadcast in ((0, 0), (keys, 0), (keys, queries)):
     schedule = Schedule(mask, *broadcast, ())
-    chains = _chains(schedule.travelling, ring)
-    schedules.append(dataclasses.replace(schedule, chains=chains))
+    passes = _passes(schedule.travelling, ring)
+    schedules.append(dataclasses.replace(schedule, passes=passes))
   # The first among equals, which is the simplest.
   return min(schedules, key=_tokens_sent)
 
@@ -170,18 +170,18 @@ def full_schedule(mask: Mask, ring: Ring) -> Schedule:
   """Every shard reaches every other: for positions known at run time only."""
   R = ring.size
   pairs = tuple((r, (r + 1) % R) for r in range(R))
-  chain = Chain(1, R - 1, 0, ring.shard_len, pairs)
-  return Schedule(mask, 0, 0, (chain,) if R > 1 else ())
+  ring_pass = RingPass(1, R - 1, 0, ring.shard_len, pairs)
+  return Schedule(mask, 0, 0, (ring_pass,) if R > 1 else ())
 
 
 def _tokens_sent(schedule: Schedule) -> int:
-  # A broadcast is a sum over devices, twice its operand on the wire; rows send
-  # queries and bring results back.
-  sent = 2 * schedule.columns + 4 * schedule.rows
-  return sent + sum(chain.hops * chain.length for chain in schedule.chains)
+  # A broadcast is a sum over devices, twice its operand on the wire; prefix
+  # queries send queries and bring results back.
+  sent = 2 * schedule.prefix_keys + 4 * schedule.prefix_queries
+  return sent + sum(p.hops * p.length for p in schedule.passes)
 
 
-def _chains(mask: Mask, ring: Ring) -> tuple[Chain, ...]:
+def _passes(mask: Mask, ring: Ring) -> tuple[RingPass, ...]:
   R = ring.size
   needed = _needed(mask, ring)
   queries, keys = np.nonzero(needed)
@@ -192,7 +192,7 @@ def _chains(mask: Mask, ring: Ring) -> tuple[Chain, ...]:
     for back, on in zip([0, *offsets], [*offsets, 0], strict=True)
   ]
   forward, backward = min(splits, key=lambda hops: (sum(hops), hops[1]))
-  chains = []
+  passes = []
   for direction, hops in ((1, forward), (-1, backward)):
     if hops == 0:
       continue
@@ -209,8 +209,8 @@ def _chains(mask: Mask, ring: Ring) -> tuple[Chain, ...]:
         for on in range(hops - back + 1)
       )
     )
-    chains.append(Chain(direction, hops, start, stop, pairs))
-  return tuple(chains)
+    passes.append(RingPass(direction, hops, start, stop, pairs))
+  return tuple(passes)
 
 
 def _needed(mask: Mask, ring: Ring) -> Bool[np.ndarray, 'R R']:

@@ -166,10 +166,10 @@ def _attended(
       LayerRing(
         layer,
         count,
-        chain.direction,
+        ring_pass.direction,
         *_passes(blocks.hops, i, token, itemsize, seconds, chip),
       )
-      for i, chain in enumerate(blocks.hops.schedule.chains)
+      for i, ring_pass in enumerate(blocks.hops.schedule.passes)
     )
   return Attended(layer, count, forward, backward, rings)
 
@@ -214,34 +214,34 @@ def _passes(
   seconds: tuple[float, float],
   chip: Chip,
 ) -> tuple[Pass, Pass]:
-  """Forward and backward along one chain.
+  """Forward and backward along one ring pass.
 
   Args:
     blocks: of the layer.
-    index: of the chain.
+    index: of the ring pass.
     token: numbers of a key and a value, of all heads and rows of a device.
     itemsize: bytes of one of them.
     seconds: of a block of all heads and rows, forward and backward.
     chip: whose link it is.
   """
-  chain = blocks.schedule.chains[index]
+  ring_pass = blocks.schedule.passes[index]
   # The last hop sends nothing meanwhile.
   busiest = blocks.hops[index].max(1)
-  least = int(busiest[:-1].min()) if chain.hops > 1 else int(busiest[-1])
-  # The first hop of every chain leaves before a device turns to its own keys.
+  least = int(busiest[:-1].min()) if ring_pass.hops > 1 else int(busiest[-1])
+  # The first hop of a ring pass leaves before a device turns to its own keys.
   own = int(blocks.own.max())
-  if chain.hops == 1:
+  if ring_pass.hops == 1:
     least = own
-  forward_bytes = chain.length * token * itemsize
-  gradients = chain.length * token * SUM
+  forward_bytes = ring_pass.length * token * itemsize
+  gradients = ring_pass.length * token * SUM
   passes = []
   for sent, each in (
     (forward_bytes, seconds[0]),
-    (forward_bytes + (gradients if chain.hops > 1 else 0), seconds[1]),
+    (forward_bytes + (gradients if ring_pass.hops > 1 else 0), seconds[1]),
   ):
     passes.append(
       Pass(
-        chain.hops,
+        ring_pass.hops,
         sent,
         sent / chip.link_bandwidth,
         least * each,
