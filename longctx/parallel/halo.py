@@ -58,9 +58,9 @@ def short_conv(
   axes.check(batch=B, channels=D)
   shards = axes.size(axes.seq)
   layout = make_layout(layout, T, shards, in_layout=in_layout)
-  if layout.runs and layout.run_len < W - 1:
+  if layout.spans_per_shard and layout.span_len < W - 1:
     raise ValueError(
-      f'{layout} has runs of {layout.run_len} tokens, and a kernel of width '
+      f'{layout} has runs of {layout.span_len} tokens, and a kernel of width '
       f'{W} reads {W - 1} tokens back: take fewer shards, or striped'
     )
   channels = axes.spec(heads=True)
@@ -70,7 +70,9 @@ def short_conv(
       segment_ids = layout.apply(segment_ids)
   out = jax.shard_map(
     functools.partial(
-      _run_conv if layout.runs else _striped_conv, layout=layout, axis=axis
+      _run_conv if layout.spans_per_shard else _striped_conv,
+      layout=layout,
+      axis=axis,
     ),
     mesh=mesh,
     in_specs=(channels, PartitionSpec(None, axes.heads), axes.spec()),
@@ -98,7 +100,7 @@ def of_preceding_run(
   R = layout.num_shards
   ascending = [(r, r + 1) for r in range(R - 1)]
   first = jax.lax.ppermute(x[:, 0], axis, ascending)
-  if layout.runs == 1:
+  if layout.spans_per_shard == 1:
     return first[:, None]
   descending = [(r + 1, r) for r in range(R - 1)]
   second = jax.lax.ppermute(x[:, 1], axis, descending)
@@ -113,22 +115,22 @@ def _run_conv(x, kernel, segment_ids, *, layout, axis):
   halo = kernel.shape[0] - 1
   if halo == 0:
     return local_short_conv(x, kernel)[0]
-  runs = (B, layout.runs, layout.run_len)
+  runs = (B, layout.spans_per_shard, layout.span_len)
   x = x.reshape(*runs, D)
-  before = of_preceding_run(x[:, :, layout.run_len - halo :], layout, axis)
+  before = of_preceding_run(x[:, :, layout.span_len - halo :], layout, axis)
   if segment_ids is not None:
     segment_ids = segment_ids.reshape(runs)
     ids = of_preceding_run(
-      segment_ids[:, :, layout.run_len - halo :], layout, axis
+      segment_ids[:, :, layout.span_len - halo :], layout, axis
     )
     ids = jnp.concatenate([ids, segment_ids[:, :, :1]], axis=2)
     # What the first token of the run sees: nothing from before a change.
     same = ids[:, :, 1:] == ids[:, :, :-1]
     seen = jax.lax.cumprod(same.astype(jnp.int32), axis=2, reverse=True)
     before = jnp.where(seen[..., None] == 1, before, 0)
-    segment_ids = segment_ids.reshape(-1, layout.run_len)
+    segment_ids = segment_ids.reshape(-1, layout.span_len)
   out, _ = local_short_conv(
-    x.reshape(-1, layout.run_len, D),
+    x.reshape(-1, layout.span_len, D),
     kernel,
     segment_ids=segment_ids,
     initial_state=before.reshape(-1, halo, D),

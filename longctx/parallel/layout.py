@@ -70,14 +70,15 @@ class SequenceLayout:
       )
 
   @property
-  def runs(self) -> int:
-    """Runs of neighbouring tokens in a shard; 0 where there are none."""
+  def spans_per_shard(self) -> int:
+    """Spans of neighbouring tokens in a shard; 0 where there are none."""
     return {'contiguous': 1, 'zigzag': 2, 'striped': 0}[self.name]
 
   @property
-  def run_len(self) -> int:
-    """Tokens of a run, C; those of a whole shard where it has no runs."""
-    length = -(-self.seq_len // (self.num_shards * max(self.runs, 1)))
+  def span_len(self) -> int:
+    """Tokens of a span, C; those of a whole shard where it has none."""
+    spans = self.num_shards * max(self.spans_per_shard, 1)
+    length = -(-self.seq_len // spans)
     if self.name == 'zigzag' and length > CHUNK_MULTIPLE:
       length = -(-length // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
     return length
@@ -85,7 +86,7 @@ class SequenceLayout:
   @property
   def shard_len(self) -> int:
     """Tokens of a shard, L, the padding included."""
-    return self.run_len * max(self.runs, 1)
+    return self.span_len * max(self.spans_per_shard, 1)
 
   @property
   def padded_len(self) -> int:
@@ -112,7 +113,7 @@ class SequenceLayout:
     """
     xp = np if isinstance(shard, (int, np.integer)) else jnp
     i = xp.arange(self.shard_len, dtype=xp.int32)
-    R, C = self.num_shards, self.run_len
+    R, C = self.num_shards, self.span_len
     if self.name == 'striped':
       return shard + R * i
     if self.name == 'contiguous':
@@ -179,9 +180,9 @@ class SequenceLayout:
       split = (R, L) if inverse else (L, R)
       x = x.reshape(*shape[:axis], *split, *shape[axis + 1 :])
       return xp.swapaxes(x, axis, axis + 1).reshape(shape)
-    # Shard r has the runs r and 2R - 1 - r.
+    # Shard r has the spans r and 2R - 1 - r.
     split = (R, 2) if inverse else (2, R)
-    x = x.reshape(*shape[:axis], *split, self.run_len, *shape[axis + 1 :])
+    x = x.reshape(*shape[:axis], *split, self.span_len, *shape[axis + 1 :])
     x = xp.moveaxis(x, axis + inverse, 0)
     x = xp.stack([x[0], xp.flip(x[1], axis)], axis + (not inverse))
     return x.reshape(shape)

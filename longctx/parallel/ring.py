@@ -33,8 +33,8 @@ from longctx.ops.dot_product_attention.work_list import Indices
 from longctx.ops.merge import merge, merge_devices
 from longctx.ops.remat import keep
 from longctx.parallel.schedule import (
-  RingPass,
   Ring,
+  RingPass,
   Schedule,
   full_schedule,
   make_schedule,
@@ -343,7 +343,8 @@ class _Device:
       logits_soft_cap=self.spec.logits_soft_cap,
       normalizer=self.spec.normalizer,
       block_sizes=dataclasses.replace(
-        self.spec.block_sizes or BlockSizes(), piece=self.ring.piece
+        self.spec.block_sizes or BlockSizes(),
+        contiguous_len=self.ring.contiguous_len,
       ),
     )
 

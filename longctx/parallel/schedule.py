@@ -26,7 +26,7 @@ from longctx.masks import (
 from longctx.parallel.layout import SequenceLayout
 from longctx.typing import Bool, Int
 
-# What a neighbour reads is found to 1 / TRIMMING of a run.
+# What a neighbour reads is found to 1 / TRIMMING of a span.
 TRIMMING = 64
 
 
@@ -104,10 +104,10 @@ class Ring:
     return self.layout.shard_len * self.fold
 
   @property
-  def piece(self) -> int | None:
+  def contiguous_len(self) -> int | None:
     """Between multiples of this many tokens of a shard no position jumps."""
     if self.layout.name == 'zigzag':
-      return self.layout.run_len
+      return self.layout.span_len
     if self.layout.name == 'striped' and self.fold > 1:
       return self.layout.shard_len
     return None
@@ -197,7 +197,7 @@ def _passes(mask: Mask, ring: Ring) -> tuple[RingPass, ...]:
     if hops == 0:
       continue
     start, stop = 0, ring.shard_len
-    if hops == 1 and ring.layout.runs:
+    if hops == 1 and ring.layout.spans_per_shard:
       start, stop = _tokens_read(mask, ring, direction)
     # Sending to r is of use where r, or one farther on, reads what passes.
     pairs = tuple(
@@ -217,10 +217,10 @@ def _needed(mask: Mask, ring: Ring) -> Bool[np.ndarray, 'R R']:
   """Whether some query of shard r reads some key of shard s."""
   layout, R = ring.layout, ring.size
   T = layout.seq_len
-  if layout.runs == 0:
+  if layout.spans_per_shard == 0:
     # Neighbouring tokens lie on different shards: whoever reads, reads all.
     return np.full((R, R), mask.num_allowed(T, T) > 0)
-  edges = _edges(T, layout.run_len)
+  edges = _edges(T, layout.span_len)
   shards = ring.place_of(T)[0][edges[:-1]]
   reads = mask.count(edges, edges) > 0
   needed = np.zeros((R, R), bool)
@@ -230,14 +230,14 @@ def _needed(mask: Mask, ring: Ring) -> Bool[np.ndarray, 'R R']:
 
 def _tokens_read(mask: Mask, ring: Ring, direction: int) -> tuple[int, int]:
   """The range of a shard's tokens that its neighbour in a direction reads."""
-  T, C = ring.layout.seq_len, ring.layout.run_len
-  runs = _edges(T, C)
+  T, C = ring.layout.seq_len, ring.layout.span_len
+  spans = _edges(T, C)
   inside = _edges(C, -(-C // TRIMMING))
-  fine = np.unique(np.minimum(runs[:-1, None] + inside, T))
+  fine = np.unique(np.minimum(spans[:-1, None] + inside, T))
   shards, tokens = ring.place_of(T)
-  reader, owner = shards[runs[:-1]], shards[fine[:-1]]
+  reader, owner = shards[spans[:-1]], shards[fine[:-1]]
   neighbours = (reader[:, None] - owner) % ring.size == direction % ring.size
-  read = ((mask.count(runs, fine) > 0) & neighbours).any(0)
+  read = ((mask.count(spans, fine) > 0) & neighbours).any(0)
   first = tokens[fine[:-1][read]]
   last = first + np.diff(fine)[read]
   return int(first.min()), int(last.max())

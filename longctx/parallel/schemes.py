@@ -339,7 +339,7 @@ def _all_gather(plan: _Plan, q, k, v, call: dict[str, Any]):
   sizes = call['block_sizes'] or BlockSizes()
   if layout.name == 'zigzag':
     # Not for the keys, but a block size serves both.
-    sizes = dataclasses.replace(sizes, piece=layout.run_len)
+    sizes = dataclasses.replace(sizes, contiguous_len=layout.span_len)
   call['block_sizes'] = sizes
   k, v = (gather(x, axis=axis, layout=layout) for x in (k, v))
   return IMPLEMENTATIONS[plan.implementation](q, k, v, sink_logits=None, **call)

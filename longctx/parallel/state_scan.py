@@ -83,7 +83,7 @@ def run_recurrence(
   axes.check(batch=B, query_heads=N, key_heads=inputs['k'].shape[2])
   shards = axes.size(axes.seq)
   layout = make_layout(layout, T, shards, in_layout=in_layout)
-  if not layout.runs:
+  if not layout.spans_per_shard:
     raise NotImplementedError(
       'a recurrence needs runs of neighbouring tokens, which a striped '
       "sequence has not: take layout 'contiguous' or 'zigzag'"
@@ -187,7 +187,7 @@ def run_states(
     return before, after
 
   before, after = enter(initial_state, 0, False)
-  if layout.runs == 1:
+  if layout.spans_per_shard == 1:
     return before[:, None]
   second, _ = enter(after, 1, True)
   return jnp.stack([before, second], axis=1)
@@ -200,7 +200,7 @@ def of_last_run(
 
   To be called inside shard_map.
   """
-  owner = layout.num_shards - 1 if layout.runs == 1 else 0
+  owner = layout.num_shards - 1 if layout.spans_per_shard == 1 else 0
   is_owner = jax.lax.axis_index(axis) == owner
   return jax.lax.psum(jnp.where(is_owner, x[:, -1], 0), axis)
 
@@ -215,7 +215,9 @@ def starts_document(
   To be called inside shard_map. The first token of all changes nothing, nor
   does padding: what enters it leaves it.
   """
-  ids = segment_ids.reshape(segment_ids.shape[0], layout.runs, layout.run_len)
+  ids = segment_ids.reshape(
+    segment_ids.shape[0], layout.spans_per_shard, layout.span_len
+  )
   last = of_preceding_run(ids[:, :, -1], layout, axis)
   before = jnp.concatenate([last[:, :, None], ids[:, :, :-1]], axis=2)
   positions = layout.positions(jax.lax.axis_index(axis))
@@ -251,10 +253,10 @@ def _shard(recurrence, inputs, segment_ids, initial_state, *, layout, axis):
     inputs = _drop_padding(inputs, recurrence.writes, layout, axis)
 
   def by_run(x):
-    return x.reshape(B * layout.runs, layout.run_len, *x.shape[2:])
+    return x.reshape(B * layout.spans_per_shard, layout.span_len, *x.shape[2:])
 
   def runs_apart(x):
-    return x.reshape(B, layout.runs, *x.shape[1:])
+    return x.reshape(B, layout.spans_per_shard, *x.shape[1:])
 
   inputs = jax.tree.map(by_run, inputs)
   document = enters = None

@@ -188,7 +188,7 @@ def _blocks(scheme: str, mask: Mask, step: Step, sizes: BlockSizes) -> _Blocks:
   block_q, block_k = sizes.block_q or BLOCK_Q, sizes.block_k or BLOCK_K
   if 'ring' in scheme:
     fold = axes.size(axes.seq[-1]) if scheme == 'ring+ulysses' else 1
-    piece = Ring(layout, fold).piece or layout.shard_len * fold
+    piece = Ring(layout, fold).contiguous_len or layout.shard_len * fold
     block_q, block_k = min(block_q, piece), min(block_k, piece)
     hops = hop_blocks(mask, layout, block_q, block_k, fold=fold)
     area = block_q * block_k

@@ -256,7 +256,7 @@ def test_blocks_fit_the_array_and_the_pieces(kind):
     t = make_tiling(
       Causal(),
       (1, 4096, 300, 1, 1),
-      BlockSizes(piece=768),
+      BlockSizes(contiguous_len=768),
       kind=kind,
       wide=wide,
       backward=backward,

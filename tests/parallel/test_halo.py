@@ -31,7 +31,7 @@ def make_segments(layout):
 
   The second has documents shorter than the kernel, and an id that comes back.
   """
-  T, C = layout.seq_len, layout.run_len
+  T, C = layout.seq_len, layout.span_len
   ids = np.zeros((B, T), np.int32)
   for i, begin in enumerate((C, 2 * C, 4 * C)):
     ids[0, begin:] = i + 1

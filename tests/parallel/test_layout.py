@@ -42,8 +42,8 @@ def test_order_is_a_permutation_that_places_invert(name, T, R):
 @every_size
 def test_padding_is_less_than_a_run_per_shard(name, T, R):
   layout = SequenceLayout(name, T, R)
-  runs = max(layout.runs, 1) * R
-  multiple = 128 if name == 'zigzag' and layout.run_len > 128 else 1
+  runs = max(layout.spans_per_shard, 1) * R
+  multiple = 128 if name == 'zigzag' and layout.span_len > 128 else 1
   assert layout.padded_len - T < runs * multiple
 
 

@@ -55,7 +55,7 @@ def make_segments(layout):
   second an id comes back, and a document ends within a run.
   """
   ids = np.zeros((B, layout.seq_len), np.int32)
-  C = layout.run_len
+  C = layout.span_len
   for i, begin in enumerate((C, 2 * C, 2 * C + 2, 3 * C, 5 * C)):
     ids[0, begin:] = i + 1
   ids[1, 2:9], ids[1, 11:12] = 5, 7

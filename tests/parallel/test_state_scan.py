@@ -39,12 +39,12 @@ def test_exclusive_scan_keeps_the_order(R, reverse):
 def test_run_states_take_matrices_for_decays(name):
   # As in the delta rule: S' = decay S + state, with a decay per run, [2, 2].
   layout = SequenceLayout(name, 20, 5)
-  count = layout.runs * layout.num_shards
+  count = layout.spans_per_shard * layout.num_shards
   rng = np.random.default_rng(0)
   decays, states = rng.normal(size=(2, count, 2, 2)) / 2
   begin = rng.normal(size=(2, 2))
   # The run that is at each place.
-  order = layout.order[:: layout.run_len] // layout.run_len
+  order = layout.order[:: layout.span_len] // layout.span_len
 
   def combine(earlier, later):
     return later[0] @ earlier[0], later[0] @ earlier[1] + later[1]

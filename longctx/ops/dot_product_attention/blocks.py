@@ -39,8 +39,9 @@ class BlockSizes:
     block_q_backward: queries per block, backward.
     block_k_backward: keys per block, backward.
     heads: (batch row, key head) pairs computed together.
-    piece: sizes left to the heuristic divide it: positions jump at multiples of
-      this many tokens, and a block across a jump could not be left out.
+    contiguous_len: sizes left to the heuristic divide it: positions jump at
+      multiples of this many tokens, and a block across a jump could not be left
+      out.
     sharing: devices that share the caches of one machine, as virtual ones do;
       the heuristic then takes fewer heads together.
   """
@@ -50,7 +51,7 @@ class BlockSizes:
   block_q_backward: int | None = None
   block_k_backward: int | None = None
   heads: int | None = None
-  piece: int | None = None
+  contiguous_len: int | None = None
   sharing: int = 1
 
   def __post_init__(self):
@@ -220,8 +221,8 @@ def make_tiling(
   fixed_q = sizes.block_q_backward if backward else sizes.block_q
   fixed_k = sizes.block_k_backward if backward else sizes.block_k
   best, least = None, None
-  for block_q in _candidates(fixed_q, T, sizes.piece):
-    for block_k in _candidates(fixed_k, S, sizes.piece):
+  for block_q in _candidates(fixed_q, T, sizes.contiguous_len):
+    for block_k in _candidates(fixed_k, S, sizes.contiguous_len):
       together = SCORES_TOGETHER // (sizes.sharing * G * block_q * block_k)
       together = sizes.heads or max(1, min(together, 64))
       heads = _divisor(K, together)
@@ -233,13 +234,17 @@ def make_tiling(
   return best
 
 
-def _candidates(fixed: int | None, length: int, piece: int | None) -> set[int]:
+def _candidates(
+  fixed: int | None, length: int, contiguous: int | None
+) -> set[int]:
   """The block sizes to choose from, the fixed one alone if there is one."""
   if fixed:
     return {min(fixed, length)}
-  piece = min(piece or length, length)
-  sizes = {min(size, piece) for size in BLOCKS}
-  return {b for b in sizes if piece % b == 0} if piece < length else sizes
+  contiguous = min(contiguous or length, length)
+  sizes = {min(size, contiguous) for size in BLOCKS}
+  return (
+    {b for b in sizes if contiguous % b == 0} if contiguous < length else sizes
+  )
 
 
 def _cost(mask: Mask, tiling: Tiling, sharing: int) -> float:

@@ -55,8 +55,8 @@ def make_tiling(
   most = SCORES.get(kind, min(SCORES.values()))[backward]
   most = most // 2 if wide else most
   best, least = None, None
-  for block_q in _candidates(fixed_q, T, sizes.piece):
-    for block_k in _candidates(fixed_k, S, sizes.piece):
+  for block_q in _candidates(fixed_q, T, sizes.contiguous_len):
+    for block_k in _candidates(fixed_k, S, sizes.contiguous_len):
       fits = block_q * block_k <= most
       if not fits and not (fixed_q and fixed_k):
         continue
@@ -72,13 +72,15 @@ def make_tiling(
   return best
 
 
-def _candidates(fixed: int | None, length: int, piece: int | None) -> list[int]:
+def _candidates(
+  fixed: int | None, length: int, contiguous: int | None
+) -> list[int]:
   """Multiples of 128 that are no longer than the array, rounded up."""
   if fixed:
     return [fixed]
   rounded = -(-length // LANES) * LANES
   sizes = [b for b in BLOCKS if b <= rounded]
-  within = [b for b in sizes if piece and piece % b == 0]
+  within = [b for b in sizes if contiguous and contiguous % b == 0]
   # Where no block divides the pieces, some blocks reach across a jump.
   return within or sizes
 
