@@ -126,7 +126,7 @@ def prepare(args, layer, context):
 def prepare_recompute(args, layer):
   """The call that reads a window anew for each of `--steps` tokens."""
   model = make_model(args, layer)
-  window = model.blocks[0].attention.mask.reach().slots(None)
+  window = model.blocks[0].attention.mask.kv_retention().slots(None)
   graph, params = nnx.split(model)
   tokens = jnp.zeros((args.batch, window), jnp.int32)
   last = jnp.full((args.batch, 1), window - 1)
@@ -150,7 +150,7 @@ def is_constant(model):
 
 def has_window(args, layer):
   mask = make_model(args, layer).blocks[0].attention.mask
-  return mask is not None and mask.reach().window is not None
+  return mask is not None and mask.kv_retention().window is not None
 
 
 def prepare_torch(args, context):

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longctx.masks import Mask, Reach
+from longctx.masks import KVRetention, Mask
 from longctx.parallel.axes import Axes
 from longctx.typing import Array
 
@@ -20,14 +20,14 @@ class Cell(NamedTuple):
   Attributes:
     shape: of a row's numbers.
     dtype: of them.
-    reach: which tokens have a slot, the first axis of `shape`; None where the
-      numbers are a state that all tokens pass through.
+    retention: which tokens have a slot, the first axis of `shape`; None where
+      the numbers are a state that all tokens pass through.
     is_sum: whether they are sums, which are float32 at least in any model.
   """
 
   shape: tuple[int, ...]
   dtype: str
-  reach: Reach | None = None
+  retention: KVRetention | None = None
   is_sum: bool = False
 
   def nbytes(self, dtype: str | None = None) -> int:
@@ -41,7 +41,7 @@ class Cell(NamedTuple):
 
     What is no slot is on every device that has the row.
     """
-    if self.reach is None:
+    if self.retention is None:
       return NamedSharding(axes.mesh, P(axes.data))
     splits = self.shape[1] % axes.size(axes.heads) == 0
     heads = axes.heads if splits else None
@@ -104,24 +104,24 @@ class Tape:
     return self._next()
 
   def slots(
-    self, x: Array, reach: Reach, *, is_sum: bool = False
+    self, x: Array, retention: KVRetention, *, is_sum: bool = False
   ) -> tuple[int, Any]:
     """The place of the slots of an array, and what was last read of them."""
     for known, place, found in self.known:
       if known is not x:
         continue
       if self.is_planning:
-        reach = self.plan[place].reach.union(reach)
-        self.plan[place] = self._cell(x, reach, is_sum)
+        retention = self.plan[place].retention.union(retention)
+        self.plan[place] = self._cell(x, retention, is_sum)
       return place, found
     if self.is_planning:
-      self.plan.append(self._cell(x, reach, is_sum))
+      self.plan.append(self._cell(x, retention, is_sum))
     return self._next(), None
 
-  def _cell(self, x: Array, reach: Reach, is_sum: bool) -> Cell:
-    slots = reach.slots(self.capacity)
+  def _cell(self, x: Array, retention: KVRetention, is_sum: bool) -> Cell:
+    slots = retention.slots(self.capacity)
     shape = (slots + -slots % self.shards, *x.shape[2:])
-    return Cell(shape, jnp.dtype(x.dtype).name, reach, is_sum)
+    return Cell(shape, jnp.dtype(x.dtype).name, retention, is_sum)
 
   def _next(self) -> int:
     self._place += 1

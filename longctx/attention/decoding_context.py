@@ -15,7 +15,7 @@ from longctx import parallel
 from longctx.attention.cache_spec import Tape
 from longctx.attention.context import Context, biased
 from longctx.attention.recurrence import Recurrence
-from longctx.masks import Mask, Reach
+from longctx.masks import KVRetention, Mask
 from longctx.ops import dot_product_attention as softmax
 from longctx.ops import short_conv as convolution
 from longctx.ops.block_selection import Summary
@@ -137,14 +137,14 @@ class DecodingContext(Context):
     k_bias: Float[Array, '#B T N'] | None = None,
     **options: Any,
   ) -> Any:
-    reach = mask.reach()
+    retention = mask.kv_retention()
     if not mask.is_causal:
       self.tape.reads_later.append(mask)
     if k_bias is not None:
       k_bias = jnp.broadcast_to(k_bias, (k.shape[0], *k_bias.shape[1:]))
-      k_bias, _ = self._keep(k_bias, reach, is_sum=True)
-    k, k_positions = self._keep(k, reach)
-    v, _ = self._keep(v, reach)
+      k_bias, _ = self._keep(k_bias, retention, is_sum=True)
+    k, k_positions = self._keep(k, retention)
+    v, _ = self._keep(v, retention)
     q, k, v, options = biased(q, k, v, q_bias, k_bias, options)
     attend = softmax.dot_product_attention
     if self.axes is not None:
@@ -239,8 +239,8 @@ class DecodingContext(Context):
         if part.replaces:
           keys[part.key] = None
     # All are kept, so that the slot of a key is its position.
-    reach = Reach(0, None)
-    kept = [None if x is None else self._keep(x, reach)[0] for x in keys]
+    retention = KVRetention(0, None)
+    kept = [None if x is None else self._keep(x, retention)[0] for x in keys]
 
     def read(q, q_positions, *kept):
       return op(q, *kept, q_positions=q_positions, **options)
@@ -258,7 +258,8 @@ class DecodingContext(Context):
     tail_place = self.tape.state((L - 1, *x.shape[2:]), x.dtype)
     C = 0
     if self.tape.is_planning:
-      C = max(0, (Reach(0, None).slots(self.tape.capacity) - L) // stride + 1)
+      everything = KVRetention(0, None).slots(self.tape.capacity)
+      C = max(0, (everything - L) // stride + 1)
     place = self.tape.state((C, *x.shape[2:]), dtype, is_sum=True)
     if self.tape.is_planning:
       return jnp.zeros((B, C, *x.shape[2:]), dtype)
@@ -300,7 +301,11 @@ class DecodingContext(Context):
     return jnp.where(new, x, 0)
 
   def _keep(
-    self, x: Shaped[Array, 'B T ...'], reach: Reach, *, is_sum: bool = False
+    self,
+    x: Shaped[Array, 'B T ...'],
+    retention: KVRetention,
+    *,
+    is_sum: bool = False,
   ) -> tuple[Shaped[Array, 'B S ...'], Int[Array, 'B S']]:
     """Puts tokens into their slots; returns all to be read, with positions.
 
@@ -308,7 +313,7 @@ class DecodingContext(Context):
     token is read from its slot, as is any number where none pushes out another.
     More are read beside the slots that were there before.
     """
-    place, found = self.tape.slots(x, reach, is_sum=is_sum)
+    place, found = self.tape.slots(x, retention, is_sum=is_sum)
     if found is None:
       found = x, self.positions
       if not self.tape.is_planning:
@@ -321,7 +326,7 @@ class DecodingContext(Context):
   ) -> tuple[Shaped[Array, 'B S ...'], Int[Array, 'B S']]:
     cell, slots = self.tape.plan[place], self.tape.cells[place]
     S, T = slots.shape[1], x.shape[1]
-    columns = min(cell.reach.columns, S)
+    columns = min(cell.retention.columns, S)
     ring = S - columns
     positions = self.positions
     if self.new is not None:
@@ -337,7 +342,7 @@ class DecodingContext(Context):
     rows = jnp.arange(x.shape[0])[:, None]
     written = slots.at[rows, slot].set(x.astype(slots.dtype), mode='drop')
     self.tape.cells[place] = written
-    if T == 1 or cell.reach.window is None:
+    if T == 1 or cell.retention.window is None:
       return written, _slot_positions(end, columns, S)
     before = _slot_positions(self.lengths, columns, S)
     return (

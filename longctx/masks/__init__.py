@@ -12,12 +12,12 @@ from longctx.masks.algebra import (
   FULL,
   PARTIAL,
   And,
+  KVRetention,
   Mask,
   Or,
   Positions,
   Primitive,
   Range,
-  Reach,
 )
 from longctx.masks.patterns import (
   Beyond,
@@ -43,6 +43,7 @@ __all__ = [
   'Dilated',
   'Full',
   'GlobalTokens',
+  'KVRetention',
   'Mask',
   'Or',
   'Positions',
@@ -51,6 +52,5 @@ __all__ = [
   'Primitive',
   'RandomBlocks',
   'Range',
-  'Reach',
   'SlidingWindow',
 ]

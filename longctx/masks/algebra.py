@@ -35,8 +35,8 @@ class Range(NamedTuple):
   high: Positions
 
 
-class Reach(NamedTuple):
-  """Keys beyond which a mask allows none: the first ones, and a window.
+class KVRetention(NamedTuple):
+  """KV retention: the first keys and a window, beyond which none is read.
 
   A query at q reads a key at k <= q only if k < columns or q - k < window.
 
@@ -62,12 +62,12 @@ class Reach(NamedTuple):
       )
     return min(n for n in (most, seq_len) if n is not None)
 
-  def union(self, other: Reach) -> Reach:
-    """The reach of two masks together."""
+  def union(self, other: KVRetention) -> KVRetention:
+    """The retention of two masks together."""
     columns = max(self.columns, other.columns)
     if self.window is None or other.window is None:
-      return Reach(columns, None)
-    return Reach(columns, max(self.window, other.window))
+      return KVRetention(columns, None)
+    return KVRetention(columns, max(self.window, other.window))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +104,9 @@ class Mask(abc.ABC):
     everywhere = q.low - k.low == q.low - k.low
     return everywhere, ~everywhere
 
-  def reach(self) -> Reach:
+  def kv_retention(self) -> KVRetention:
     """Keys that decoding has to keep, as few as the mask can tell."""
-    return Reach(0, None)
+    return KVRetention(0, None)
 
   @property
   def is_causal(self) -> bool:
@@ -289,13 +289,13 @@ class And(_Combination):
   def is_causal(self) -> bool:
     return self.a.is_causal or self.b.is_causal
 
-  def reach(self) -> Reach:
+  def kv_retention(self) -> KVRetention:
     # Each of both holds; the narrower window keeps less in the end.
-    narrow = lambda reach: (
-      math.inf if reach.window is None else reach.window,
-      reach.columns,
+    narrow = lambda retention: (
+      math.inf if retention.window is None else retention.window,
+      retention.columns,
     )
-    return min(self.a.reach(), self.b.reach(), key=narrow)
+    return min(self.a.kv_retention(), self.b.kv_retention(), key=narrow)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,8 +318,8 @@ class Or(_Combination):
   def is_causal(self) -> bool:
     return self.a.is_causal and self.b.is_causal
 
-  def reach(self) -> Reach:
-    return self.a.reach().union(self.b.reach())
+  def kv_retention(self) -> KVRetention:
+    return self.a.kv_retention().union(self.b.kv_retention())
 
 
 def _edges(length: int, block: int) -> np.ndarray:

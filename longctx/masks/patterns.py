@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longctx.masks.algebra import Positions, Primitive, Range, Reach
+from longctx.masks.algebra import KVRetention, Positions, Primitive, Range
 
 # A pattern inside of a program: bits that a word holds (without its sign), and
 # the most words.
@@ -70,8 +70,8 @@ class SlidingWindow(Primitive):
     some = (nearest <= self.left) & (farthest >= -self.right)
     return some, (farthest <= self.left) & (nearest >= -self.right)
 
-  def reach(self) -> Reach:
-    return Reach(0, self.left + 1)
+  def kv_retention(self) -> KVRetention:
+    return KVRetention(0, self.left + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +102,8 @@ class Dilated(Primitive):
       (q.high - k.low <= reach) & (q.low - k.high >= -reach)
     )
 
-  def reach(self) -> Reach:
-    return Reach(0, (self.window - 1) * self.dilation + 1)
+  def kv_retention(self) -> KVRetention:
+    return KVRetention(0, (self.window - 1) * self.dilation + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +124,8 @@ class PrefixColumns(Primitive):
   def bounds(self, q: Range, k: Range):
     return k.low + 0 * q.low < self.n, k.high + 0 * q.low < self.n
 
-  def reach(self) -> Reach:
-    return Reach(self.n, 0)
+  def kv_retention(self) -> KVRetention:
+    return KVRetention(self.n, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +146,8 @@ class PrefixRows(Primitive):
   def bounds(self, q: Range, k: Range):
     return q.low + 0 * k.low < self.n, q.high + 0 * k.low < self.n
 
-  def reach(self) -> Reach:
-    return Reach(self.n, 0)
+  def kv_retention(self) -> KVRetention:
+    return KVRetention(self.n, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +175,8 @@ class GlobalTokens(Primitive):
     some = (q.low < self.n) | (k.low < self.n)
     return some, (q.high < self.n) | (k.high < self.n)
 
-  def reach(self) -> Reach:
-    return Reach(self.n, 0)
+  def kv_retention(self) -> KVRetention:
+    return KVRetention(self.n, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,7 +112,7 @@ def test_eight_devices_give_the_logits_of_one(config, capacity):
   np.testing.assert_allclose(logits, model(jnp.asarray(tokens)), atol=2e-5)
   for plan, cells in zip(cache.plans, cache.layers, strict=True):
     for cell, x in zip(plan, cells, strict=True):
-      shards = 1 if cell.reach is None else 8
+      shards = 1 if cell.retention is None else 8
       assert x.addressable_shards[0].data.size == x.size // shards
 
 

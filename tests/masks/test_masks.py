@@ -96,9 +96,9 @@ def test_bounds_never_miss_a_pair(mask, block_q, block_k, seed):
 
 @settings(max_examples=200)
 @given(any_mask, st.integers(1, 60))
-def test_no_earlier_key_beyond_the_reach_is_read(mask, length):
+def test_no_earlier_key_beyond_the_retention_is_read(mask, length):
   dense = mask.dense(length, length)
-  columns, window = mask.reach()
+  columns, window = mask.kv_retention()
   q, k = np.tril_indices(length)
   kept = (k < columns) | (window is None or q - k < window)
   assert not (dense[q, k] & ~kept).any()
@@ -124,12 +124,13 @@ def test_masks_are_hashable_and_compare_by_value(mask):
 def test_sinks_and_window_keep_their_slots():
   mask = masks.SlidingWindow(1023) | (masks.PrefixColumns(4) & masks.Causal())
   assert mask.is_causal
-  assert mask.reach() == (4, 1024)
-  assert mask.reach().slots(65536) == mask.reach().slots(None) == 1028
-  assert mask.reach().slots(512) == 512
-  assert masks.Causal().reach().slots(1000) == 1000
+  kept = mask.kv_retention()
+  assert kept == (4, 1024)
+  assert kept.slots(65536) == kept.slots(None) == 1028
+  assert kept.slots(512) == 512
+  assert masks.Causal().kv_retention().slots(1000) == 1000
   with pytest.raises(ValueError, match='give a capacity'):
-    masks.Causal().reach().slots(None)
+    masks.Causal().kv_retention().slots(None)
 
 
 def test_block_map_of_a_million_tokens_is_made_from_offsets():
