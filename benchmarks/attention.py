@@ -44,7 +44,7 @@ from longctx.ops.dot_product_attention import (
   IMPLEMENTATIONS,
   dot_product_attention,
 )
-from longctx.ops.recurrence.linear_attention import linear_attention
+from longctx.ops.recurrence import linear_attention
 from longctx.ops.target import target
 
 try:

@@ -53,8 +53,7 @@ from longctx.ops.dot_product_attention import (
 from longctx.ops.dot_product_attention.flat_list import make_flat_list
 from longctx.ops.dot_product_attention.tpu_blocks import make_tiling
 from longctx.ops.dot_product_attention.work_list import Indices
-from longctx.ops.recurrence.delta_rule import gated_delta_rule
-from longctx.ops.recurrence.linear_attention import linear_attention
+from longctx.ops.recurrence import gated_delta_rule, linear_attention
 from longctx.ops.target import Target, compiling_for
 from longctx.plan import topologies
 

@@ -18,9 +18,8 @@ import numpy as np
 
 from longctx import masks
 from longctx.ops.dot_product_attention import dot_product_attention
-from longctx.ops.recurrence.delta_rule import gated_delta_rule
-from longctx.ops.recurrence.linear_attention import linear_attention
-from longctx.ops.recurrence.linear_attention.feature_maps import FeatureMap
+from longctx.ops.recurrence import gated_delta_rule, linear_attention
+from longctx.ops.recurrence.feature_maps import FeatureMap
 from longctx.typing import Array, Float
 
 # (keys, values) -> what the memory answers to each key.

@@ -11,10 +11,10 @@ from longctx.attention import segments as documents
 from longctx.attention.recurrence import Recurrence
 from longctx.masks import Mask
 from longctx.ops import dot_product_attention as softmax
+from longctx.ops import recurrence as recurrences
 from longctx.ops import short_conv as convolution
 from longctx.ops.block_selection import Summary
 from longctx.ops.logit_bias import add_logit_bias
-from longctx.ops.recurrence import delta_rule, linear_attention
 from longctx.parallel import Placement
 from longctx.typing import Array, Float, Int, Key, Shaped
 
@@ -235,10 +235,10 @@ class Context:
       implementation=self.implementation,
     )
     if recurrence.delta:
-      run = delta_rule if where is None else where
+      run = recurrences if where is None else where
       out, _ = run.gated_delta_rule(q, k, v, beta, **common)
     else:
-      run = linear_attention if where is None else where
+      run = recurrences if where is None else where
       out, _ = run.linear_attention(
         q, k, v, normalize=recurrence.normalize, **common
       )

@@ -17,10 +17,10 @@ from longctx.attention.context import Context, biased
 from longctx.attention.recurrence import Recurrence
 from longctx.masks import KVRetention, Mask
 from longctx.ops import dot_product_attention as softmax
+from longctx.ops import recurrence as recurrences
 from longctx.ops import short_conv as convolution
 from longctx.ops.block_selection import Summary
 from longctx.ops.block_selection.documents import take_blocks
-from longctx.ops.recurrence import delta_rule, linear_attention
 from longctx.parallel.axes import Axes
 from longctx.parallel.layout import SequenceLayout
 from longctx.typing import Array, Bool, Float, Int, Shaped
@@ -117,9 +117,9 @@ class DecodingContext(Context):
       implementation=implementation,
     )
     if recurrence.delta:
-      out, state = delta_rule.gated_delta_rule(q, k, v, beta, **common)
+      out, state = recurrences.gated_delta_rule(q, k, v, beta, **common)
     else:
-      out, state = linear_attention.linear_attention(
+      out, state = recurrences.linear_attention(
         q, k, v, normalize=recurrence.normalize, **common
       )
     if not self.tape.is_planning:

@@ -5,7 +5,7 @@ from flax import nnx
 
 from longctx.attention.base import AttentionConfig
 from longctx.attention.context import Context
-from longctx.ops.recurrence.linear_attention.feature_maps import FeatureMap
+from longctx.ops.recurrence.feature_maps import FeatureMap
 from longctx.typing import Array, Float
 
 

@@ -16,8 +16,8 @@ class Recurrence:
     value_dim: width V of a value.
     normalize: whether a sum of the keys is kept as one more column, to divide
       by.
-    delta: the delta rule (`gated_delta_rule`), which replaces what the state held
-      for a key; else values are added (`linear_attention`).
+    delta: the delta rule (`gated_delta_rule`), which replaces what the state
+      held for a key; else values are added (`linear_attention`).
     scale: factor of the output.
     chunk_size: tokens C that are mixed by matrix products.
   """

@@ -5,10 +5,9 @@ import functools
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from longctx.ops.recurrence import delta_rule
-from longctx.ops.recurrence import linear_attention as linear
-from longctx.ops.recurrence.delta_rule import final_state as delta_final
-from longctx.ops.recurrence.linear_attention import final_state as linear_final
+from longctx.ops import recurrence as ops
+from longctx.ops.recurrence.additive import final_state as linear_final
+from longctx.ops.recurrence.delta import final_state as delta_final
 from longctx.parallel.axes import make_axes
 from longctx.parallel.layout import SequenceLayout
 from longctx.parallel.state_scan import Recurrence, run_recurrence
@@ -75,7 +74,7 @@ def linear_attention(
     )
 
   def outputs(inputs, document, state):
-    return linear.linear_attention(
+    return ops.linear_attention(
       **inputs,
       scale=scale,
       segment_ids=document,
@@ -121,7 +120,7 @@ def gated_delta_rule(
   chunk_size: int = 64,
   implementation: str | None = None,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N P V']]:
-  """`ops.recurrence.delta_rule` of a sequence that lies on several devices.
+  """`ops.recurrence.gated_delta_rule` of a sequence on several devices.
 
   A run multiplies the state that enters it by a matrix, so a message is of
   P (P + V) numbers per head, whatever T, and a shard runs the chunked rule
@@ -129,7 +128,7 @@ def gated_delta_rule(
 
   Args:
     q, k, v, beta, log_decay, scale, segment_ids, initial_state, chunk_size,
-    implementation: as in `longctx.ops.recurrence.delta_rule`.
+    implementation: as in `longctx.ops.recurrence.gated_delta_rule`.
     mesh, axis, layout, in_layout: as in `linear_attention`.
 
   Returns:
@@ -152,7 +151,7 @@ def gated_delta_rule(
     )
 
   def outputs(inputs, document, state):
-    return delta_rule.gated_delta_rule(
+    return ops.gated_delta_rule(
       **inputs,
       scale=scale,
       segment_ids=document,

@@ -8,7 +8,7 @@ one write pass, its β the best of BETAS; decay, gates and filler are left out.
 """
 
 from longctx.analysis import capacity
-from longctx.ops.recurrence.linear_attention.feature_maps import (
+from longctx.ops.recurrence.feature_maps import (
   make_feature_map,
 )
 from studies.retrieval.config import CAPACITY, PAIRS

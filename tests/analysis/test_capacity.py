@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from longctx.analysis import capacity
-from longctx.ops.recurrence.linear_attention.feature_maps import (
+from longctx.ops.recurrence.feature_maps import (
   make_feature_map,
 )
 

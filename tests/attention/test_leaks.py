@@ -19,8 +19,8 @@ from longctx.attention.config import POSITIONS
 from longctx.masks import Causal, PrefixColumns, SlidingWindow
 from longctx.models.transformer import Transformer, TransformerConfig
 from longctx.ops import dot_product_attention as dpa
-from longctx.ops.recurrence import linear_attention as la
-from longctx.ops.recurrence.linear_attention.feature_maps import FEATURE_MAPS
+from longctx.ops.recurrence import IMPLEMENTATIONS, linear_attention
+from longctx.ops.recurrence.feature_maps import FEATURE_MAPS
 from tests.tiny import tiny_layer
 
 # Longer than two blocks, chunks or windows and a multiple of none.
@@ -188,7 +188,7 @@ def test_attention_in_small_blocks_reads_exactly_its_mask(implementation, mask):
 
 
 @pytest.mark.parametrize('decay', [False, True], ids=['', 'decay'])
-@pytest.mark.parametrize('implementation', la.IMPLEMENTATIONS)
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 def test_linear_attention_in_chunks_reads_the_past_of_its_document(
   implementation, decay
 ):
@@ -196,7 +196,7 @@ def test_linear_attention_in_chunks_reads_the_past_of_its_document(
 
   def fn(x):
     q, k, v = split_heads(x)
-    out, _ = la.linear_attention(
+    out, _ = linear_attention(
       q,
       k,
       v,

@@ -11,8 +11,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from longctx import masks
 from longctx.ops.dot_product_attention import BlockSizes, dot_product_attention
-from longctx.ops.recurrence.delta_rule import gated_delta_rule
-from longctx.ops.recurrence.linear_attention import linear_attention
+from longctx.ops.recurrence import gated_delta_rule, linear_attention
 from longctx.ops.target import Target, compiling_for
 from longctx.plan import topologies
 from tests import needs

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from longctx.costs.hlo import collective_bytes
-from longctx.ops.recurrence.delta_rule import gated_delta_rule
-from longctx.ops.recurrence.linear_attention import linear_attention
+from longctx.ops.recurrence import gated_delta_rule, linear_attention
 from longctx.parallel import recurrences
 from longctx.parallel.layout import SequenceLayout
 from longctx.parallel.mesh import make_mesh

@@ -10,7 +10,7 @@ from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
 from longctx.attention.features import Features
 from longctx.attention.recurrence import Recurrence
-from longctx.ops.recurrence.linear_attention.feature_maps import Taylor
+from longctx.ops.recurrence.feature_maps import Taylor
 from longctx.typing import Array, Float
 
 

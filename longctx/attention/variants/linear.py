@@ -10,7 +10,7 @@ from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
 from longctx.attention.features import Features
 from longctx.attention.recurrence import Recurrence
-from longctx.ops.recurrence.linear_attention.feature_maps import (
+from longctx.ops.recurrence.feature_maps import (
   make_feature_map,
 )
 from longctx.typing import Array, Float
@@ -27,7 +27,7 @@ class LinearAttention(Attention):
   that features stay positive where φ makes them so.
 
   Attributes:
-    feature_map: φ, by its name in ops.recurrence.linear_attention.feature_maps.
+    feature_map: φ, by its name in ops.recurrence.feature_maps.
     feature_arguments: arguments of φ, such as {'num_features': 64} or
       {'num_features': 64, 'redraw_every': 1000}.
     normalize: divide by φ(q_t) z_t; without it, scale by 1 / √P.

@@ -14,7 +14,7 @@ from longctx.attention.context import Context
 from longctx.attention.features import Features
 from longctx.attention.norms import sum_dtype
 from longctx.attention.recurrence import Recurrence
-from longctx.ops.recurrence.linear_attention.feature_maps import (
+from longctx.ops.recurrence.feature_maps import (
   make_feature_map,
 )
 from longctx.typing import Array, Float
@@ -36,7 +36,7 @@ class WindowLinearAttention(Attention):
 
   Attributes:
     window: keys that a query reads, its own position's included.
-    feature_map: φ, by its name in ops.recurrence.linear_attention.feature_maps.
+    feature_map: φ, by its name in ops.recurrence.feature_maps.
     feature_arguments: arguments of φ.
     chunk_size: tokens that the linear branch mixes by one matrix product.
   """

@@ -1,1 +1,6 @@
-"""Linear recurrences: linear attention and the delta rule, by chunks."""
+"""Linear recurrences: linear attention and the gated delta rule, by chunks."""
+
+from longctx.ops.recurrence.additive import IMPLEMENTATIONS, linear_attention
+from longctx.ops.recurrence.delta import gated_delta_rule
+
+__all__ = ['IMPLEMENTATIONS', 'gated_delta_rule', 'linear_attention']

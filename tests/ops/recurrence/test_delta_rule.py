@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops.recurrence.delta_rule import (
+from longctx.ops.recurrence.additive import linear_attention
+from longctx.ops.recurrence.delta import (
   IMPLEMENTATIONS,
   gated_delta_rule,
   reference,
 )
-from longctx.ops.recurrence.delta_rule.final_state import final_state
-from longctx.ops.recurrence.linear_attention import linear_attention
+from longctx.ops.recurrence.delta.final_state import final_state
 from longctx.ops.target import Target, compiling_for
 from tests.tolerances import case_id, tolerance
 

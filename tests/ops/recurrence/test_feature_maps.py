@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops.recurrence.linear_attention.feature_maps import (
+from longctx.ops.recurrence.feature_maps import (
   FEATURE_MAPS,
   FavorPlus,
   make_feature_map,

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops.recurrence.linear_attention import reference
-from longctx.ops.recurrence.linear_attention.final_state import final_state
+from longctx.ops.recurrence.additive import reference
+from longctx.ops.recurrence.additive.final_state import final_state
 from tests.tolerances import tolerance
 
 

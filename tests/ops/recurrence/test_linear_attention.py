@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops.recurrence.linear_attention import (
+from longctx.ops.recurrence.additive import (
   IMPLEMENTATIONS,
   linear_attention,
 )

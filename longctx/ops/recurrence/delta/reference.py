@@ -27,7 +27,7 @@ def gated_delta_rule(
   Time T P V per head. The backward pass keeps every state: memory T P V.
 
   Args:
-    q, k, v, beta, log_decay, scale: as in `longctx.ops.recurrence.delta_rule`.
+    q, k, v, beta, log_decay, scale: as in `gated_delta_rule`.
     document: the number of document changes in the row so far; the state does
       not pass from one number to another. Zero continues `initial_state`.
     initial_state: S_0, in the dtype in which everything is summed.

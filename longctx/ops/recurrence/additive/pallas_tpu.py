@@ -1,7 +1,7 @@
 """Linear attention as Pallas kernels for TPUs: the chunks of chunked.py.
 
 A kernel computes C = 128 steps of several heads at a time, as many as a TPU's
-vectors are long, and keeps their states in VMEM; see `ops.recurrence.chunks_tpu`.
+vectors are long, and keeps their states in VMEM; see chunks_tpu.py.
 """
 
 import functools
@@ -9,8 +9,8 @@ import functools
 import jax
 
 from longctx.ops.recurrence import chunks
+from longctx.ops.recurrence.additive import chunked
 from longctx.ops.recurrence.chunks_tpu import BlockSizes, Kernel, scan_chunks
-from longctx.ops.recurrence.linear_attention import chunked
 from longctx.ops.recurrence.products_tpu import product, product_costs, products
 from longctx.ops.target import target
 from longctx.typing import Array, Float, Int

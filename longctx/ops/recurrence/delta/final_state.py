@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from longctx.ops.recurrence.delta_rule.chunked import gated_delta_rule
+from longctx.ops.recurrence.delta.chunked import gated_delta_rule
 from longctx.typing import Array, Float, Int
 
 

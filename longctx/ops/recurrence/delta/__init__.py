@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from longctx.ops.recurrence import chunks_tpu
 from longctx.ops.recurrence.chunks import count_documents
-from longctx.ops.recurrence.delta_rule import chunked, pallas_tpu, reference
+from longctx.ops.recurrence.delta import chunked, pallas_tpu, reference
 from longctx.ops.target import target
 from longctx.typing import Array, Float, Int
 

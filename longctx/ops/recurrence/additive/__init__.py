@@ -3,12 +3,12 @@
 import jax.numpy as jnp
 
 from longctx.ops.recurrence import chunks_tpu
-from longctx.ops.recurrence.chunks import count_documents
-from longctx.ops.recurrence.linear_attention import (
+from longctx.ops.recurrence.additive import (
   chunked,
   pallas_tpu,
   reference,
 )
+from longctx.ops.recurrence.chunks import count_documents
 from longctx.ops.target import target
 from longctx.typing import Array, Float, Int
 

@@ -1,7 +1,7 @@
 """The gated delta rule as Pallas kernels for TPUs: the chunks of chunked.py.
 
 A kernel computes a chunk of several heads at a time and keeps their states in
-VMEM; see `ops.recurrence.chunks_tpu`.
+VMEM; see chunks_tpu.py.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from longctx.ops.recurrence import chunks
 from longctx.ops.recurrence.chunks_tpu import BlockSizes, Kernel, scan_chunks
-from longctx.ops.recurrence.delta_rule import chunked
+from longctx.ops.recurrence.delta import chunked
 from longctx.ops.recurrence.products_tpu import (
   indices,
   product,
