@@ -227,6 +227,23 @@ def test_every_import_is_a_declared_dependency(name):
     assert distribution in declared, f'{name} imports {first}: not in setup.cfg'
 
 
+def test_install_lines_name_this_checkout():
+  parser = configparser.ConfigParser()
+  parser.read(ROOT / 'setup.cfg')
+  extras = set(parser['options.extras_require'])
+  kinds = ('py', 'md', 'cfg', 'toml', 'txt', 'yml', 'ipynb')
+  files = [path for kind in kinds for path in ROOT.glob(f'[!.]*/**/*.{kind}')]
+  files += [path for path in ROOT.glob('*') if path.is_file()]
+  for path in {*files} - {pathlib.Path(__file__)}:
+    text = path.read_text()
+    # The index's longctx is another project.
+    assert not re.search(
+      r'longctx(-jax)?\[|pip install[^`]{0,9}longctx', text
+    ), f"{path} names a distribution: write pip install -e '.[extra]'"
+    for names in re.findall(r"'\.\[([\w,]+)\]'", text):
+      assert {*names.split(',')} <= extras, f"{path} installs '.[{names}]'"
+
+
 def test_pre_commit_runs_the_pinned_ruff():
   text = (ROOT / '.pre-commit-config.yaml').read_text()
   (rev,) = re.findall(r'rev: v(\S+)', text)

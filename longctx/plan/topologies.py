@@ -82,8 +82,7 @@ def describe(topology: str) -> list[Any]:
     return _gpus(topology, shape)
   if not has_tpu_compiler():
     raise ValueError(
-      f'{topology} needs the TPU compiler: pip install "longctx[tpu]" (or '
-      '"jax[tpu]")'
+      f"{topology} needs the TPU compiler: pip install -e '.[tpu]'"
     )
   for name, value in LIBTPU.items():
     os.environ.setdefault(name, value)
@@ -105,8 +104,7 @@ def _gpus(topology: str, shape: str) -> list[Any]:
   ]
   if not plugins:
     raise ValueError(
-      f'{topology} needs the CUDA compiler: pip install "longctx[cuda]" (or '
-      '"jax[cuda13]"), 4.4 GB'
+      f"{topology} needs the CUDA compiler: pip install -e '.[cuda]', 4.4 GB"
     )
   os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
   count = math.prod(map(int, shape.split('x')))

@@ -193,8 +193,7 @@ def make_summary_writer() -> Callable[..., Any]:
     import tensorboardX
   except ImportError as error:
     raise ValueError(
-      'log.tensorboard=True needs tensorboardX: '
-      "pip install 'longctx[tensorboard]'"
+      "log.tensorboard=True needs tensorboardX: pip install -e '.[tensorboard]'"
     ) from error
   return tensorboardX.SummaryWriter
 

@@ -221,7 +221,7 @@ def test_what_cannot_be_planned_is_one_line(argv, message, capsys):
 
 @pytest.mark.parametrize(
   ('topology', 'message'),
-  [('v5e:2x4', 'pip install "longctx[tpu]"'), ('h100:8', '"longctx[cuda]"')],
+  [('v5e:2x4', "pip install -e '.[tpu]'"), ('h100:8', "'.[cuda]'")],
 )
 def test_a_compiler_that_is_not_installed_is_named(
   topology, message, monkeypatch
