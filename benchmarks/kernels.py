@@ -50,8 +50,10 @@ from longctx.ops.dot_product_attention import (
   BlockSizes,
   dot_product_attention,
 )
-from longctx.ops.dot_product_attention.flat_list import make_flat_list
-from longctx.ops.dot_product_attention.tpu_blocks import make_tiling
+from longctx.ops.dot_product_attention.pallas_tpu_tiling import make_tiling
+from longctx.ops.dot_product_attention.pallas_tpu_work_list import (
+  make_flat_list,
+)
 from longctx.ops.dot_product_attention.work_list import Indices
 from longctx.ops.recurrence import gated_delta_rule, linear_attention
 from longctx.ops.target import Target, compiling_for

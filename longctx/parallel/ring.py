@@ -25,8 +25,8 @@ from longctx.masks import Mask
 from longctx.ops.dot_product_attention import (
   BlockSizes,
   Dropout,
-  blockwise,
   pallas_tpu,
+  xla,
 )
 from longctx.ops.dot_product_attention.normalizers import Normalizer
 from longctx.ops.dot_product_attention.work_list import Indices
@@ -45,7 +45,7 @@ Axis = str | tuple[str, ...]
 
 # What computes the parts, by the same functions: sums to go on from, forward
 # and backward.
-PARTS = {'xla': blockwise, 'pallas': pallas_tpu}
+PARTS = {'xla': xla, 'pallas': pallas_tpu}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _attend_fwd(spec: Spec, q, k, v, extras: Extras):
 def _attend_bwd(spec: Spec, residuals, cotangents):
   q, k, v, extras, out, lse = residuals
   dout, dlse = cotangents
-  delta = blockwise.make_delta(out, dout, dlse)
+  delta = xla.make_delta(out, dout, dlse)
   grads = _backward(_Device(spec, extras), q, k, v, lse, dout, delta)
   grads = (g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
   return *grads, None
@@ -348,7 +348,7 @@ class _Device:
       ),
     )
 
-  def extras(self, queries: Queries, keys: Keys) -> blockwise.Extras:
+  def extras(self, queries: Queries, keys: Keys) -> xla.Extras:
     """Where they are, and what else has no gradient."""
     positions = keys.positions
     if positions is None:
@@ -356,9 +356,7 @@ class _Device:
     indices = Indices(
       queries.positions, positions, queries.segment_ids, keys.segment_ids
     )
-    return blockwise.Extras(
-      indices, self.given.alibi_slopes, self.given.dropout
-    )
+    return xla.Extras(indices, self.given.alibi_slopes, self.given.dropout)
 
   def broadcast_keys(self, keys: Keys, n: int) -> Keys:
     """The first n keys of the sequence, on every device."""

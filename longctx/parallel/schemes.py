@@ -15,9 +15,9 @@ from longctx.ops.dot_product_attention import (
   IMPLEMENTATIONS,
   NORMALIZERS,
   BlockSizes,
-  blockwise,
   choose,
   resolve,
+  xla,
 )
 from longctx.ops.merge import merge_devices
 from longctx.parallel import ring, ulysses
@@ -150,7 +150,7 @@ def dot_product_attention(
   out, lse = _on_mesh(plan, q, k, v, call)
   out = NORMALIZERS[normalizer].finish(out, lse)
   if sink_logits is not None:
-    out, lse = blockwise.add_sink(out, lse, sink_logits)
+    out, lse = xla.add_sink(out, lse, sink_logits)
   if not in_layout and not replicated:
     out, lse = layout.restore(out), layout.restore(lse)
   return (out, lse) if return_lse else out

@@ -15,10 +15,12 @@ from longctx.ops.dot_product_attention import (
   BlockSizes,
   choose,
   dot_product_attention,
-  flat_list,
+  pallas_tpu_work_list,
 )
-from longctx.ops.dot_product_attention.flat_list import make_flat_list
-from longctx.ops.dot_product_attention.tpu_blocks import make_tiling
+from longctx.ops.dot_product_attention.pallas_tpu_tiling import make_tiling
+from longctx.ops.dot_product_attention.pallas_tpu_work_list import (
+  make_flat_list,
+)
 from longctx.ops.dot_product_attention.work_list import Indices
 from longctx.ops.merge import merge
 from longctx.ops.target import Target, compiling_for
@@ -75,11 +77,11 @@ def test_equals_reference_for_option(case):
 )
 def test_a_long_list_is_cut_into_calls(monkeypatch, options):
   # Of at most one row of blocks each.
-  monkeypatch.setattr(flat_list, 'LONGEST', 3)
-  flat_list._static_list.cache_clear()
+  monkeypatch.setattr(pallas_tpu_work_list, 'LONGEST', 3)
+  pallas_tpu_work_list._static_list.cache_clear()
   inputs = make_inputs(T=T)
   actual = run('pallas', inputs, block_sizes=BLOCKS, scale=0.3, **options)
-  flat_list._static_list.cache_clear()
+  pallas_tpu_work_list._static_list.cache_clear()
   check(actual, run('reference', inputs, scale=0.3, **options))
 
 
@@ -90,14 +92,19 @@ def unpacked(work):
     zip(np.asarray(work.entries), np.asarray(work.count), strict=True)
   ):
     entries = entries[:count]
-    rows = flat_list.row_of(entries)
+    rows = pallas_tpu_work_list.row_of(entries)
     # Every row of a call is begun once and ended once, in order.
-    first, last = flat_list.is_first(entries), flat_list.is_last(entries)
+    first, last = (
+      pallas_tpu_work_list.is_first(entries),
+      pallas_tpu_work_list.is_last(entries),
+    )
     np.testing.assert_array_equal(rows[first], np.arange(work.rows))
     np.testing.assert_array_equal(rows[last], np.arange(work.rows))
-    kinds = flat_list.kind_of(entries)
+    kinds = pallas_tpu_work_list.kind_of(entries)
     rows += call % work.chunks * work.rows
-    entries = zip(rows, flat_list.column_of(entries), kinds, strict=True)
+    entries = zip(
+      rows, pallas_tpu_work_list.column_of(entries), kinds, strict=True
+    )
     found += [entry for entry in entries if entry[2] != masks.EMPTY]
   return found
 
@@ -108,8 +115,8 @@ def unpacked(work):
 def test_list_has_the_blocks_of_the_mask(
   monkeypatch, at_run_time, by_column, longest
 ):
-  monkeypatch.setattr(flat_list, 'LONGEST', longest)
-  flat_list._static_list.cache_clear()
+  monkeypatch.setattr(pallas_tpu_work_list, 'LONGEST', longest)
+  pallas_tpu_work_list._static_list.cache_clear()
   mask = SlidingWindow(300) | masks.BlockSparse(512, ((1, 0), (0, 0), (1, 1)))
   tiling = make_tiling(
     mask, (1, 1100, 1000, 1, 1), BLOCKS, kind='', wide=False, backward=False
@@ -125,7 +132,7 @@ def test_list_has_the_blocks_of_the_mask(
     assert {x[:2] for x in expected} <= {x[:2] for x in unpacked(work)}
   else:
     assert unpacked(work) == expected
-  flat_list._static_list.cache_clear()
+  pallas_tpu_work_list._static_list.cache_clear()
 
 
 def loaded(mask, T, by_column=False):

@@ -8,15 +8,15 @@ import numpy as np
 
 from longctx.masks import Causal, Mask
 from longctx.ops.dot_product_attention import (
-  blockwise,
   cudnn,
   decode,
   pallas_tpu,
   reference,
+  xla,
 )
-from longctx.ops.dot_product_attention.blocks import BlockSizes
 from longctx.ops.dot_product_attention.dropout import Dropout, make_dropout
 from longctx.ops.dot_product_attention.normalizers import NORMALIZERS
+from longctx.ops.dot_product_attention.tiling import BlockSizes
 from longctx.ops.target import target
 from longctx.typing import Array, Float, Int, Key
 
@@ -35,7 +35,7 @@ IMPLEMENTATIONS = {
   'pallas': pallas_tpu.dot_product_attention,
   'reference': reference.dot_product_attention,
   'decode': decode.dot_product_attention,
-  'xla': blockwise.dot_product_attention,
+  'xla': xla.dot_product_attention,
 }
 
 # Why those that run on some machines alone do not support a call, and what is

@@ -28,16 +28,22 @@ import jax.numpy as jnp
 from longctx import masks
 from longctx.masks import Mask
 from longctx.ops import tpu
-from longctx.ops.dot_product_attention import blockwise, tpu_kernels
-from longctx.ops.dot_product_attention.blocks import BlockSizes, Tiling
-from longctx.ops.dot_product_attention.blockwise import add_sink, make_delta
+from longctx.ops.dot_product_attention import pallas_tpu_kernels
+from longctx.ops.dot_product_attention import xla as blockwise
 from longctx.ops.dot_product_attention.dropout import Dropout
-from longctx.ops.dot_product_attention.flat_list import make_flat_list
 from longctx.ops.dot_product_attention.normalizers import Normalizer
-from longctx.ops.dot_product_attention.tpu_blocks import make_tiling
-from longctx.ops.dot_product_attention.tpu_call import Operand, call_kernel
-from longctx.ops.dot_product_attention.work import Extras
+from longctx.ops.dot_product_attention.pallas_tpu_call import (
+  Operand,
+  call_kernel,
+)
+from longctx.ops.dot_product_attention.pallas_tpu_tiling import make_tiling
+from longctx.ops.dot_product_attention.pallas_tpu_work_list import (
+  make_flat_list,
+)
+from longctx.ops.dot_product_attention.tiling import BlockSizes, Tiling
 from longctx.ops.dot_product_attention.work_list import Indices
+from longctx.ops.dot_product_attention.xla import add_sink, make_delta
+from longctx.ops.dot_product_attention.xla_blocks import Extras
 from longctx.ops.merge import merge
 from longctx.ops.remat import keep
 from longctx.ops.target import target
@@ -320,7 +326,7 @@ def _forward(spec: Spec, dtype: str, q, k, v, extras: Extras):
     spec,
     t,
     extras,
-    tpu_kernels.forward,
+    pallas_tpu_kernels.forward,
     [_heads('q', q), _heads('k', k), _heads('k', v)],
     [
       Operand('q', 'heads', (*rows, v.shape[-1]), jnp.dtype(dtype)),
@@ -362,7 +368,7 @@ def _backward(spec: Spec, dtype: str, q, k, v, extras, lse, dout, delta):
     spec,
     t,
     extras,
-    tpu_kernels.dq,
+    pallas_tpu_kernels.dq,
     inputs,
     [like('q', q)],
     [(H, t.block_q)],
@@ -373,7 +379,7 @@ def _backward(spec: Spec, dtype: str, q, k, v, extras, lse, dout, delta):
     spec,
     t,
     extras,
-    tpu_kernels.dkv,
+    pallas_tpu_kernels.dkv,
     inputs,
     [like('k', k), like('k', v)],
     [(t.block_k, H), (t.block_k, V)],
@@ -411,7 +417,7 @@ def _run(
   by_column: bool,
   products: int,
 ) -> list[Array]:
-  """The outputs of a kernel; see `tpu_call.call_kernel`."""
+  """The outputs of a kernel; see `pallas_tpu_call.call_kernel`."""
   work = make_flat_list(spec.mask, tiling, extras.indices, by_column=by_column)
   names, indices = [], []
   for name, x in extras.indices._asdict().items():
@@ -423,7 +429,7 @@ def _run(
   if extras.alibi_slopes is not None:
     scalars.append(extras.alibi_slopes.astype(jnp.float32))
   if extras.dropout is not None:
-    scalars.extend(tpu_kernels.dropout_scalars(extras.dropout))
+    scalars.extend(pallas_tpu_kernels.dropout_scalars(extras.dropout))
 
   def run(entries, call, *refs):
     refs = list(refs)
@@ -431,7 +437,7 @@ def _run(
     given, index_refs = take(len(inputs)), take(len(indices))
     slopes = take(1)[0] if extras.alibi_slopes is not None else None
     dropout = take(2) if extras.dropout is not None else None
-    block = tpu_kernels.Block(
+    block = pallas_tpu_kernels.Block(
       spec,
       tiling,
       work.kinds,

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from longctx.masks import Mask
-from longctx.ops.dot_product_attention.blocks import BlockSizes
 from longctx.ops.dot_product_attention.dropout import Dropout, keep_factor
 from longctx.ops.dot_product_attention.normalizers import Normalizer
+from longctx.ops.dot_product_attention.tiling import BlockSizes
 from longctx.typing import Array, Float, Int
 
 

@@ -1,12 +1,12 @@
 """The forward and the backward pass in a form that JAX can differentiate.
 
-The loops of `blockwise` run as often as a work list says, and JAX transposes
+The loops of `xla` run as often as a work list says, and JAX transposes
 only loops whose length it knows. Here one scan visits all the blocks on the
 list, or every block where positions or segments are given. With the peak or lse
 known, no sum needs a running maximum: blocks just add up, and each is computed
 again when its derivative is taken. Memory O(T).
 
-For the derivatives of `blockwise.add` and `blockwise.add_gradients` alone.
+For the derivatives of `xla.add` and `xla.add_gradients` alone.
 """
 
 import functools
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from longctx.ops.dot_product_attention.work import (
+from longctx.ops.dot_product_attention.xla_blocks import (
   Extras,
   Spec,
   Work,
@@ -35,7 +35,7 @@ def add(
   values: Float[Array, 'blocks X R V'],
   total: Float[Array, 'blocks X R'],
 ) -> tuple[Float[Array, 'blocks X R V'], Float[Array, 'blocks X R']]:
-  """`blockwise.add`: its values and total, given the peak that it found."""
+  """`xla.add`: its values and total, given the peak that it found."""
   t, dtype = spec.forward, total.dtype
   work = Work(spec, t, extras, by_column=False)
   q_blocks, k_blocks, v_blocks = t.split_q(q), t.split_k(k), t.split_k(v)
@@ -67,7 +67,7 @@ def gradients(
 ) -> tuple[
   Float[Array, 'blocks X H R'], Float[Array, 'B S K H'], Float[Array, 'B S K V']
 ]:
-  """`blockwise.add_gradients` to nothing."""
+  """`xla.add_gradients` to nothing."""
   t, dtype = spec.backward, lse.dtype
   work = Work(spec, t, extras, by_column=True)
   lse = _split_lse(t, lse)

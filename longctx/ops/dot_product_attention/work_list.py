@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from longctx import masks
-from longctx.ops.dot_product_attention.blocks import Tiling
+from longctx.ops.dot_product_attention.tiling import Tiling
 from longctx.typing import Array, Bool, Int, Num
 
 

@@ -1,7 +1,7 @@
 """What the TPU kernels do with one block of scores, keys by queries.
 
 With z the logits [block_k, block_q], and rows of one number per query:
-    forward   the running maximum, sum and values of `blockwise.add`
+    forward   the running maximum, sum and values of `xla.add`
     dq        dqᵀ += kᵀ dz
     dk, dv    dk += dz q, dv += p dout
 
@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from longctx import masks
-from longctx.ops.dot_product_attention import flat_list
+from longctx.ops.dot_product_attention import pallas_tpu_work_list
 from longctx.ops.dot_product_attention.dropout import Dropout, keep_factor
 from longctx.ops.dot_product_attention.normalizers import SOFTMAX, Terms
 from longctx.ops.tpu import precision
@@ -78,11 +78,11 @@ class Block:
     # The unit of logits, peaks and lse in here, in nats.
     self.unit = math.log(2) if self.is_softmax else 1.0
     entry = entries[pl.program_id(2)]
-    self.kind = flat_list.kind_of(entry)
-    self.first = flat_list.is_first(entry)
-    self.last = flat_list.is_last(entry)
-    row = call[1] + flat_list.row_of(entry)
-    column = flat_list.column_of(entry)
+    self.kind = pallas_tpu_work_list.kind_of(entry)
+    self.first = pallas_tpu_work_list.is_first(entry)
+    self.last = pallas_tpu_work_list.is_last(entry)
+    row = call[1] + pallas_tpu_work_list.row_of(entry)
+    column = pallas_tpu_work_list.column_of(entry)
     self.batch, self.head = pl.program_id(0) + call[0], pl.program_id(1)
     if by_column:
       row, column = column, row

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from longctx import masks
-from longctx.ops.dot_product_attention.blocks import Tiling
+from longctx.ops.dot_product_attention.tiling import Tiling
 from longctx.ops.dot_product_attention.work_list import Indices, block_kinds
 from longctx.typing import Array, Int
 

@@ -17,9 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from longctx.ops.dot_product_attention import flat_list
-from longctx.ops.dot_product_attention.blocks import Tiling
-from longctx.ops.dot_product_attention.flat_list import FlatList
+from longctx.ops.dot_product_attention import pallas_tpu_work_list
+from longctx.ops.dot_product_attention.pallas_tpu_work_list import FlatList
+from longctx.ops.dot_product_attention.tiling import Tiling
 from longctx.ops.tpu import LANES, VMEM_LIMIT
 from longctx.typing import Array
 
@@ -134,7 +134,7 @@ def places(
   the query heads that share it).
   """
   G = tiling.G
-  row, column = flat_list.row_of, flat_list.column_of
+  row, column = pallas_tpu_work_list.row_of, pallas_tpu_work_list.column_of
 
   def by_row_q(b, n, w, entries, _):
     return b, n, row(entries[w])

@@ -10,9 +10,9 @@ import numpy as np
 from jax import lax
 
 from longctx.masks import Mask
-from longctx.ops.dot_product_attention.blocks import Tiling
 from longctx.ops.dot_product_attention.dropout import Dropout, keep_factor
 from longctx.ops.dot_product_attention.normalizers import Normalizer
+from longctx.ops.dot_product_attention.tiling import Tiling
 from longctx.ops.dot_product_attention.work_list import (
   Indices,
   make_work_list,

@@ -27,16 +27,16 @@ from jax import lax
 
 from longctx.masks import Mask
 from longctx.ops.dot_product_attention import second_order
-from longctx.ops.dot_product_attention.blocks import BlockSizes, make_tiling
 from longctx.ops.dot_product_attention.dropout import Dropout
 from longctx.ops.dot_product_attention.normalizers import Normalizer
-from longctx.ops.dot_product_attention.work import (
+from longctx.ops.dot_product_attention.tiling import BlockSizes, make_tiling
+from longctx.ops.dot_product_attention.work_list import Indices
+from longctx.ops.dot_product_attention.xla_blocks import (
   Extras,
   Spec,
   Work,
   vary_like,
 )
-from longctx.ops.dot_product_attention.work_list import Indices
 from longctx.ops.remat import keep
 from longctx.typing import Array, Float, Int
 

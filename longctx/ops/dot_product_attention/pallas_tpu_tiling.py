@@ -5,7 +5,7 @@ import functools
 import numpy as np
 
 from longctx.masks import Mask
-from longctx.ops.dot_product_attention.blocks import (
+from longctx.ops.dot_product_attention.tiling import (
   COUNTED,
   BlockSizes,
   Tiling,
