@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from longctx import tasks
-from longctx.analysis import model_scores, sequences, walk
+from longctx.analysis import hooks, model_scores, sequences
 from longctx.models.transformer import TransformerConfig
 from longctx.ops.cross_entropy import cross_entropy_sums
 from longctx.parallel import Placement
@@ -165,7 +165,9 @@ class Analyzer:
   ) -> dict[str, Array]:
     weights = np.asarray(self.batch['weights'])
     T = weights.shape[1]
-    losses = walk.token_losses(model, hidden, jnp.asarray(self.batch['labels']))
+    losses = hooks.token_losses(
+      model, hidden, jnp.asarray(self.batch['labels'])
+    )
 
     def mean(where):
       """Of scored tokens; NaN where there are none."""
@@ -233,7 +235,7 @@ class Analyzer:
 
     def means(params):
       model = nnx.merge(self.graph, params)
-      return walk.head_means(model, jnp.zeros((1, 2), jnp.int32), step=1)
+      return hooks.head_means(model, jnp.zeros((1, 2), jnp.int32), step=1)
 
     return [mean.shape[0] for mean in jax.eval_shape(means, params)]
 
@@ -246,9 +248,9 @@ class Analyzer:
       step=step,
       placement=self.placement,
     )
-    means = walk.head_means(model, batch['tokens'], **options)
+    means = hooks.head_means(model, batch['tokens'], **options)
     means = [jnp.where(use_means, mean, 0) for mean in means]
-    hidden = walk.ablated(model, batch['tokens'], gates, means, **options)
+    hidden = hooks.ablate_heads(model, batch['tokens'], gates, means, **options)
     sums = cross_entropy_sums(
       model.head_matrix(),
       hidden,

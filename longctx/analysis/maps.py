@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from longctx.analysis import model_scores, walk
+from longctx.analysis import hooks, model_scores
 from longctx.analysis.probes import weighted_sums
 from longctx.attention import Attention
 from longctx.attention.context import Context
@@ -37,9 +37,9 @@ def pooled_maps(
     segment_ids = place(segment_ids)
   found = []
 
-  def visit(index, layer, h, x):
+  def hook(index, layer, h, x):
     del index, x
-    context = walk.make_context(
+    context = hooks.make_context(
       layer, segment_ids=segment_ids, step=step, placement=placement
     )
     pooled = None
@@ -48,7 +48,7 @@ def pooled_maps(
     found.append(pooled)
     return layer.apply(h, context)
 
-  walk.walk(model, place(tokens), visit, placement=placement)
+  hooks.run_with_hooks(model, place(tokens), hook, placement=placement)
   return found
 
 

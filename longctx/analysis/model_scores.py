@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from longctx.analysis import heads, logits, walk
+from longctx.analysis import heads, hooks, logits
 from longctx.attention import Attention
 from longctx.attention.context import Context
 from longctx.models.transformer import Transformer
@@ -49,9 +49,9 @@ def of_sequences(
     segment_ids = place(segment_ids)
   options = dict(segment_ids=segment_ids, step=step, placement=placement)
 
-  def visit(index, layer, h, x):
+  def hook(index, layer, h, x):
     del index
-    context = walk.make_context(layer, **options)
+    context = hooks.make_context(layer, **options)
     at = jnp.atleast_2d(context.true_positions(h.shape[1]))
     real = jnp.broadcast_to(at < seq_len, h.shape[:2])
     scores = norms(layer, h, x, real, context)
@@ -65,7 +65,7 @@ def of_sequences(
     found.append(scores)
     return layer.apply(h, context)
 
-  return found, walk.walk(model, tokens, visit, placement=placement)
+  return found, hooks.run_with_hooks(model, tokens, hook, placement=placement)
 
 
 def of_repeats(
@@ -98,9 +98,9 @@ def of_repeats(
   arrays = [place(y) for y in (tokens, classes, previous, seen)]
   found: Scores = []
 
-  def visit(index, layer, h, x):
+  def hook(index, layer, h, x):
     del index, x
-    context = walk.make_context(layer, step=step, placement=placement)
+    context = hooks.make_context(layer, step=step, placement=placement)
     at = jnp.atleast_2d(context.true_positions(h.shape[1]))
     real = jnp.broadcast_to(at < seq_len, h.shape[:2])
     if 'analysis' in layer.unsupported:
@@ -117,7 +117,7 @@ def of_repeats(
     found.append(scores)
     return layer.out(out.reshape(*out.shape[:2], -1))
 
-  walk.walk(model, arrays[0], visit, placement=placement)
+  hooks.run_with_hooks(model, arrays[0], hook, placement=placement)
   return found
 
 

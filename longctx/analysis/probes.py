@@ -21,11 +21,11 @@ from longctx.attention.context import Context
 from longctx.typing import Array, Float
 
 
-class GivenValues(Context):
+class ProbeContext(Context):
   """A context in which a layer has no values but those given to `mix`."""
 
   @classmethod
-  def like(cls, context: Context) -> 'GivenValues':
+  def like(cls, context: Context) -> 'ProbeContext':
     """The same context, otherwise."""
     fields = dataclasses.fields(Context)
     return cls(**{f.name: getattr(context, f.name) for f in fields})
@@ -103,7 +103,7 @@ def _mixer(
   out = jax.eval_shape(lambda: layer.mix(q, k, v, x=x, context=context))
   # Some layers join the values of several heads to longer ones.
   joined = out.shape[-1] // v.shape[-1]
-  given = GivenValues.like(context)
+  given = ProbeContext.like(context)
 
   def sums(probes: Float[Array, '#B T W']) -> Float[Array, 'B Q N W']:
     values = jnp.broadcast_to(probes, (*x.shape[:2], probes.shape[-1]))

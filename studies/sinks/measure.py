@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from longctx.analysis import model_scores, probes, walk
+from longctx.analysis import hooks, model_scores, probes
 from longctx.evaluation import sweep as evaluate
 from longctx.training import metrics
 
@@ -43,22 +43,22 @@ def measure(workdir: pathlib.Path) -> dict[str, float]:
     layers, hidden = model_scores.of_sequences(model, tokens)
     found = []
 
-    def visit(index, layer, h, x):
+    def hook(index, layer, h, x):
       del index, x
-      context = walk.make_context(layer)
+      context = hooks.make_context(layer)
       first = jax.nn.one_hot(jnp.arange(h.shape[1]), 1)[None]
       sums = probes.weighted_sums(layer, h, first, context)
       found.append(sums[..., 0].mean(2))
       return layer.apply(h, context)
 
-    walk.walk(model, tokens, visit)
+    hooks.run_with_hooks(model, tokens, hook)
 
     def evicted(index, layer, h, x):
       del index, x
-      return layer.apply(h, walk.make_context(layer, segment_ids=alone))
+      return layer.apply(h, hooks.make_context(layer, segment_ids=alone))
 
-    without = walk.walk(model, tokens, evicted)
-    losses = [walk.token_losses(model, y, labels) for y in (hidden, without)]
+    without = hooks.run_with_hooks(model, tokens, evicted)
+    losses = [hooks.token_losses(model, y, labels) for y in (hidden, without)]
     return layers, found[0], losses
 
   layers, to_bos, (loss, evicted) = jax.device_get(run_model(params))

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from longctx import parallel, tasks
-from longctx.analysis import heads, model_scores, walk
+from longctx.analysis import heads, hooks, model_scores
 from longctx.analysis.analyzer import Analyzer
 from longctx.attention.context import Context
 from longctx.models.transformer import Transformer, TransformerConfig
@@ -96,7 +96,7 @@ def test_losses_of_tokens_are_those_of_training():
   model = nnx.merge(graph, params)
   batch = {name: jnp.asarray(y) for name, y in analyzer().batch.items()}
   hidden = model.hidden(model.embed(batch['tokens']))
-  losses = walk.token_losses(model, hidden, batch['labels'])
+  losses = hooks.token_losses(model, hidden, batch['labels'])
   expected = model.loss(batch['tokens'], batch['labels'], batch['weights'])
   np.testing.assert_allclose(
     jnp.sum(losses * batch['weights']), expected['loss'], rtol=1e-5
@@ -109,7 +109,7 @@ def test_silent_heads_say_nothing_or_their_mean():
   tokens = jnp.asarray(analyzer().batch['tokens'])
   everyone = [jnp.ones(2), jnp.ones(4)]
   expected = model.hidden(model.embed(tokens))
-  found = walk.ablated(model, tokens, everyone)
+  found = hooks.ablate_heads(model, tokens, everyone)
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
   # A head is silent where the rows that lead out of it are zero.
@@ -117,24 +117,24 @@ def test_silent_heads_say_nothing_or_their_mean():
   without = nnx.merge(graph, params)
   kernel = without.blocks[1].attention.out.kernel
   kernel[...] = kernel[...].at[8:16].set(0)
-  found = walk.ablated(model, tokens, gates)
+  found = hooks.ablate_heads(model, tokens, gates)
   expected = without.hidden(without.embed(tokens))
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
-  means = walk.head_means(model, tokens)
+  means = hooks.head_means(model, tokens)
   assert [mean.shape for mean in means] == [(2, 8), (4, 8)]
-  found = walk.ablated(model, tokens, gates, means)
+  found = hooks.ablate_heads(model, tokens, gates, means)
   assert not np.allclose(found, expected, atol=1e-3)
   # What a silent head says is the same everywhere.
 
-  def visit(index, attention, h, x):
+  def hook(index, attention, h, x):
     del x
     out = attention.head_outputs(h, Context())
     if index == 1:
       out = out.at[:, :, 1].set(out[:, :, 1].mean((0, 1)))
     return attention.out(out.reshape(*out.shape[:2], -1))
 
-  expected = walk.walk(model, tokens, visit)
+  expected = hooks.run_with_hooks(model, tokens, hook)
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 

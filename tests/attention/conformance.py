@@ -326,7 +326,7 @@ def check_analysis(variant: str):
 
   @functools.partial(jax.jit, compiler_options=FAST)
   def run(params, x):
-    layer, context = nnx.merge(graph, params), probes.GivenValues()
+    layer, context = nnx.merge(graph, params), probes.ProbeContext()
     found = probes.weighted_sums(layer, x, jnp.eye(T)[None], context)
     q, k, v = layer.project(x, context)
     out = layer.mix(q, k, v, x=x, context=context)

@@ -11,7 +11,7 @@ from flax import nnx
 from configs import default
 from configs.s2a import get_config
 from longctx import parallel
-from longctx.analysis.walk import walk
+from longctx.analysis.hooks import run_with_hooks
 from longctx.decoding import cache
 from longctx.decoding.sampler import Generator, Prompts
 from longctx.evaluation import streaming as stream
@@ -264,7 +264,7 @@ def test_a_gated_model_is_no_plain_one():
   with pytest.raises(NotImplementedError, match='gated_cache'):
     cache.init(model, batch_size=1, capacity=8)
   with pytest.raises(NotImplementedError, match=r'gate\.keep=0'):
-    walk(model, tokens, lambda index, layer, h, x: layer(h))
+    run_with_hooks(model, tokens, lambda index, layer, h, x: layer(h))
   with pytest.raises(NotImplementedError, match='one question per row'):
     model.loss(**make_batch(), segment_ids=tokens * 0)
   with pytest.raises(ValueError, match='give a capacity'):

@@ -1,4 +1,4 @@
-"""A model's forward pass with a visitor at every attention layer."""
+"""Forward hooks at every attention layer of a model, and head ablation."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from longctx.parallel import Placement
 from longctx.typing import Array, Float, Int
 
 # (layer's index, layer, its inputs, the residual stream) -> its outputs.
-Visitor = Callable[[int, Attention, Array, Array], Array]
+Hook = Callable[[int, Attention, Array, Array], Array]
 
 
 def make_context(
@@ -35,19 +35,19 @@ def make_context(
   )
 
 
-def walk(
+def run_with_hooks(
   model: Transformer,
   tokens: Int[Array, 'B T'],
-  visit: Visitor,
+  hook: Hook,
   *,
   placement: Placement | None = None,
 ) -> Float[Array, 'B T D']:
-  """Runs a model, its attention layers by `visit`; the head's inputs.
+  """Runs a model, its attention layers by `hook`; the head's inputs.
 
   Args:
     model: of any layers.
     tokens: in the layout's order, where there is one.
-    visit: stands in place of each attention layer.
+    hook: stands in place of each attention layer.
     placement: where the tokens lie on a mesh; None: all on one device.
 
   Raises:
@@ -62,12 +62,12 @@ def walk(
   for index, block in enumerate(model.blocks):
     if placement is not None:
       x = jax.lax.with_sharding_constraint(x, placement.sharding)
-    attend = functools.partial(visit, index, block.attention)
+    attend = functools.partial(hook, index, block.attention)
     x = block.around(lambda h, attend=attend, x=x: attend(h, x), x)
   return model.norm(x)
 
 
-def ablated(
+def ablate_heads(
   model: Transformer,
   tokens: Int[Array, 'B T'],
   gates: Sequence[Float[Array, ' _']],
@@ -90,7 +90,7 @@ def ablated(
     placement: where the tokens lie on a mesh.
   """
 
-  def visit(index, layer, h, x):
+  def hook(index, layer, h, x):
     del x
     context = make_context(
       layer, segment_ids=segment_ids, step=step, placement=placement
@@ -101,16 +101,16 @@ def ablated(
     out = gate * out + (1 - gate) * instead
     return layer.out(out.reshape(*out.shape[:2], -1))
 
-  return walk(model, tokens, visit, placement=placement)
+  return run_with_hooks(model, tokens, hook, placement=placement)
 
 
 def head_means(
   model: Transformer, tokens: Int[Array, 'B T'], **options: Any
 ) -> list[Float[Array, '_ _']]:
-  """What each head says on average over some tokens, for `ablated`."""
+  """What each head says on average over some tokens, for `ablate_heads`."""
   means = []
 
-  def visit(index, layer, h, x):
+  def hook(index, layer, h, x):
     del index, x
     out = layer.head_outputs(h, make_context(layer, **options))
     where = real[:, :, None, None]
@@ -123,7 +123,7 @@ def head_means(
     # Padding stands behind the tokens.
     at = jnp.asarray(placement.layout.order)
     real = jnp.broadcast_to(at < placement.layout.seq_len, tokens.shape)
-  walk(model, tokens, visit, placement=placement)
+  run_with_hooks(model, tokens, hook, placement=placement)
   return means
 
 
