@@ -14,7 +14,7 @@ and `laptop` where there are not, and the first line of the output says which.
 tokens, one narrow head, one step. `sibling` is their shape at a length at which
 several processes train in seconds.
 
-Expected: see README.md, 'A million tokens on a mesh', for what a step takes.
+Expected: docs/results.md, 'A million tokens on a mesh', has what a step takes.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""The package's habits: one-way imports, versions and a README that agree.
+"""The package's habits: one-way imports and versions that agree.
 
 Imports are read from the syntax tree, so that a forbidden one is found even
 where it would work.
@@ -14,9 +14,6 @@ import sys
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-from longctx.attention import VARIANTS
-from longctx.tasks import TASKS
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -248,22 +245,3 @@ def test_pre_commit_runs_the_pinned_ruff():
   text = (ROOT / '.pre-commit-config.yaml').read_text()
   (rev,) = re.findall(r'rev: v(\S+)', text)
   assert rev == pins('3.11')['ruff'] == pins('3.12')['ruff']
-
-
-README = (ROOT / 'README.md').read_text()
-
-
-def test_the_python_in_the_readme_runs():
-  names = {}
-  for block in re.findall(r'```python\n(.*?)```', README, re.DOTALL):
-    exec(block, names)
-
-
-def test_what_the_readme_names_exists():
-  for path in set(re.findall(r'\b(?:configs|benchmarks)/\w+\.py', README)):
-    assert (ROOT / path).is_file(), f'README.md names {path}'
-
-
-@pytest.mark.parametrize('name', [*TASKS, *VARIANTS])
-def test_every_task_and_variant_is_in_the_readme(name):
-  assert re.search(rf'^\| `{re.escape(name)}\b', README, re.MULTILINE)

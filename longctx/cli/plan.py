@@ -8,7 +8,7 @@ r"""What a config costs on a machine that is not there.
     python -m longctx.plan --config=configs/ring_1m.py:pod \
       --topology=v5p:4x4x8 --sweep --most=4
 
-The config and its overrides are those of train.py. `docs/pods.md` reads a
+The config and its overrides are those of train.py. `docs/planning.md` reads a
 report.
 """
 
