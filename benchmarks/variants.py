@@ -115,7 +115,7 @@ def make_layer(args, layer):
     num_kv_heads=args.heads,
     head_dim=args.d_model // args.heads,
     value_dim=args.d_model // args.heads,
-    positions='none',
+    position_encoding='none',
     dtype=args.dtype,
   )
   module = make_attention(layer, config, rngs=nnx.Rngs(0))

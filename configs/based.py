@@ -33,7 +33,7 @@ def get_config(feature_dim: str = '16') -> ConfigDict:
   config.model.d_model = 64
   config.model.num_heads = 1
   config.model.short_conv = 3
-  config.model.positions = 'none'
+  config.model.position_encoding = 'none'
 
   config.steps = 1000
   config.batch_size = 32

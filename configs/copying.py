@@ -28,7 +28,7 @@ def get_config(variant: str = 'linear') -> ConfigDict:
   config.model.d_model = 128
   config.model.num_heads = 8
   config.model.mlp_dim = 512
-  config.model.positions = 'learned'
+  config.model.position_encoding = 'learned'
 
   config.steps = 5000
   config.batch_size = 64

@@ -32,7 +32,7 @@ def get_config(num_layers: str = '2') -> ConfigDict:
   config.model.layers = ('full',) * int(num_layers)
   config.model.d_model = 64
   config.model.num_heads = 4
-  config.model.positions = 'rope'
+  config.model.position_encoding = 'rope'
   # Copying maps an embedding to itself as a logit; a tied head makes every
   # token predict itself as well, and the circuit does not form in 600 steps.
   config.model.tied_head = False

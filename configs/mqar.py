@@ -29,7 +29,7 @@ def get_config(variant: str = 'full') -> ConfigDict:
   config.model.d_model = 64
   config.model.num_heads = 1
   config.model.short_conv = 4
-  config.model.positions = 'none'
+  config.model.position_encoding = 'none'
 
   config.steps = 2000
   config.batch_size = 64

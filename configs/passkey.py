@@ -24,7 +24,7 @@ def get_config(variant: str = 'full') -> ConfigDict:
   config.model.d_model = 64
   config.model.num_heads = 4
   config.model.short_conv = 4
-  config.model.positions = 'none'
+  config.model.position_encoding = 'none'
 
   config.steps = 1500
   config.batch_size = 32

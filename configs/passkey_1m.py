@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
   config.model.d_model = 64
   config.model.num_heads = 4
   config.model.short_conv = 4
-  config.model.positions = 'none'
+  config.model.position_encoding = 'none'
   # A tied head starts by predicting the token just read, and unlearns it first.
   config.model.tied_head = False
 

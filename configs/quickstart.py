@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
   config.model.head_dim = 16
   config.model.value_dim = 16
   config.model.short_conv = 4
-  config.model.positions = 'none'
+  config.model.position_encoding = 'none'
 
   config.optimizer.learning_rate = 3e-3
   config.optimizer.warmup_steps = 50

@@ -45,7 +45,7 @@ def get_config(size: str = '') -> ConfigDict:
   )
   config.parallel.layout = 'zigzag'
   config.parallel.scheme = 'ring'
-  config.model.positions = 'none'
+  config.model.position_encoding = 'none'
   config.model.short_conv = 4
   config.optimizer.learning_rate = 3e-3
   config.optimizer.warmup_steps = 100

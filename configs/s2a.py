@@ -40,7 +40,7 @@ def get_config(only: str = '') -> ConfigDict:
   config.model.num_heads = 4
   config.model.mlp_dim = 128
   config.model.short_conv = 4
-  config.model.positions = 'none'
+  config.model.position_encoding = 'none'
 
   config.steps = 1000
   config.batch_size = 64

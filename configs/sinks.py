@@ -30,7 +30,7 @@ def get_config(argument: str = 'full') -> ConfigDict:
   config.model.num_heads = 1
   config.model.mlp_dim = 256
   # RoPE turns the key of BOS away with distance: one layer leans on it less.
-  config.model.positions = 'learned'
+  config.model.position_encoding = 'learned'
   config.model.tied_head = False
 
   config.steps = 800

@@ -65,7 +65,7 @@ def get_config(argument: str = '') -> ConfigDict:
   config.model.d_model = 64
   config.model.num_heads = 2
   config.model.short_conv = 4
-  config.model.positions = 'none'
+  config.model.position_encoding = 'none'
   config.model.mlp_dim = 0
 
   matched = argument if argument in ('parameters', 'state_bytes') else ''

@@ -261,7 +261,7 @@ class Attention(nnx.Module, abc.ABC):
     self, x: Float[Array, 'B T K H'], context: Context
   ) -> Float[Array, 'B T K H']:
     """Queries or keys as positions turn them, where the config says RoPE."""
-    if self.config.positions != 'rope':
+    if self.config.position_encoding != 'rope':
       return x
     angles_at = context.true_positions(x.shape[1])
     return apply_rope(x, angles_at, base=self.config.rope_base)
@@ -296,7 +296,7 @@ class Attention(nnx.Module, abc.ABC):
 
   def logit_options(self) -> dict[str, Any]:
     """What the config asks of the logits: options of the softmax op."""
-    if self.config.positions != 'alibi':
+    if self.config.position_encoding != 'alibi':
       return {}
     return {'alibi_slopes': alibi_slopes(self.config.num_heads)}
 
@@ -343,7 +343,7 @@ def _asked_for(config: AttentionConfig) -> list[str]:
     'dropout': config.attention_dropout > 0,
     'short_conv': config.short_conv > 0,
     'pallas': config.implementation == 'pallas',
-    config.positions: config.positions in CAPABILITIES,
+    config.position_encoding: config.position_encoding in CAPABILITIES,
   }
   return [capability for capability, is_asked in asked.items() if is_asked]
 

@@ -4,7 +4,7 @@ import dataclasses
 
 from longctx.ops.dot_product_attention import BlockSizes
 
-POSITIONS = ('rope', 'alibi', 'learned', 'none')
+POSITION_ENCODINGS = ('rope', 'alibi', 'learned', 'none')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,9 +17,9 @@ class AttentionConfig:
     num_kv_heads: key and value heads K; divides N.
     head_dim: width H of a query or key head.
     value_dim: width V of a value head.
-    positions: 'rope' (arXiv:2104.09864) rotates queries and keys, 'alibi'
-      (arXiv:2108.12409) lowers logits by distance; 'learned' (added to the
-      embeddings by the model) and 'none' leave the layer alone.
+    position_encoding: 'rope' (arXiv:2104.09864) rotates queries and keys,
+      'alibi' (arXiv:2108.12409) lowers logits by distance; 'learned' (added to
+      the embeddings by the model) and 'none' leave the layer alone.
     rope_base: base of RoPE's geometric wavelengths.
     short_conv: width W of a causal depthwise convolution over queries, keys and
       values, each with its own; 0 for none.
@@ -36,7 +36,7 @@ class AttentionConfig:
   num_kv_heads: int
   head_dim: int
   value_dim: int
-  positions: str = 'rope'
+  position_encoding: str = 'rope'
   rope_base: float = 10000.0
   short_conv: int = 0
   attention_dropout: float = 0.0
@@ -61,11 +61,12 @@ class AttentionConfig:
         f'num_heads={self.num_heads} must be a multiple of '
         f'num_kv_heads={self.num_kv_heads}'
       )
-    if self.positions not in POSITIONS:
+    if self.position_encoding not in POSITION_ENCODINGS:
       raise ValueError(
-        f'unknown positions {self.positions!r}; known: {", ".join(POSITIONS)}'
+        f'unknown position_encoding={self.position_encoding!r}; known: '
+        f'{", ".join(POSITION_ENCODINGS)}'
       )
-    if self.positions == 'rope' and self.head_dim % 2:
+    if self.position_encoding == 'rope' and self.head_dim % 2:
       raise ValueError(f'RoPE needs an even head_dim, got {self.head_dim}')
     if self.short_conv < 0:
       raise ValueError(f'short_conv={self.short_conv} must be at least 0')

@@ -96,7 +96,7 @@ def init(
       'longctx.decoding.gated_cache, or a Generator'
     )
   if (
-    config.positions == 'learned'
+    config.position_encoding == 'learned'
     and blocks is None
     and (capacity is None or capacity > config.max_positions)
   ):

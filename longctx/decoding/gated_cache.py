@@ -70,7 +70,7 @@ def init(
     ValueError, NotImplementedError: as `cache.init` does.
   """
   config, after = model.config, model.config.gate.after
-  if config.positions == 'learned' and capacity > config.max_positions:
+  if config.position_encoding == 'learned' and capacity > config.max_positions:
     raise ValueError(
       f'{capacity=} must be at most max_positions={config.max_positions}: '
       'learned positions do not extrapolate'

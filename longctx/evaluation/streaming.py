@@ -199,7 +199,7 @@ def _end(run: evaluate.Trained, policy: str, config: StreamConfig) -> int:
   chunks = -(-config.tokens // config.chunk)
   if policy == 'dense':
     most = config.dense_tokens or 2 * run.task.seq_len
-    if run.model.positions == 'learned':
+    if run.model.position_encoding == 'learned':
       most = min(most, run.model.max_positions)
     chunks = min(chunks, max(1, most // config.chunk))
   return chunks * config.chunk

@@ -37,7 +37,7 @@ class TransformerConfig:
     head_dim: width H of a query or key head; None means D / N.
     value_dim: width V of a value head; None means H.
     mlp_dim: width F of the MLP after each attention layer; 0 for no MLP.
-    positions: 'rope', 'alibi', 'learned' or 'none'.
+    position_encoding: 'rope', 'alibi', 'learned' or 'none'.
     rope_base: base of RoPE's geometric wavelengths.
     max_positions: rows of the table of learned positions; None takes the
       task's length.
@@ -61,7 +61,7 @@ class TransformerConfig:
   head_dim: int | None = None
   value_dim: int | None = None
   mlp_dim: int = 0
-  positions: str = 'rope'
+  position_encoding: str = 'rope'
   rope_base: float = 10000.0
   max_positions: int | None = None
   short_conv: int = 0
@@ -90,7 +90,7 @@ class TransformerConfig:
       num_kv_heads=self.num_kv_heads or self.num_heads,
       head_dim=head_dim,
       value_dim=self.value_dim or head_dim,
-      positions=self.positions,
+      position_encoding=self.position_encoding,
       rope_base=self.rope_base,
       short_conv=self.short_conv,
       attention_dropout=self.attention_dropout,
@@ -125,7 +125,7 @@ def check(config: TransformerConfig) -> None:
       raise ValueError(
         f'unknown {name} {getattr(config, name)!r}; known: {", ".join(DTYPES)}'
       )
-  if config.positions == 'learned' and not config.max_positions:
+  if config.position_encoding == 'learned' and not config.max_positions:
     raise ValueError(
-      "positions='learned' needs max_positions, the longest sequence"
+      "position_encoding='learned' needs max_positions, the longest sequence"
     )

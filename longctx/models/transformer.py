@@ -98,7 +98,7 @@ class Transformer(nnx.Module):
     shape = (config.vocab_size, config.d_model)
     param_dtype = jnp.dtype(config.param_dtype)
     self.embedding = nnx.Param(normal(rngs.params(), shape, param_dtype))
-    if config.positions == 'learned':
+    if config.position_encoding == 'learned':
       shape = (config.max_positions, config.d_model)
       self.position_table = nnx.Param(normal(rngs.params(), shape, param_dtype))
     self.blocks = nnx.List(
@@ -254,7 +254,7 @@ class Transformer(nnx.Module):
   ) -> Float[Array, 'B T D']:
     """Token embeddings, plus learned positions where the model has them."""
     x = self.embedding[...][tokens]
-    if self.config.positions == 'learned':
+    if self.config.position_encoding == 'learned':
       T = tokens.shape[1] if placement is None else placement.layout.seq_len
       if positions is None:
         if self.config.max_positions < T:

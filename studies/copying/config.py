@@ -19,8 +19,8 @@ TINY = {'num_heads': 1, 'head_dim': 4, 'value_dim': 8}
 RUNS = {
   'no_positions': {'layers': ('full', 'full')},
   'scaled': {'layers': ('scalable_softmax', 'scalable_softmax')},
-  'alibi': {'layers': ('full', 'full'), 'positions': 'alibi'},
-  'rope': {'layers': ('full', 'full'), 'positions': 'rope'},
+  'alibi': {'layers': ('full', 'full'), 'position_encoding': 'alibi'},
+  'rope': {'layers': ('full', 'full'), 'position_encoding': 'rope'},
   'window': {'layers': ('sliding_window(window=64)',) * 2},
   'linear': {'layers': ('linear', 'linear')},
   'deltanet': {'layers': ('deltanet', 'deltanet')},
@@ -46,7 +46,7 @@ def get_config(name: str = '') -> ConfigDict:
   config.model.d_model = 64
   config.model.num_heads = 4
   config.model.short_conv = 4
-  config.model.positions = 'none'
+  config.model.position_encoding = 'none'
   # A tied head starts by predicting the token just read, and unlearns it first.
   config.model.tied_head = False
 

@@ -152,7 +152,7 @@ def _shared() -> ConfigDict:
   config.model.d_model = 64
   config.model.num_heads = 1
   config.model.short_conv = 4
-  config.model.positions = 'none'
+  config.model.position_encoding = 'none'
   config.optimizer.warmup_steps = 50
   config.optimizer.weight_decay = 0.1
   config.eval.batches = 4

@@ -38,7 +38,7 @@ def jobs(seed: int, quick: bool) -> list[Job]:
         run='full_rope',
         seed=seed,
         config='configs/sinks.py:full',
-        overrides={'model.positions': 'rope'},
+        overrides={'model.position_encoding': 'rope'},
         then=then,
       )
     )

@@ -155,7 +155,11 @@ def test_a_head_that_copies_has_score_one(sign):
   """Embeddings one-hot, values and the way out the identity."""
   V = 8
   config = TransformerConfig(
-    vocab_size=V, layers=('full',), d_model=V, num_heads=1, positions='none'
+    vocab_size=V,
+    layers=('full',),
+    d_model=V,
+    num_heads=1,
+    position_encoding='none',
   )
   model = Transformer(config, rngs=nnx.Rngs(0))
   model.embedding[...] = jnp.eye(V)

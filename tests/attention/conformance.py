@@ -60,7 +60,7 @@ def has(variant: str, capability: str) -> bool:
   return capability not in VARIANTS[variant].unsupported
 
 
-def usual_positions(variant: str) -> str:
+def usual_encoding(variant: str) -> str:
   return 'rope' if has(variant, 'rope') else 'none'
 
 
@@ -69,7 +69,7 @@ def make_layer(
   variant: str,
   *,
   gqa: bool | None = None,
-  positions: str | None = None,
+  position_encoding: str | None = None,
   short_conv: int = 0,
   dropout: float = 0.0,
   dtype: str = 'float32',
@@ -80,7 +80,7 @@ def make_layer(
   The parameters of all dtypes are the same numbers, those of bfloat16.
   """
   gqa = has(variant, 'gqa') if gqa is None else gqa
-  positions = positions or usual_positions(variant)
+  position_encoding = position_encoding or usual_encoding(variant)
   param_dtype = 'float64' if dtype == 'float64' else 'float32'
   config = AttentionConfig(
     d_model=D,
@@ -88,7 +88,7 @@ def make_layer(
     num_kv_heads=2 if gqa else 4,
     head_dim=4,
     value_dim=4,
-    positions=positions,
+    position_encoding=position_encoding,
     short_conv=short_conv,
     attention_dropout=dropout,
     dtype=dtype,
@@ -297,9 +297,9 @@ def check_gqa(variant: str):
     )
 
 
-def check_positions(variant: str, *, positions: str):
-  settings = {'positions': positions}
-  if positions == usual_positions(variant):
+def check_position_encoding(variant: str, *, position_encoding: str):
+  settings = {'position_encoding': position_encoding}
+  if position_encoding == usual_encoding(variant):
     # Of the programs that are there already; a layer without them refuses.
     make_layer(variant, **settings)
     settings = {}
@@ -444,8 +444,10 @@ CHECKS = {
   'decode': check_decode,
   'sharded_decode': functools.partial(check_decode, mesh=(2, 2, 2)),
   'gqa': check_gqa,
-  'rope': functools.partial(check_positions, positions='rope'),
-  'alibi': functools.partial(check_positions, positions='alibi'),
+  'rope': functools.partial(check_position_encoding, position_encoding='rope'),
+  'alibi': functools.partial(
+    check_position_encoding, position_encoding='alibi'
+  ),
   'dropout': check_dropout,
   'short_conv': check_short_conv,
   'analysis': check_analysis,

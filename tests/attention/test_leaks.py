@@ -15,7 +15,7 @@ from flax import nnx
 
 from longctx.analysis import leak_probe
 from longctx.attention import VARIANTS
-from longctx.attention.config import POSITIONS
+from longctx.attention.config import POSITION_ENCODINGS
 from longctx.masks import Causal, PrefixColumns, SlidingWindow
 from longctx.models.transformer import Transformer, TransformerConfig
 from longctx.ops import dot_product_attention as dpa
@@ -30,14 +30,14 @@ SEGMENTS = np.repeat([0, 1, 2, 3], [6, 1, 9, 5])
 
 # Variant and positions that are refused, by name, when the model is made.
 REFUSED = {
-  (name, positions)
+  (name, encoding)
   for name, variant in VARIANTS.items()
-  for positions in POSITIONS
-  if positions in variant.unsupported
+  for encoding in POSITION_ENCODINGS
+  if encoding in variant.unsupported
 }
 
 
-def make_model(layers, *, positions='rope', short_conv=0):
+def make_model(layers, *, position_encoding='rope', short_conv=0):
   """A small model in which no parameter is zero, so that no path hides."""
   config = TransformerConfig(
     vocab_size=11,
@@ -46,7 +46,7 @@ def make_model(layers, *, positions='rope', short_conv=0):
     num_heads=2,
     num_kv_heads=1,
     mlp_dim=8,
-    positions=positions,
+    position_encoding=position_encoding,
     max_positions=T,
     short_conv=short_conv,
   )
@@ -92,15 +92,19 @@ def assert_reads_exactly(fn, x, allowed, *, is_bound=False):
   ids=['alone', 'conv3-packed'],
 )
 @pytest.mark.parametrize(
-  ('variant', 'positions'),
+  ('variant', 'position_encoding'),
   # Every other variant is probed as a layer, in tests/attention.
-  sorted(set(itertools.product(('full', 'linear'), POSITIONS)) - REFUSED),
+  sorted(
+    set(itertools.product(('full', 'linear'), POSITION_ENCODINGS)) - REFUSED
+  ),
 )
 def test_outputs_read_exactly_what_the_mask_allows(
-  variant, positions, short_conv, packed
+  variant, position_encoding, short_conv, packed
 ):
   model = make_model(
-    (tiny_layer(variant),), positions=positions, short_conv=short_conv
+    (tiny_layer(variant),),
+    position_encoding=position_encoding,
+    short_conv=short_conv,
   )
   segment_ids = SEGMENTS if packed else None
   ids = jnp.asarray(SEGMENTS)[None] if packed else None
@@ -112,12 +116,12 @@ def test_outputs_read_exactly_what_the_mask_allows(
   )
 
 
-@pytest.mark.parametrize(('variant', 'positions'), sorted(REFUSED))
+@pytest.mark.parametrize(('variant', 'position_encoding'), sorted(REFUSED))
 def test_what_cannot_be_causal_is_refused_when_the_model_is_made(
-  variant, positions
+  variant, position_encoding
 ):
   with pytest.raises(NotImplementedError):
-    make_model((tiny_layer(variant),), positions=positions)
+    make_model((tiny_layer(variant),), position_encoding=position_encoding)
 
 
 def test_a_stack_reads_exactly_what_its_layers_reach():

@@ -17,7 +17,7 @@ CONFIG = AttentionConfig(
   num_kv_heads=K,
   head_dim=H,
   value_dim=V,
-  positions='none',
+  position_encoding='none',
 )
 
 
@@ -43,10 +43,12 @@ def make_input(T, B=2):
   return jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32)
 
 
-@pytest.mark.parametrize('positions', ['rope', 'alibi'])
-def test_moba_of_all_blocks_is_full_attention(positions):
-  moba = make_layer('moba(block_size=4, top_k=6)', positions=positions)
-  full = make_layer('full', positions=positions)
+@pytest.mark.parametrize('position_encoding', ['rope', 'alibi'])
+def test_moba_of_all_blocks_is_full_attention(position_encoding):
+  moba = make_layer(
+    'moba(block_size=4, top_k=6)', position_encoding=position_encoding
+  )
+  full = make_layer('full', position_encoding=position_encoding)
   x, key = make_input(21), jax.random.key(0)
   np.testing.assert_allclose(
     apply(moba, x), apply(full, x), **tolerance('float32')
@@ -128,7 +130,7 @@ def test_nsa_is_what_its_parameters_say(T):
 
 
 def test_compressed_keys_turn_with_the_positions_of_their_blocks():
-  layer = make_layer(tiny_layer('nsa'), positions='rope')
+  layer = make_layer(tiny_layer('nsa'), position_encoding='rope')
   x = make_input(21)
   # No values but those of the compressed branch.
   values = layer.value.kernel[...].reshape(D, K, 3, V)
@@ -189,7 +191,7 @@ def test_costs_grow_as_learned_sparsity_says():
     ('nsa(stride=5)', ValueError, 'stride=5 must divide'),
     ('nsa(top_n=2)', ValueError, 'top_n=2'),
     ('nsa(window=0)', ValueError, 'window=0'),
-    ("nsa(positions='alibi')", NotImplementedError, 'no one distance'),
+    ("nsa(position_encoding='alibi')", NotImplementedError, 'no one distance'),
     (
       'nsa(attention_dropout=0.1)',
       NotImplementedError,

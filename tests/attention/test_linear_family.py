@@ -39,7 +39,7 @@ def make_layer(layer, *, dtype='float64', implementation=None, **config):
     dtype=dtype,
     param_dtype='float64' if dtype == 'float64' else 'float32',
     implementation=implementation,
-    **{**sizes, 'positions': 'none', 'short_conv': 3, **config},
+    **{**sizes, 'position_encoding': 'none', 'short_conv': 3, **config},
   )
   made = make_attention(layer, config, rngs=nnx.Rngs(0))
   graph, params = nnx.split(made, nnx.Param)
@@ -269,7 +269,7 @@ def test_retention_with_rope_rotates_queries_and_keys_by_distance():
     dtype='float32',
     num_heads=1,
     num_kv_heads=1,
-    positions='rope',
+    position_encoding='rope',
     short_conv=0,
   )
   p, x = parameters(made), make_inputs()
@@ -358,7 +358,11 @@ def test_cosformer_refuses_more_tokens_than_it_tells_apart():
     "linear(feature_map='cosformer', feature_arguments={'max_length': 12})"
   )
   config = TransformerConfig(
-    vocab_size=5, layers=(layer,), d_model=8, num_heads=2, positions='none'
+    vocab_size=5,
+    layers=(layer,),
+    d_model=8,
+    num_heads=2,
+    position_encoding='none',
   )
   validate(config, seq_len=12)
   with pytest.raises(ValueError, match='13 tokens need max_length >= 13'):

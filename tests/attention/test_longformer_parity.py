@@ -35,7 +35,7 @@ def make_pair(window, num_global):
     num_kv_heads=N,
     head_dim=D // N,
     value_dim=D // N,
-    positions='none',
+    position_encoding='none',
   )
   ours = make_attention(
     f'longformer(window={window // 2 + 1}, num_global={num_global}, '

@@ -71,7 +71,7 @@ def test_one_key_keeps_its_weight_among_any_number_of_others():
     num_kv_heads=1,
     head_dim=1,
     value_dim=1,
-    positions='none',
+    position_encoding='none',
   )
   layer = make_attention(
     'scalable_softmax(initial_scale=1.0)', config, rngs=nnx.Rngs(0)

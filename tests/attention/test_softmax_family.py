@@ -18,7 +18,7 @@ t, s = np.arange(T)[:, None], np.arange(T)[None, :]
 CAUSAL = s <= t
 
 
-def make_layer(layer, *, positions='none', **kwargs):
+def make_layer(layer, *, position_encoding='none', **kwargs):
   """A layer in which no parameter is zero or one, each in float32."""
   config = AttentionConfig(
     d_model=D,
@@ -26,7 +26,7 @@ def make_layer(layer, *, positions='none', **kwargs):
     num_kv_heads=K,
     head_dim=H,
     value_dim=V,
-    positions=positions,
+    position_encoding=position_encoding,
     **kwargs,
   )
   module = make_attention(layer, config, rngs=nnx.Rngs(0))
@@ -213,7 +213,7 @@ def rotate(x, position):
   return np.concatenate([pairs.real, pairs.imag], -1)
 
 
-def decode_with_cache(layer, x, num_sinks, window, positions):
+def decode_with_cache(layer, x, num_sinks, window, position_encoding):
   """StreamingLLM as published: evict, then take positions in the cache."""
   q, k, v = project(layer, x)
   out, cache = [], []
@@ -223,26 +223,26 @@ def decode_with_cache(layer, x, num_sinks, window, positions):
       cache.pop(num_sinks)
     slots = np.arange(len(cache))
     query, keys = q[now], k[cache]
-    if positions == 'rope':
+    if position_encoding == 'rope':
       query = rotate(query, slots[-1])
       keys = np.stack([rotate(*pair) for pair in zip(keys, slots, strict=True)])
     z = np.einsum('nh,snh->ns', query, keys) / np.sqrt(H)
-    if positions == 'alibi':
+    if position_encoding == 'alibi':
       z -= np.asarray(alibi_slopes(N))[:, None] * (slots[-1] - slots)
     p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
     out.append(np.einsum('ns,snv->nv', p, v[cache]))
   return np.stack(out)
 
 
-@pytest.mark.parametrize('positions', ['rope', 'alibi'])
-def test_cache_positions_equal_decoding_with_the_cache(positions, x64):
+@pytest.mark.parametrize('position_encoding', ['rope', 'alibi'])
+def test_cache_positions_equal_decoding_with_the_cache(position_encoding, x64):
   module = make_layer(
     'streaming(num_sinks=2, window=3, cache_positions=True)',
-    positions=positions,
+    position_encoding=position_encoding,
     dtype='float64',
   )
   x = inputs()
-  out = decode_with_cache(module, x, 2, 3, positions).reshape(T, -1)
+  out = decode_with_cache(module, x, 2, 3, position_encoding).reshape(T, -1)
   expected = out @ numbers(module.out.kernel)
   # Angles are multiples of 2^-32 of a turn.
   np.testing.assert_allclose(
@@ -252,9 +252,9 @@ def test_cache_positions_equal_decoding_with_the_cache(positions, x64):
 
 def test_cache_positions_differ_from_true_ones():
   x = jnp.asarray(inputs(), jnp.float32)
-  for positions in ('rope', 'alibi'):
+  for position_encoding in ('rope', 'alibi'):
     outs = [
-      make_layer(layer, positions=positions)(x)
+      make_layer(layer, position_encoding=position_encoding)(x)
       for layer in (
         'streaming(num_sinks=2, window=3, cache_positions=True)',
         'streaming(num_sinks=2, window=3)',
@@ -269,8 +269,8 @@ def test_cache_positions_differ_from_true_ones():
 
 def test_cache_positions_hold_in_each_document():
   layer = 'streaming(num_sinks=2, window=3, cache_positions=True)'
-  for positions in ('rope', 'alibi'):
-    module = make_layer(layer, positions=positions)
+  for position_encoding in ('rope', 'alibi'):
+    module = make_layer(layer, position_encoding=position_encoding)
     x = jnp.asarray(inputs(), jnp.float32)
     ids = jnp.repeat(jnp.array([3, 1]), jnp.array([4, 9]))[None]
     run = jax.jit(lambda x, ids, module=module: module(x, segment_ids=ids))
@@ -392,7 +392,7 @@ def test_sink_logits_start_as_softmax1():
 
 
 def test_sink_token_does_not_depend_on_where_a_document_begins():
-  module = make_layer('sink_token', positions='rope')
+  module = make_layer('sink_token', position_encoding='rope')
   x = jnp.asarray(inputs(), jnp.float32)
   near = module(x)
   far = module(x, positions=jnp.arange(T) + 1000)

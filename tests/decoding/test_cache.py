@@ -54,12 +54,12 @@ def read_in_pieces(model, tokens, pieces, *, capacity, mesh=None):
   return np.concatenate(found, axis=1), cache
 
 
-@pytest.mark.parametrize('positions', ['rope', 'learned', 'none'])
+@pytest.mark.parametrize('position_encoding', ['rope', 'learned', 'none'])
 @pytest.mark.parametrize(
   'pieces', [[23], [10, 1, 1, 10, 1], [1] * 23], ids=['whole', 'mixed', 'ones']
 )
-def test_any_pieces_give_the_logits_of_the_whole(pieces, positions):
-  model = make_model(positions=positions, max_positions=T)
+def test_any_pieces_give_the_logits_of_the_whole(pieces, position_encoding):
+  model = make_model(position_encoding=position_encoding, max_positions=T)
   tokens = make_tokens()
   logits, cache = read_in_pieces(model, tokens, pieces, capacity=T)
   expected = model(jnp.asarray(tokens))
@@ -187,7 +187,7 @@ def test_bfloat16_keeps_bfloat16_keys_and_float32_states():
     ({}, None, ValueError, 'give a capacity'),
     ({}, 0, ValueError, 'capacity=0 must be at least 1'),
     (
-      dict(positions='learned', max_positions=9),
+      dict(position_encoding='learned', max_positions=9),
       10,
       ValueError,
       'at most max_positions=9',

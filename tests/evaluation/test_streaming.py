@@ -32,7 +32,7 @@ def run(tmp_path_factory):
   config = tiny_config(
     batch_size=4,
     task=dict(name='bytes_lm', path=str(text), seq_len=16),
-    model=dict(layers=('full', 'full'), short_conv=2, positions='rope'),
+    model=dict(layers=('full', 'full'), short_conv=2, position_encoding='rope'),
   )
   train.train(runs.prepare(config, folder), folder)
   return evaluate.choose(evaluate.open_workdir(folder), '')
@@ -71,11 +71,11 @@ def test_buckets_are_the_losses_under_the_mask(run, policy):
 
 
 def test_a_layer_keeps_the_arguments_of_its_own(run):
-  layers = ("full(positions='none')", 'linear')
+  layers = ("full(position_encoding='none')", 'linear')
   model = dataclasses.replace(run.model, layers=layers)
   changed = stream.with_policy(model, 'window', CONFIG)
   assert changed.layers == (
-    "sliding_window(positions='none', window=6)",
+    "sliding_window(position_encoding='none', window=6)",
     'linear',
   )
 

@@ -101,7 +101,7 @@ def test_measuring_at_the_scored_places_gives_the_same_sums():
 
 
 def test_learned_positions_refuse_a_longer_sequence(tmp_path):
-  folder, _ = trained(tmp_path, model={'positions': 'learned'})
+  folder, _ = trained(tmp_path, model={'position_encoding': 'learned'})
   (run,) = evaluate.open_workdir(folder)
   evaluate.swept_tasks(run, evaluate.parse_sweep('seq_len=8,16'))
   with pytest.raises(ValueError, match=r'17 .*max_positions') as error:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx.attention.config import POSITIONS
+from longctx.attention.config import POSITION_ENCODINGS
 from longctx.models import transformer as model_lib
 from longctx.models.transformer import Transformer, TransformerConfig, validate
 
@@ -129,15 +129,20 @@ PLACES = {
 
 @pytest.mark.parametrize('places', PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize(
-  ('variant', 'positions'),
+  ('variant', 'position_encoding'),
   # Every other variant is read at places as a layer, in tests/attention.
-  [*(('full', positions) for positions in POSITIONS), ('linear', 'rope')],
+  [
+    *(('full', encoding) for encoding in POSITION_ENCODINGS),
+    ('linear', 'rope'),
+  ],
 )
 def test_reading_at_places_equals_reading_everywhere(
-  variant, positions, places
+  variant, position_encoding, places
 ):
   model = build(
-    layers=(variant, variant), positions=positions, max_positions=13
+    layers=(variant, variant),
+    position_encoding=position_encoding,
+    max_positions=13,
   )
   tokens, labels, _ = batch()
   weights = np.zeros((2, 13), np.float32)
@@ -179,12 +184,16 @@ def test_last_block_and_head_are_computed_where_they_are_read_alone():
   assert flops(jax.ShapeDtypeStruct((1, 4), jnp.int32)) < flops(None) / 10
 
 
-@pytest.mark.parametrize('positions', ['rope', 'alibi', 'learned', 'none'])
-def test_packed_documents_equal_separate_ones(positions):
+@pytest.mark.parametrize(
+  'position_encoding', ['rope', 'alibi', 'learned', 'none']
+)
+def test_packed_documents_equal_separate_ones(position_encoding):
   layers = ('full', 'sliding_window(window=3)')
-  if positions != 'alibi':
+  if position_encoding != 'alibi':
     layers += ('linear', "linear(feature_map='taylor', normalize=False)")
-  model = build(layers=layers, positions=positions, max_positions=16)
+  model = build(
+    layers=layers, position_encoding=position_encoding, max_positions=16
+  )
   tokens, _, _ = batch(B=1)
   segment_ids = jnp.array([[1] * 5 + [2] * 8])
   within = jnp.array([[*range(5), *range(8)]])
@@ -214,7 +223,7 @@ def test_layer_arguments_replace_what_the_model_shares():
   model = build(
     layers=(
       'sliding_window(window=4, num_kv_heads=2)',
-      "linear(feature_map='taylor', head_dim=4, positions='none')",
+      "linear(feature_map='taylor', head_dim=4, position_encoding='none')",
     )
   )
   window, linear = (block.attention for block in model.blocks)
@@ -222,7 +231,7 @@ def test_layer_arguments_replace_what_the_model_shares():
   assert window.config.num_kv_heads == 2
   assert linear.config.head_dim == 4
   assert linear.config.value_dim == 8
-  assert linear.config.positions == 'none'
+  assert linear.config.position_encoding == 'none'
 
 
 def test_untied_head_and_embedding_are_separate():
@@ -270,11 +279,15 @@ def test_flops_grow_as_the_variant_says():
     ({'num_heads': 3, 'd_model': 16}, ValueError, 'multiple of num_heads=3'),
     ({'num_heads': 4, 'num_kv_heads': 3}, ValueError, 'num_kv_heads=3'),
     ({'head_dim': 7}, ValueError, 'even head_dim'),
-    ({'positions': 'ropy'}, ValueError, "unknown positions 'ropy'"),
-    ({'positions': 'alibi'}, NotImplementedError, 'ALiBi'),
-    ({'positions': 'learned'}, ValueError, 'needs max_positions'),
     (
-      {'positions': 'learned', 'max_positions': 8},
+      {'position_encoding': 'ropy'},
+      ValueError,
+      "unknown position_encoding='ropy'",
+    ),
+    ({'position_encoding': 'alibi'}, NotImplementedError, 'ALiBi'),
+    ({'position_encoding': 'learned'}, ValueError, 'needs max_positions'),
+    (
+      {'position_encoding': 'learned', 'max_positions': 8},
       ValueError,
       'max_positions >= 12',
     ),

@@ -36,7 +36,7 @@ class DifferentialAttention(Attention):
     lambda_init: float = 0.8,
     rngs: nnx.Rngs,
   ):
-    even = 4 if config.positions == 'rope' else 2
+    even = 4 if config.position_encoding == 'rope' else 2
     if config.head_dim % even or config.value_dim % 2:
       raise ValueError(
         f'differential: head_dim={config.head_dim} must be a multiple of '

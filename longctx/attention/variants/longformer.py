@@ -140,7 +140,7 @@ class LongformerAttention(Attention):
     """Takes over the weights of a `LongformerSelfAttention`.
 
     That is `use_bias=True, global_projections=True, causal=False` and window =
-    attention_window / 2 + 1, with as many heads and positions='none'. The
+    attention_window / 2 + 1, with as many heads and no position encoding. The
     projection back, `output.dense` there, is not among them.
 
     Args:

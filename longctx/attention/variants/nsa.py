@@ -148,7 +148,9 @@ class NativeSparseAttention(Attention):
         compress_v=self.compress_value.weights(),
       ),
       summarize=block_selection.nsa_summaries,
-      rope_base=config.rope_base if config.positions == 'rope' else None,
+      rope_base=config.rope_base
+      if config.position_encoding == 'rope'
+      else None,
       stride=self.stride,
       block_size=self.block_size,
       top_n=self.top_n,

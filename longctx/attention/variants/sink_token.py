@@ -72,7 +72,7 @@ class SinkTokenAttention(Attention):
     tokens = context.dot_product_attention(
       q, k, v, mask=self.mask, return_lse=True, **self.logit_options()
     )
-    if config.positions == 'rope':
+    if config.position_encoding == 'rope':
       back = -context.true_positions(q.shape[1])
       q = apply_rope(q, back, base=config.rope_base)
     q = context.at_read(q)

@@ -52,10 +52,10 @@ class StreamingAttention(Attention):
   ):
     if window < 1:
       raise ValueError(f'streaming: {window=} must be at least 1')
-    if cache_positions and config.positions not in ('rope', 'alibi'):
+    if cache_positions and config.position_encoding not in ('rope', 'alibi'):
       raise ValueError(
         f'streaming: {cache_positions=} is of rope and alibi; with positions='
-        f'{config.positions!r} the layer has no positions to count'
+        f'{config.position_encoding!r} the layer has no positions to count'
       )
     super().__init__(config, rngs=rngs)
     self.of_sinks = masks.Causal() & masks.PrefixColumns(num_sinks)
@@ -84,7 +84,7 @@ class StreamingAttention(Attention):
     )
     positions = context.document_positions(q.shape[1])
     slots = jnp.minimum(positions, self.last_slot)
-    if self.config.positions == 'rope':
+    if self.config.position_encoding == 'rope':
       q = apply_rope(q, slots - positions, base=self.config.rope_base)
     slopes = options.pop('alibi_slopes', None)
     if slopes is not None:
