@@ -134,7 +134,7 @@ def prepare_recompute(args, layer):
   @jax.jit
   def read(params, tokens):
     model = nnx.merge(graph, params)
-    x = model.hidden(model.embed(tokens), read=last)
+    x = model.hidden(model.embed(tokens), query_indices=last)
     return model.logits(x).argmax(-1)
 
   def call():

@@ -14,7 +14,7 @@ import inspect
 from flax import nnx
 
 from longctx.attention.base import Attention, AttentionConfig
-from longctx.attention.context import take_read, true_positions
+from longctx.attention.context import take_queries, true_positions
 from longctx.attention.variants.based import BasedAttention
 from longctx.attention.variants.bigbird import BigBirdAttention
 from longctx.attention.variants.block_sparse import BlockSparseAttention
@@ -50,7 +50,7 @@ __all__ = [
   'AttentionConfig',
   'make_attention',
   'parse_layer',
-  'take_read',
+  'take_queries',
   'true_positions',
 ]
 

@@ -68,7 +68,7 @@ class Attention(nnx.Module, abc.ABC):
     *,
     positions: Int[Array, '*B T'] | None = None,
     segment_ids: Int[Array, 'B T'] | None = None,
-    read: Int[Array, 'B Q'] | None = None,
+    query_indices: Int[Array, 'B Q'] | None = None,
     dropout_key: Key[Array, ''] | None = None,
     step: Int[Array, ''] | int | None = None,
     placement: Placement | None = None,
@@ -80,8 +80,8 @@ class Attention(nnx.Module, abc.ABC):
       positions: of the tokens; None means 0, 1, …, T - 1, which lets an
         implementation know the mask's blocks when it compiles.
       segment_ids: documents packed into a row; none reads another.
-      read: places on the axis T whose outputs are wanted, see `take_read`; None
-        means all, Q = T.
+      query_indices: places on the axis T whose outputs are wanted, see
+        `take_queries`; None means all, Q = T.
       dropout_key: of this layer and step; None drops nothing.
       step: of training, counted from 1; None before and without training.
       placement: where the tokens lie on a mesh; None: all on one device. The
@@ -102,7 +102,7 @@ class Attention(nnx.Module, abc.ABC):
     context = Context(
       positions=positions,
       segment_ids=segment_ids,
-      read=read,
+      query_indices=query_indices,
       dropout=dropout,
       step=step,
       placement=placement,
@@ -124,7 +124,7 @@ class Attention(nnx.Module, abc.ABC):
     """What each head found, before the projection that adds the heads up."""
     q, k, v = self.project(x, context)
     out = self.mix(q, k, v, x=x, context=context)
-    return self.finish(out, context.at_read(x))
+    return self.finish(out, context.at_queries(x))
 
   def plan(self, capacity: int | None, *, shards: int = 1) -> Plan:
     """What the layer keeps to decode, derived from the calls that it makes.
@@ -158,7 +158,7 @@ class Attention(nnx.Module, abc.ABC):
     cells: Cells,
     lengths: Int[Array, ' B'],
     new: Bool[Array, 'B T'] | None = None,
-    read: Int[Array, 'B Q'] | None = None,
+    query_indices: Int[Array, 'B Q'] | None = None,
     step: Int[Array, ''] | int | None = None,
     axes: Axes | None = None,
   ) -> tuple[Float[Array, 'B Q D'], Cells]:
@@ -172,14 +172,15 @@ class Attention(nnx.Module, abc.ABC):
       cells: what it kept, at first `cells.empty(plan, B)`.
       lengths: tokens that each row has read before.
       new: which of the T are a row's tokens, the first ones; None: all.
-      read: places on the axis T whose outputs are wanted, see `take_read`.
+      query_indices: places on the axis T whose outputs are wanted, see
+        `take_queries`.
       step: of the training that made the parameters; None: none.
       axes: of the mesh that the cells are spread over; None: one device.
     """
     tape = Tape(plan=plan, cells=cells)
     context = DecodingContext(
       positions=lengths[:, None] + jnp.arange(x.shape[1]),
-      read=read,
+      query_indices=query_indices,
       step=step,
       implementation=self.config.implementation,
       block_sizes=self.config.block_sizes,

@@ -13,7 +13,7 @@ CAPABILITIES = {
   'eager': 'the same without jit',
   'extremes': 'finite where logits reach 10,000, gradients too',
   'second_derivative': 'Hessian-vector products are those of the equation',
-  'read': 'outputs at a few places alone',
+  'query_indices': 'outputs at a few places alone',
   'decode': 'token by token or chunk by chunk, in rows of any length',
   'sharded_decode': 'likewise, with what it keeps spread over several devices',
   'gqa': 'query heads that share key heads',

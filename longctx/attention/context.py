@@ -30,8 +30,8 @@ class Context:
   Attributes:
     positions: of the tokens; None means the natural ones.
     segment_ids: documents packed into a row; none reads another.
-    read: places on the axis T whose outputs are wanted, see `take_read`; None
-      means all.
+    query_indices: places on the axis T whose outputs are wanted, see
+      `take_queries`; None means all.
     dropout: (rate, key) of the attention weights, or None.
     step: of training, counted from 1, for what changes on a schedule; None
       before and without training.
@@ -42,7 +42,7 @@ class Context:
 
   positions: Int[Array, '*B T'] | None = None
   segment_ids: Int[Array, 'B T'] | None = None
-  read: Int[Array, 'B Q'] | None = None
+  query_indices: Int[Array, 'B Q'] | None = None
   dropout: tuple[float, Key[Array, '']] | None = None
   step: Int[Array, ''] | int | None = None
   placement: Placement | None = None
@@ -91,11 +91,11 @@ class Context:
       return None
     return T if self.placement is None else self.placement.layout.seq_len
 
-  def at_read(
+  def at_queries(
     self, x: Shaped[Array, 'B T ...'] | Shaped[Array, ' T'] | None
   ) -> Shaped[Array, '...'] | None:
     """x at the places whose outputs are wanted."""
-    return take_read(x, self.read)
+    return take_queries(x, self.query_indices)
 
   def dot_product_attention(
     self,
@@ -108,7 +108,7 @@ class Context:
     k_bias: Float[Array, '#B T N'] | None = None,
     **options: Any,
   ) -> Any:
-    """Softmax attention of the queries at `read` to the keys under a mask.
+    """Softmax attention under a mask, of the queries at `query_indices`.
 
     What a mask says of certain positions, such as the first ones, holds for
     each document.
@@ -132,16 +132,16 @@ class Context:
     if self.segment_ids is not None and not moves:
       positions = self.document_positions(T)
     q_positions = positions
-    if self.read is not None and positions is None:
+    if self.query_indices is not None and positions is None:
       q_positions = self.true_positions(T)
     return self.attend(
-      self.at_read(q),
+      self.at_queries(q),
       k,
       v,
       mask=mask,
-      q_positions=self.at_read(q_positions),
+      q_positions=self.at_queries(q_positions),
       k_positions=positions,
-      q_segment_ids=self.at_read(self.segment_ids),
+      q_segment_ids=self.at_queries(self.segment_ids),
       k_segment_ids=self.segment_ids,
       dropout=self.dropout,
       block_sizes=self.block_sizes,
@@ -182,12 +182,12 @@ class Context:
     """
     del summarize
     where, q_positions = self.placement, self.positions
-    if self.read is not None:
+    if self.query_indices is not None:
       q_positions = self.true_positions(q.shape[1])
     indices = dict(
-      q_positions=self.at_read(q_positions),
+      q_positions=self.at_queries(q_positions),
       k_positions=self.positions,
-      q_segment_ids=self.at_read(self.segment_ids),
+      q_segment_ids=self.at_queries(self.segment_ids),
       k_segment_ids=self.segment_ids,
     )
     if self.dropout is not None:
@@ -195,10 +195,10 @@ class Context:
     options['implementation'] = self.implementation
     if where is None:
       arrays = {**(per_head or {}), **(shared or {})}
-      return op(self.at_read(q), *keys, **indices, **arrays, **options)
+      return op(self.at_queries(q), *keys, **indices, **arrays, **options)
     return where.with_gathered_kv(
       op,
-      self.at_read(q),
+      self.at_queries(q),
       *keys,
       per_head=per_head,
       shared=shared,
@@ -216,7 +216,7 @@ class Context:
     beta: Float[Array, 'B T N'] | None = None,
     log_decay: Float[Array, 'B T N'] | Float[Array, 'B T N P'] | None = None,
   ) -> Float[Array, 'B Q N V']:
-    """Runs a recurrence over all the tokens; outputs at `read`.
+    """Runs a recurrence over all the tokens; outputs at `query_indices`.
 
     Args:
       recurrence: what is kept, and how it changes.
@@ -243,7 +243,7 @@ class Context:
         q, k, v, normalize=recurrence.normalize, **common
       )
     # The state passes every place, whichever are read.
-    return self.at_read(out)
+    return self.at_queries(out)
 
   def values(
     self, own: Float[Array, '... V'], given: Float[Array, '... V']
@@ -298,17 +298,17 @@ def true_positions(
   return jnp.arange(T)
 
 
-def take_read(
+def take_queries(
   x: Shaped[Array, 'B T ...'] | Shaped[Array, ' T'] | None,
-  read: Int[Array, 'B Q'] | None,
+  query_indices: Int[Array, 'B Q'] | None,
 ) -> Shaped[Array, '...'] | None:
-  """x at the places `read` of its axis T; all of x where `read` is None.
+  """x at the places `query_indices` of its axis T, or all of x for None.
 
   A place of -1 stands for none: what is taken there, the last place, is for the
   caller to ignore.
   """
-  if x is None or read is None:
+  if x is None or query_indices is None:
     return x
   if x.ndim == 1:
-    return x[read]
-  return x[jnp.arange(x.shape[0])[:, None], read]
+    return x[query_indices]
+  return x[jnp.arange(x.shape[0])[:, None], query_indices]

@@ -124,7 +124,7 @@ class DecodingContext(Context):
       )
     if not self.tape.is_planning:
       self.tape.cells[place] = state
-    return self.at_read(out)
+    return self.at_queries(out)
 
   def dot_product_attention(
     self,
@@ -149,14 +149,14 @@ class DecodingContext(Context):
     attend = softmax.dot_product_attention
     if self.axes is not None:
       attend = self._attend_on_mesh
-    q = self.at_read(q)
+    q = self.at_queries(q)
     implementation = self.implementation
     if implementation is None and q.shape[1] == 1:
       # The scores of a token fit anywhere, and blocks of one row are all
       # overhead.
       implementation = 'decode'
 
-    def read(q, k, v, q_positions, k_positions):
+    def run(q, k, v, q_positions, k_positions):
       return attend(
         q,
         k,
@@ -169,24 +169,26 @@ class DecodingContext(Context):
         **options,
       )
 
-    return self._apart(read, q, k, v, self.at_read(self.positions), k_positions)
+    return self._apart(
+      run, q, k, v, self.at_queries(self.positions), k_positions
+    )
 
-  def _apart(self, read: Callable[..., Any], *arrays: Array | None) -> Any:
-    """read(*arrays); zeros where no row has a token yet.
+  def _apart(self, run: Callable[..., Any], *arrays: Array | None) -> Any:
+    """run(*arrays); zeros where no row has a token yet.
 
     For a single token as a branch, which XLA on CPU does not fuse with what was
     before: it would write the token twice, for the cache and for the product
     that reads it, and copy the cache to do so.
     """
     if self.positions.shape[1] > 1 or self.axes is not None:
-      return read(*arrays)
+      return run(*arrays)
     is_some = (self.lengths + self.counts(self.positions.shape[1]) > 0).any()
-    nothing = jax.eval_shape(read, *arrays)
+    nothing = jax.eval_shape(run, *arrays)
 
     def zeros(*_):
       return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nothing)
 
-    return lax.cond(is_some, read, zeros, *arrays)
+    return lax.cond(is_some, run, zeros, *arrays)
 
   def _attend_on_mesh(
     self,
@@ -242,11 +244,11 @@ class DecodingContext(Context):
     retention = KVRetention(0, None)
     kept = [None if x is None else self._keep(x, retention)[0] for x in keys]
 
-    def read(q, q_positions, *kept):
+    def run(q, q_positions, *kept):
       return op(q, *kept, q_positions=q_positions, **options)
 
-    arrays = (self.at_read(q), self.at_read(self.positions), *kept)
-    return self._apart(read, *arrays)
+    arrays = (self.at_queries(q), self.at_queries(self.positions), *kept)
+    return self._apart(run, *arrays)
 
   def _summarize(
     self, summary: Summary, x: Float[Array, 'B T K D']

@@ -133,7 +133,7 @@ def extend(
   tokens: Int[Array, 'B T'],
   *,
   new: Bool[Array, 'B T'] | None = None,
-  read: Int[Array, 'B Q'] | None = None,
+  query_indices: Int[Array, 'B Q'] | None = None,
   step: Int[Array, ''] | int | None = None,
 ) -> tuple[Float[Array, 'B Q V'], Cache]:
   """Reads more tokens: logits after each, and the cache that knows them.
@@ -148,12 +148,14 @@ def extend(
     tokens: the next ones of every row.
     new: which of them are a row's tokens, the first ones of each row; None
       means all.
-    read: places on the axis T whose logits are wanted; None: all, Q = T.
+    query_indices: places on the axis T whose logits are wanted; None: all.
     step: of the training that made the parameters; None: none.
   """
   positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
   x = model.embed(tokens, positions=positions)
-  x, cache = advance(model.blocks, cache, x, new=new, read=read, step=step)
+  x, cache = advance(
+    model.blocks, cache, x, new=new, query_indices=query_indices, step=step
+  )
   return model.logits(model.norm(x)), cache
 
 
@@ -163,7 +165,7 @@ def advance(
   x: Float[Array, 'B T D'],
   *,
   new: Bool[Array, 'B T'] | None = None,
-  read: Int[Array, 'B Q'] | None = None,
+  query_indices: Int[Array, 'B Q'] | None = None,
   step: Int[Array, ''] | int | None = None,
 ) -> tuple[Float[Array, 'B Q D'], Cache]:
   """`extend` of some blocks of a model, from the inputs of the first one.
@@ -173,7 +175,7 @@ def advance(
     cache: what came before.
     x: inputs at the next tokens of every row.
     new: as in `extend`.
-    read: as in `extend`.
+    query_indices: as in `extend`.
     step: as in `extend`.
   """
   T, axes = x.shape[1], cache.axes
@@ -182,7 +184,7 @@ def advance(
   layers = []
   last = len(blocks) - 1
   for index, block in enumerate(blocks):
-    wanted = read if index == last else None
+    wanted = query_indices if index == last else None
 
     def attend(x, index=index, block=block, wanted=wanted):
       out, cells = block.attention.extend(
@@ -191,14 +193,14 @@ def advance(
         cells=cache.layers[index],
         lengths=cache.lengths,
         new=new,
-        read=wanted,
+        query_indices=wanted,
         step=step,
         axes=axes,
       )
       layers.append(cells)
       return out
 
-    x = block.around(attend, x, read=wanted)
+    x = block.around(attend, x, query_indices=wanted)
   counts = T if new is None else new.sum(1)
   cache = dataclasses.replace(
     cache, lengths=cache.lengths + counts, layers=tuple(layers)

@@ -133,7 +133,7 @@ def ask(
     cache.above,
     passed.x,
     new=new,
-    read=cache_lib.last_place(new),
+    query_indices=cache_lib.last_place(new),
     step=step,
   )
   logits = model.logits(model.norm(x))[:, 0]

@@ -200,7 +200,7 @@ class Generator:
         stream.cache,
         tokens,
         new=new,
-        read=cache_lib.last_place(new),
+        query_indices=cache_lib.last_place(new),
         step=step,
       )
       logits = jnp.where(new.any(1)[:, None], logits[:, 0], stream.logits)

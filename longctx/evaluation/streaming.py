@@ -256,7 +256,9 @@ def _recompute(run, learned, tokens, policy, config) -> list[dict[str, Any]]:
     model = nnx.merge(graph, params)
     x = model.embed(piece.tokens)
     last = jnp.full((x.shape[0], 1), config.slots - 1)
-    logits = model.logits(model.hidden(x, read=last, step=learned.step))
+    logits = model.logits(
+      model.hidden(x, query_indices=last, step=learned.step)
+    )
     ends = Piece(*(y[:, -1:] for y in piece))
     return _sums(logits, ends)
 

@@ -278,7 +278,8 @@ class _Measure:
     step = np.int32(self._step)
     try:
       placed = (
-        steps.put(steps.with_read(batch), placement) for batch in iterator
+        steps.put(steps.with_query_indices(batch), placement)
+        for batch in iterator
       )
       sums = [
         jax.device_get(measure(self._params, batch, step)) for batch in placed

@@ -9,7 +9,7 @@ from flax import nnx
 
 from longctx.attention import (
   make_attention,
-  take_read,
+  take_queries,
   true_positions,
 )
 from longctx.models.config import REMAT_POLICIES, TransformerConfig, check
@@ -53,7 +53,7 @@ class Block(nnx.Module):
     *,
     positions: Int[Array, '*B T'] | None = None,
     segment_ids: Int[Array, 'B T'] | None = None,
-    read: Int[Array, 'B Q'] | None = None,
+    query_indices: Int[Array, 'B Q'] | None = None,
     dropout_key: Key[Array, ''] | None = None,
     step: Int[Array, ''] | int | None = None,
     placement: Placement | None = None,
@@ -62,22 +62,22 @@ class Block(nnx.Module):
       self.attention,
       positions=positions,
       segment_ids=segment_ids,
-      read=read,
+      query_indices=query_indices,
       dropout_key=dropout_key,
       step=step,
       placement=placement,
     )
-    return self.around(attend, x, read=read)
+    return self.around(attend, x, query_indices=query_indices)
 
   def around(
     self,
     attend: Callable[[Float[Array, 'B T D']], Float[Array, 'B Q D']],
     x: Float[Array, 'B T D'],
     *,
-    read: Int[Array, 'B Q'] | None = None,
+    query_indices: Int[Array, 'B Q'] | None = None,
   ) -> Float[Array, 'B Q D']:
     """What surrounds the attention layer, in place of which `attend` stands."""
-    x = take_read(x, read) + attend(self.attention_norm(x))
+    x = take_queries(x, query_indices) + attend(self.attention_norm(x))
     if self.has_mlp:
       x = x + self.mlp(self.mlp_norm(x))
     return x
@@ -141,7 +141,7 @@ class Transformer(nnx.Module):
     *,
     positions: Int[Array, '*B T'] | None = None,
     segment_ids: Int[Array, 'B T'] | None = None,
-    read: Int[Array, 'B Q'] | None = None,
+    query_indices: Int[Array, 'B Q'] | None = None,
     dropout_key: Key[Array, ''] | None = None,
     step: Int[Array, ''] | int | None = None,
     placement: Placement | None = None,
@@ -160,9 +160,9 @@ class Transformer(nnx.Module):
       weights: weight of each position in the sums; 0 where nothing is scored.
       positions: as in `__call__`.
       segment_ids: as in `__call__`.
-      read: the only places that are scored, each once, on the axis T; -1 stands
-        for none. The last block, the norm and the head are computed there
-        alone, which changes no sum if weights are 0 elsewhere.
+      query_indices: the only places that are scored, each once, on the axis T;
+        -1 stands for none. The last block, the norm and the head are computed
+        there alone, which changes no sum if weights are 0 elsewhere.
       dropout_key: of this step; None drops nothing.
       step: of training, counted from 1; None before and without training.
       placement: where the tokens lie on a mesh, all arrays in its layout's
@@ -189,16 +189,18 @@ class Transformer(nnx.Module):
       x,
       positions=positions,
       segment_ids=segment_ids,
-      read=read,
+      query_indices=query_indices,
       dropout_key=dropout_key,
       step=step,
       placement=placement,
     )
-    if read is not None:
-      labels = take_read(labels, read)
-      weights = jnp.where(read < 0, 0, take_read(weights, read))
+    if query_indices is not None:
+      labels = take_queries(labels, query_indices)
+      weights = jnp.where(
+        query_indices < 0, 0, take_queries(weights, query_indices)
+      )
     return self._sums(
-      x, labels, weights, None if read is not None else placement
+      x, labels, weights, None if query_indices is not None else placement
     )
 
   def _sums(self, x, labels, weights, placement):
@@ -273,14 +275,15 @@ class Transformer(nnx.Module):
     *,
     positions: Int[Array, '*B T'] | None = None,
     segment_ids: Int[Array, 'B T'] | None = None,
-    read: Int[Array, 'B Q'] | None = None,
+    query_indices: Int[Array, 'B Q'] | None = None,
     dropout_key: Key[Array, ''] | None = None,
     step: Int[Array, ''] | int | None = None,
     placement: Placement | None = None,
   ) -> Float[Array, 'B Q D']:
     """The blocks and the final norm, from embeddings to the head's inputs.
 
-    With `read`, the last block gives its outputs at these places alone.
+    With `query_indices`, the last block gives its outputs at these places
+    alone.
 
     Raises:
       NotImplementedError: the model has a gate.
@@ -295,7 +298,7 @@ class Transformer(nnx.Module):
       x,
       positions=positions,
       segment_ids=segment_ids,
-      read=read,
+      query_indices=query_indices,
       dropout_key=dropout_key,
       step=step,
       placement=placement,
@@ -309,7 +312,7 @@ class Transformer(nnx.Module):
     *,
     positions=None,
     segment_ids=None,
-    read=None,
+    query_indices=None,
     dropout_key=None,
     step=None,
     placement=None,
@@ -319,7 +322,7 @@ class Transformer(nnx.Module):
       block = self.blocks[index]
       # A module is no pytree in every mode of NNX; its split state always is.
       graph, state = nnx.split(block)
-      wanted = read if index == len(self.blocks) - 1 else None
+      wanted = query_indices if index == len(self.blocks) - 1 else None
       key = dropout_key
       if key is not None:
         key = jax.random.fold_in(key, index)
@@ -330,7 +333,7 @@ class Transformer(nnx.Module):
           x,
           positions=positions,
           segment_ids=segment_ids,
-          read=wanted,
+          query_indices=wanted,
           dropout_key=key,
           step=step,
           placement=placement,

@@ -196,20 +196,22 @@ class SequenceLayout:
 
     Args:
       batch: tokens, labels, weights and, where there are, positions,
-        segment_ids and relevant; `read` holds places in T instead, and is
-        mapped to them.
+        segment_ids and relevant; `query_indices` holds places in T instead, and
+        is mapped to them.
     """
     batch = dict(batch)
-    read = batch.pop('read', None)
+    indices = batch.pop('query_indices', None)
     unknown = sorted(set(batch) - set(PER_TOKEN))
     if unknown:
-      raise ValueError(f'no layout for {unknown}; known: {PER_TOKEN} and read')
+      raise ValueError(
+        f'no layout for {unknown}; known: {PER_TOKEN} and query_indices'
+      )
     if self.is_padded and 'positions' in batch and 'segment_ids' not in batch:
       batch['segment_ids'] = np.zeros(batch['tokens'].shape, np.int32)
     placed = {}
     for name, x in batch.items():
       fill = x.max() + 1 if name == 'segment_ids' else 0
       placed[name] = self.apply(x, axis=x.ndim - 1, fill=fill)
-    if read is not None:
-      placed['read'] = np.where(read < 0, -1, self.places[read])
+    if indices is not None:
+      placed['query_indices'] = np.where(indices < 0, -1, self.places[indices])
     return placed

@@ -80,14 +80,14 @@ class Placement:
     """Moves a batch in natural order to the mesh, in the layout's order.
 
     Args:
-      batch: arrays [rows of this process, T], and `read` [rows, Q].
+      batch: arrays [rows of this process, T], and `query_indices` [rows, Q].
     """
     index, count = self.row_group()
     placed = {}
     for name, x in self.layout.place(batch).items():
       first = index * x.shape[0]
       shape = (x.shape[0] * count, *x.shape[1:])
-      sharding = self.rows if name == 'read' else self.sharding
+      sharding = self.rows if name == 'query_indices' else self.sharding
       placed[name] = jax.make_array_from_callback(
         shape,
         sharding,

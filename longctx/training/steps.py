@@ -130,7 +130,8 @@ def make_steps(
   def sums(params, batch, step, dropout_key=None):
     model = nnx.merge(graph, params)
     optional = {
-      k: batch.get(k) for k in ('positions', 'segment_ids', 'read', 'relevant')
+      k: batch.get(k)
+      for k in ('positions', 'segment_ids', 'query_indices', 'relevant')
     }
     out = model.loss(
       batch['tokens'],
@@ -196,8 +197,8 @@ def _accumulate(grad, params, batch, key, parts):
   return jax.lax.scan(body, zeros, (slices, jnp.arange(parts)))[0]
 
 
-def with_read(batch: Batch) -> Batch:
-  """Adds the places that are scored, where they are few, for `loss` to read.
+def with_query_indices(batch: Batch) -> Batch:
+  """Adds the places that are scored, where they are few, as `loss` takes them.
 
   Their number is rounded up to a power of two, so that batches of one task
   share a compilation, and taken where it is at most an eighth of the length.
@@ -206,19 +207,19 @@ def with_read(batch: Batch) -> Batch:
     batch: numpy arrays [B, T], the whole batch.
 
   Returns:
-    The batch, with `read` int32 [B, Q], -1 in rows that score fewer places. As
-    it was where most places are scored.
+    The batch, with `query_indices` int32 [B, Q], -1 in rows that score fewer
+    places; as it was where most places are scored.
   """
   scored = batch['weights'] > 0
   counts = scored.sum(axis=1)
   Q = 1 << max(int(counts.max()) - 1, 0).bit_length()
   if scored.shape[1] < 8 * Q:
     return batch
-  read = np.full((len(counts), Q), -1, np.int32)
+  indices = np.full((len(counts), Q), -1, np.int32)
   rows, places = np.nonzero(scored)
   within = np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)
-  read[rows, within] = places
-  return {**batch, 'read': read}
+  indices[rows, within] = places
+  return {**batch, 'query_indices': indices}
 
 
 def put(batch: Batch, placement: Placement | None) -> Batch:

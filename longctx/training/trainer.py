@@ -317,7 +317,7 @@ class Trainer:
     # says; and another process may score another number of places.
     mesh = self.placement is not None
     if not mesh or (not training and jax.process_count() == 1):
-      batch = steps.with_read(batch)
+      batch = steps.with_query_indices(batch)
     return steps.put(batch, self.placement)
 
   def _validate(self):

@@ -243,9 +243,9 @@ def check_second_derivative(variant: str):
   assert_close([product('float32', None)], [expected])
 
 
-def check_read(variant: str):
+def check_query_indices(variant: str):
   places = jnp.array([[12, 0, -1], [3, 4, 7]])
-  out = program(variant)(make_input(), {'read': places})[0]
+  out = program(variant)(make_input(), {'query_indices': places})[0]
   expected = oracle(variant)[0]
   assert_close(
     [out[0, :2], out[1]], [expected[0, [12, 0]], expected[1, 3:8][[0, 1, 4]]]
@@ -440,7 +440,7 @@ CHECKS = {
   'eager': check_eager,
   'extremes': check_extremes,
   'second_derivative': check_second_derivative,
-  'read': check_read,
+  'query_indices': check_query_indices,
   'decode': check_decode,
   'sharded_decode': functools.partial(check_decode, mesh=(2, 2, 2)),
   'gqa': check_gqa,

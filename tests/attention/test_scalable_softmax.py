@@ -82,7 +82,7 @@ def test_one_key_keeps_its_weight_among_any_number_of_others():
     q = jnp.full((1, T, 1, 1), 2.0)
     k = v = jnp.zeros((1, T, 1, 1)).at[0, 7].set(1.0)
     for name, module in (('scaled', layer), ('full', full)):
-      context = Context(read=jnp.full((1, 1), T - 1))
+      context = Context(query_indices=jnp.full((1, 1), T - 1))
       out = module.mix(q, k, v, x=jnp.zeros((1, T, 2)), context=context)
       found[name, T] = float(out[0, 0, 0, 0])
   assert found['scaled', 100] > 0.99

@@ -404,9 +404,9 @@ def test_forgetting_keeps_its_precision_over_many_tokens(x64):
   module = make_layer('forgetting', dtype='float32')
   exact = make_layer('forgetting', dtype='float64')
   x = np.random.default_rng(3).normal(size=(1, length, D))
-  read = jnp.arange(length - 8, length)[None]
-  out = module(jnp.asarray(x, jnp.float32), read=read)
-  expected = exact(jnp.asarray(x), read=read)
+  last = jnp.arange(length - 8, length)[None]
+  out = module(jnp.asarray(x, jnp.float32), query_indices=last)
+  expected = exact(jnp.asarray(x), query_indices=last)
   # Sums of 12,000 nats, exact to 6e-8 of them.
   np.testing.assert_allclose(out, expected, atol=1e-3, rtol=0)
 

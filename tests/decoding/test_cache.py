@@ -73,10 +73,10 @@ def test_rows_of_different_lengths_go_on_from_their_own_ends():
   prompts = np.array([7, 3])
   new = np.arange(7) < prompts[:, None]
   cache = cache_lib.init(model, batch_size=B, capacity=T)
-  read = cache_lib.last_place(jnp.asarray(new))
+  last = cache_lib.last_place(jnp.asarray(new))
   first = np.where(new, tokens[:, :7], 0)
   logits, cache = cache_lib.extend(
-    model, cache, jnp.asarray(first), new=jnp.asarray(new), read=read
+    model, cache, jnp.asarray(first), new=jnp.asarray(new), query_indices=last
   )
   expected = model(jnp.asarray(tokens))
   for row, length in enumerate(prompts):

@@ -59,7 +59,7 @@ def weights_at(T, *rows):
 
 
 @pytest.mark.parametrize(
-  ('rows', 'read'),
+  ('rows', 'indices'),
   [
     ([[3], [7]], [[3], [7]]),
     ([[3, 40, 41], [7]], [[3, 40, 41, -1], [7, -1, -1, -1]]),
@@ -68,15 +68,16 @@ def weights_at(T, *rows):
     ([range(8), [1]], [range(8), [1, *[-1] * 7]]),
   ],
 )
-def test_scored_places_are_read_where_they_are_few(rows, read):
+def test_scored_places_are_read_where_they_are_few(rows, indices):
   np.testing.assert_array_equal(
-    steps.with_read(weights_at(64, *rows))['read'], [list(r) for r in read]
+    steps.with_query_indices(weights_at(64, *rows))['query_indices'],
+    [list(r) for r in indices],
   )
 
 
 def test_many_scored_places_leave_the_batch_as_it_was():
   batch = weights_at(64, range(9), [])
-  assert steps.with_read(batch) is batch
+  assert steps.with_query_indices(batch) is batch
 
 
 def test_measuring_at_the_scored_places_gives_the_same_sums():
@@ -92,9 +93,9 @@ def test_measuring_at_the_scored_places_gives_the_same_sums():
   batches = make_iterator(task, split='test', batch_size=4, seed=0)
   batch = next(batches)
   batches.close()
-  read = steps.with_read(batch)
-  assert read['read'].shape == (4, 8)
-  actual, expected = measure(params, read), measure(params, batch)
+  few = steps.with_query_indices(batch)
+  assert few['query_indices'].shape == (4, 8)
+  actual, expected = measure(params, few), measure(params, batch)
   assert expected['weight'] == 20
   for key, value in expected.items():
     np.testing.assert_allclose(actual[key], value, rtol=1e-5)

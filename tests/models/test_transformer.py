@@ -117,7 +117,7 @@ def test_remat_changes_no_gradient(remat):
 
 
 # Rows read at other places and in any order, one of them at fewer.
-READ = np.array([[11, 0, 5], [4, 7, -1]], np.int32)
+INDICES = np.array([[11, 0, 5], [4, 7, -1]], np.int32)
 PLACES = {
   'default': {},
   'packed-given': {
@@ -146,18 +146,22 @@ def test_reading_at_places_equals_reading_everywhere(
   )
   tokens, labels, _ = batch()
   weights = np.zeros((2, 13), np.float32)
-  weights[0, READ[0]], weights[1, READ[1, :2]] = (1, 2, 0.5), (3, 1)
+  weights[0, INDICES[0]], weights[1, INDICES[1, :2]] = (1, 2, 0.5), (3, 1)
   places = jax.tree.map(jnp.asarray, places)
   graph, params = nnx.split(model)
 
-  def loss(params, read):
+  def loss(params, query_indices):
     sums = nnx.merge(graph, params).loss(
-      tokens, labels, jnp.asarray(weights), read=read, **places
+      tokens,
+      labels,
+      jnp.asarray(weights),
+      query_indices=query_indices,
+      **places,
     )
     return sums['loss'], sums
 
   grad = jax.jit(jax.grad(loss, has_aux=True))
-  actual = grad(params, jnp.asarray(READ))
+  actual = grad(params, jnp.asarray(INDICES))
   expected = grad(params, None)
   assert actual[1]['weight'] == expected[1]['weight'] == 7.5
   jax.tree.map(
@@ -172,13 +176,15 @@ def test_last_block_and_head_are_computed_where_they_are_read_alone():
   model = build(vocab_size=1024, layers=('full',), mlp_dim=256)
   graph, params = nnx.split(model)
 
-  def loss(params, tokens, read):
+  def loss(params, tokens, query_indices):
     weights = jnp.ones(tokens.shape)
-    return nnx.merge(graph, params).loss(tokens, tokens, weights, read=read)
+    return nnx.merge(graph, params).loss(
+      tokens, tokens, weights, query_indices=query_indices
+    )
 
-  def flops(read):
+  def flops(query_indices):
     tokens = jax.ShapeDtypeStruct((1, T), jnp.int32)
-    compiled = jax.jit(loss).lower(params, tokens, read).compile()
+    compiled = jax.jit(loss).lower(params, tokens, query_indices).compile()
     return compiled.cost_analysis()['flops']
 
   assert flops(jax.ShapeDtypeStruct((1, 4), jnp.int32)) < flops(None) / 10

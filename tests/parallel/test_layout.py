@@ -92,20 +92,20 @@ def test_a_batch_stays_aligned(name, R):
   batch = make_batch()
   B, T = batch['tokens'].shape
   batch['positions'] = np.tile(np.arange(T)[::-1], (B, 1))
-  read = np.array([[0, 5, T - 1, -1], [18, 3, -1, -1]])
+  indices = np.array([[0, 5, T - 1, -1], [18, 3, -1, -1]])
   layout = SequenceLayout(name, T, R)
-  placed = layout.place({**batch, 'read': read})
-  assert set(placed) == {*batch, 'read'}
+  placed = layout.place({**batch, 'query_indices': indices})
+  assert set(placed) == {*batch, 'query_indices'}
   for name, x in batch.items():
     assert placed[name].shape == (B, layout.padded_len)
     assert placed[name].dtype == x.dtype
     np.testing.assert_array_equal(layout.restore(placed[name]), x)
-  at = np.where(read < 0, 0, placed['read'])
-  np.testing.assert_array_equal(placed['read'] < 0, read < 0)
+  at = np.where(indices < 0, 0, placed['query_indices'])
+  np.testing.assert_array_equal(placed['query_indices'] < 0, indices < 0)
   for name in batch:
     there = np.take_along_axis(placed[name], at, axis=1)
-    expected = np.take_along_axis(batch[name], np.maximum(read, 0), axis=1)
-    np.testing.assert_array_equal(there[read >= 0], expected[read >= 0])
+    expected = np.take_along_axis(batch[name], np.maximum(indices, 0), axis=1)
+    np.testing.assert_array_equal(there[indices >= 0], expected[indices >= 0])
 
 
 @every_layout

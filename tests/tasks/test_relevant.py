@@ -76,7 +76,7 @@ def test_relevant_tokens_lie_on_a_mesh_as_all_others(layout):
   examples = [task.get(0, 'train', row).arrays() for row in range(2)]
   batch = {key: np.stack([e[key] for e in examples]) for key in examples[0]}
   placement = runs.make_placement(ParallelConfig(seq=4, layout=layout), 61)
-  placed = steps.put(steps.with_read(batch), placement)
+  placed = steps.put(steps.with_query_indices(batch), placement)
   assert placed['relevant'].dtype == bool
   assert placed['relevant'].sharding == placed['tokens'].sharding
   for key in batch:

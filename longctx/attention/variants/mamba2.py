@@ -88,7 +88,7 @@ class Mamba2Attention(Attention):
       (v * dt[..., None]).astype(v.dtype),
       log_decay=log_decay,
     )
-    skip = self.skip[...][:, None] * context.at_read(v)
+    skip = self.skip[...][:, None] * context.at_queries(v)
     return (out + skip).astype(out.dtype)
 
   def finish(

@@ -160,7 +160,7 @@ class NativeSparseAttention(Attention):
     window = context.dot_product_attention(
       q, self.rotate(k[2], context), v[2], mask=self.window
     )
-    gates = nnx.sigmoid(self.gate(context.at_read(x)))
+    gates = nnx.sigmoid(self.gate(context.at_queries(x)))
     gates = gates.reshape(*gates.shape[:2], config.num_heads, 3, 1)
     branches = jnp.stack([compressed, selected, window], axis=3)
     return (gates * branches).sum(3)

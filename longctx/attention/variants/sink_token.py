@@ -75,7 +75,7 @@ class SinkTokenAttention(Attention):
     if config.position_encoding == 'rope':
       back = -context.true_positions(q.shape[1])
       q = apply_rope(q, back, base=config.rope_base)
-    q = context.at_read(q)
+    q = context.at_queries(q)
     wide = jnp.promote_types(q.dtype, jnp.float32)
     sink_key, sink_value = (
       y[...].astype(wide) for y in (self.sink_key, self.sink_value)
