@@ -32,7 +32,7 @@ from flax import nnx
 from longctx.attention import parse_layer
 from longctx.data.token_stream import Piece, TokenStream
 from longctx.decoding import cache as cache_lib
-from longctx.evaluation import sweep as evaluate
+from longctx.evaluation import sweep
 from longctx.evaluation.stream_log import StreamLog
 from longctx.models.transformer import TransformerConfig
 from longctx.training import figures, metrics, steps
@@ -136,7 +136,7 @@ def with_policy(
   return dataclasses.replace(model, layers=layers)
 
 
-def check(run: evaluate.Trained, config: StreamConfig) -> None:
+def check(run: sweep.Trained, config: StreamConfig) -> None:
   """Makes the caches of every policy without computing.
 
   Raises:
@@ -162,7 +162,7 @@ def check(run: evaluate.Trained, config: StreamConfig) -> None:
 
 
 def evaluate_stream(
-  run: evaluate.Trained, config: StreamConfig
+  run: sweep.Trained, config: StreamConfig
 ) -> dict[str, list[dict[str, Any]]]:
   """Reads the stream under every policy.
 
@@ -179,7 +179,7 @@ def evaluate_stream(
     token) and accuracy, their count, seconds, and the bytes that the process
     has held at most so far.
   """
-  learned = evaluate.restore(run)
+  learned = sweep.restore(run)
   tokens = TokenStream(
     task=run.task, split=config.split, seed=run.config.seed, rows=config.rows
   )
@@ -194,7 +194,7 @@ def evaluate_stream(
   return found
 
 
-def _end(run: evaluate.Trained, policy: str, config: StreamConfig) -> int:
+def _end(run: sweep.Trained, policy: str, config: StreamConfig) -> int:
   """Where a policy's stream ends, in whole chunks."""
   chunks = -(-config.tokens // config.chunk)
   if policy == 'dense':
@@ -283,7 +283,7 @@ def _recompute(run, learned, tokens, policy, config) -> list[dict[str, Any]]:
 
 
 def _open_log(
-  run: evaluate.Trained, policy: str, config: StreamConfig, step: int
+  run: sweep.Trained, policy: str, config: StreamConfig, step: int
 ) -> StreamLog:
   """The log of a policy, which goes on where its settings are the same."""
   what = dataclasses.asdict(config)

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from longctx import tasks
-from longctx.evaluation import sweep as evaluate
+from longctx.evaluation import sweep
 from longctx.evaluation.rewrite import METHODS, Answerer, Question, questions
 from longctx.tasks.opinions import CONDITIONS, UNIT, Opinions
 from longctx.training import figures, metrics
@@ -101,7 +101,7 @@ class S2AConfig:
 
 
 def task_of(
-  run: evaluate.Trained, config: S2AConfig, condition: str, distractors: int
+  run: sweep.Trained, config: S2AConfig, condition: str, distractors: int
 ) -> Opinions:
   """The task that is asked.
 
@@ -129,7 +129,7 @@ def task_of(
   )
 
 
-def check(runs: list[evaluate.Trained], config: S2AConfig):
+def check(runs: list[sweep.Trained], config: S2AConfig):
   """Raises ValueError where a run cannot be asked."""
   for run in runs:
     for n in config.distractors:
@@ -137,7 +137,7 @@ def check(runs: list[evaluate.Trained], config: S2AConfig):
 
 
 def measure(
-  runs: list[evaluate.Trained], workdir: pathlib.Path, config: S2AConfig
+  runs: list[sweep.Trained], workdir: pathlib.Path, config: S2AConfig
 ) -> list[dict[str, Any]]:
   """Asks every run, and writes s2a.jsonl and figures/s2a.png.
 
@@ -155,7 +155,7 @@ def measure(
       gate = dataclasses.replace(run.model.gate, keep=config.keep)
       model = dataclasses.replace(run.model, gate=gate)
       run = dataclasses.replace(run, model=model)
-    graph, params, step = evaluate.restore(run)
+    graph, params, step = sweep.restore(run)
     model = nnx.merge(graph, params)
     methods = config.methods
     if model.config.gate.keep:
@@ -185,7 +185,7 @@ def measure(
         rows += found
         for row in found:
           metrics.say(_line(row))
-  evaluate.merge_lines(workdir / 's2a.jsonl', rows, FIELDS)
+  sweep.merge_lines(workdir / 's2a.jsonl', rows, FIELDS)
   path = workdir / 'figures' / 's2a.png'
   draw(rows, path)
   metrics.say(f'figure: {path}')

@@ -17,7 +17,7 @@ from flax import nnx
 
 from longctx import tasks
 from longctx.data.pipeline import make_iterator
-from longctx.evaluation import sweep as evaluate
+from longctx.evaluation import sweep
 from longctx.training import metrics
 
 LENGTHS = (2, 5, 10, 20, 35, 50, 100, 200, 500, 1000)
@@ -31,8 +31,8 @@ def main():
   parser.add_argument('--longest', type=int, default=LENGTHS[-1])
   args = parser.parse_args()
   found = {}
-  for run in evaluate.open_workdir(args.workdir):
-    graph, params, _ = evaluate.restore(run)
+  for run in sweep.open_workdir(args.workdir):
+    graph, params, _ = sweep.restore(run)
     copied = jax.jit(
       lambda params, tokens, graph=graph: nnx.merge(graph, params)(
         tokens

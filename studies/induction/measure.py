@@ -9,15 +9,15 @@ import argparse
 import pathlib
 
 from longctx.analysis.analyzer import Analyzer
-from longctx.evaluation import sweep as evaluate
+from longctx.evaluation import sweep
 from longctx.training import metrics
 
 ROWS = 64
 
 
 def measure(workdir: pathlib.Path) -> dict:
-  run = evaluate.choose(evaluate.open_workdir(workdir), '')
-  graph, params, step = evaluate.restore(run)
+  run = sweep.choose(sweep.open_workdir(workdir), '')
+  graph, params, step = sweep.restore(run)
   analyzer = Analyzer(
     graph, run.model, run.task, rows=ROWS, seed=run.config.seed
   )

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import pathlib
 
-from longctx.evaluation import sweep as evaluate
+from longctx.evaluation import sweep
 from longctx.training import metrics
 from studies.retrieval import law
 from studies.retrieval.config import PAIRS
@@ -22,11 +22,9 @@ def main():
   parser.add_argument('--seed', type=int, default=0, help='of the prediction')
   parser.add_argument('--batches', type=int, default=8)
   args = parser.parse_args()
-  runs = [exact(run) for run in evaluate.open_workdir(args.workdir)]
-  sweep = evaluate.Sweep(parameter='num_pairs', values=PAIRS)
-  rows = evaluate.evaluate(
-    runs, args.workdir, sweep=sweep, batches=args.batches
-  )
+  runs = [exact(run) for run in sweep.open_workdir(args.workdir)]
+  pairs = sweep.Sweep(parameter='num_pairs', values=PAIRS)
+  rows = sweep.evaluate(runs, args.workdir, sweep=pairs, batches=args.batches)
   found = {}
   for run in runs:
     lines = [row for row in rows if row['run'] == run.name]
@@ -38,7 +36,7 @@ def main():
   metrics.write_json(args.workdir / 'capacity.json', found)
 
 
-def exact(run: evaluate.Trained) -> evaluate.Trained:
+def exact(run: sweep.Trained) -> sweep.Trained:
   """The run, asked for num_pairs and not for up to so many."""
   task = {**run.config.task, 'min_pairs': 0}
   config = dataclasses.replace(run.config, task=task)

@@ -16,7 +16,7 @@ import numpy as np
 
 from longctx import tasks
 from longctx.data.pipeline import make_iterator
-from longctx.evaluation import sweep as evaluate
+from longctx.evaluation import sweep
 from longctx.training import metrics, steps
 from studies.retrieval.config import LOADS
 
@@ -26,7 +26,7 @@ def main():
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   parser.add_argument('--batches', type=int, default=16)
   args = parser.parse_args()
-  runs = evaluate.open_workdir(args.workdir)
+  runs = sweep.open_workdir(args.workdir)
   validation = {run.name: results(run)['validation_accuracy'] for run in runs}
   best = max(runs, key=lambda run: validation[run.name])
   loads = [n for n in LOADS if n <= best.task.num_pairs]
@@ -41,19 +41,19 @@ def main():
   metrics.write_json(args.workdir / 'sizes.json', found)
 
 
-def results(run: evaluate.Trained) -> dict:
+def results(run: sweep.Trained) -> dict:
   return json.loads((run.workdir / 'results.json').read_text())
 
 
 def accuracies(
-  run: evaluate.Trained, loads: list[int], *, batches: int
+  run: sweep.Trained, loads: list[int], *, batches: int
 ) -> list[float]:
   """Share of the queries answered at each number of pairs, test split.
 
   All loads have one program: `evaluate.evaluate` would compile one for each
   number of scored places.
   """
-  graph, params, step = evaluate.restore(run)
+  graph, params, step = sweep.restore(run)
   measure = steps.make_steps(graph, run.config).evaluate
   found = []
   for n in loads:

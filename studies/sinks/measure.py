@@ -15,15 +15,15 @@ import numpy as np
 from flax import nnx
 
 from longctx.analysis import hooks, model_scores, probes
-from longctx.evaluation import sweep as evaluate
+from longctx.evaluation import sweep
 from longctx.training import metrics
 
 ROWS = 256
 
 
 def measure(workdir: pathlib.Path) -> dict[str, float]:
-  run = evaluate.choose(evaluate.open_workdir(workdir), '')
-  graph, params, _ = evaluate.restore(run)
+  run = sweep.choose(sweep.open_workdir(workdir), '')
+  graph, params, _ = sweep.restore(run)
   examples = [run.task.get(run.config.seed, 'test', i) for i in range(ROWS)]
   tokens, labels = (
     np.stack([getattr(example, name) for example in examples])

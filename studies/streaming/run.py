@@ -13,7 +13,7 @@ import pathlib
 
 import numpy as np
 
-from longctx.evaluation import sweep as evaluate
+from longctx.evaluation import sweep
 from longctx.training import metrics
 from studies.common import Claim, Job, Study, main, number, spread
 from studies.streaming import plot
@@ -51,7 +51,7 @@ def measure(job: Job, workdir: pathlib.Path) -> dict:
   lines = metrics.read_lines(workdir / 'stream.jsonl')
   endless = [row for row in lines if row['policy'] == 'sinks']
   if endless[-1]['end'] > BUCKET:
-    task = evaluate.choose(evaluate.open_workdir(workdir), '').task
+    task = sweep.choose(sweep.open_workdir(workdir), '').task
     passes = by_pass(endless, len(task.text('test')))
     found['loss_of_passes'] = passes
     found['drift'] = passes[-1] - passes[0]

@@ -25,8 +25,7 @@ from longctx.attention import AttentionConfig, make_attention
 from longctx.attention.context import Context
 from longctx.parallel import Placement
 from longctx.parallel.layout import SequenceLayout
-from longctx.training import runs
-from longctx.training import trainer as train
+from longctx.training import runs, trainer
 from tests.tiny import tiny_config, tiny_layer
 
 HEADS = 2
@@ -61,7 +60,7 @@ def workdir(tmp_path_factory):
   folder = tmp_path_factory.mktemp('run')
   layers = ('full', 'linear', tiny_layer('nsa'))
   config = tiny_config(model={'layers': layers})
-  train.train(runs.prepare(config, folder), folder)
+  trainer.train(runs.prepare(config, folder), folder)
   return folder
 
 

@@ -18,8 +18,7 @@ from longctx.decoding.sampler import (
   sample,
 )
 from longctx.models.transformer import Transformer, TransformerConfig
-from longctx.training import runs
-from longctx.training import trainer as train
+from longctx.training import runs, trainer
 from tests.tiny import tiny_config
 
 V = 11
@@ -166,7 +165,7 @@ def workdir(tmp_path_factory):
     batch_size=1,
     task=dict(name='bytes_lm', path=str(text), seq_len=16),
   )
-  train.train(runs.prepare(config, folder), folder)
+  trainer.train(runs.prepare(config, folder), folder)
   return folder
 
 

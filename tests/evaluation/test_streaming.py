@@ -9,12 +9,10 @@ import pytest
 from flax import nnx
 
 from longctx.data.token_stream import TokenStream
-from longctx.evaluation import streaming as stream
-from longctx.evaluation import sweep as evaluate
+from longctx.evaluation import streaming, sweep
 from longctx.evaluation.streaming import StreamConfig, evaluate_stream
 from longctx.tasks.bytes_lm import BOS
-from longctx.training import metrics, runs, steps
-from longctx.training import trainer as train
+from longctx.training import metrics, runs, steps, trainer
 from tests.tiny import tiny_config
 
 CONFIG = StreamConfig(
@@ -34,14 +32,14 @@ def run(tmp_path_factory):
     task=dict(name='bytes_lm', path=str(text), seq_len=16),
     model=dict(layers=('full', 'full'), short_conv=2, position_encoding='rope'),
   )
-  train.train(runs.prepare(config, folder), folder)
-  return evaluate.choose(evaluate.open_workdir(folder), '')
+  trainer.train(runs.prepare(config, folder), folder)
+  return sweep.choose(sweep.open_workdir(folder), '')
 
 
 def losses(run, policy, config):
   """Nats of every token, from the whole rows at once."""
-  learned = evaluate.restore(run)
-  changed = stream.with_policy(run.model, policy, config)
+  learned = sweep.restore(run)
+  changed = streaming.with_policy(run.model, policy, config)
   graph, _ = steps.abstract_params(changed)
   model = nnx.merge(graph, learned.params)
   piece = TokenStream(
@@ -73,7 +71,7 @@ def test_buckets_are_the_losses_under_the_mask(run, policy):
 def test_a_layer_keeps_the_arguments_of_its_own(run):
   layers = ("full(position_encoding='none')", 'linear')
   model = dataclasses.replace(run.model, layers=layers)
-  changed = stream.with_policy(model, 'window', CONFIG)
+  changed = streaming.with_policy(model, 'window', CONFIG)
   assert changed.layers == (
     "sliding_window(position_encoding='none', window=6)",
     'linear',
@@ -83,7 +81,7 @@ def test_a_layer_keeps_the_arguments_of_its_own(run):
 def test_windows_read_anew_know_nothing_of_what_left(run):
   config = dataclasses.replace(CONFIG, policies=('recompute',))
   rows = evaluate_stream(run, config)['recompute']
-  learned = evaluate.restore(run)
+  learned = sweep.restore(run)
   model = nnx.merge(learned.graph, learned.params)
   tokens = TokenStream(task=run.task, split='test', seed=0, rows=2)
   found = []
@@ -128,8 +126,8 @@ def test_a_stream_begins_with_bos_where_windows_do(run):
 
 def test_other_tasks_are_read_example_after_example(tmp_path):
   config = tiny_config(steps=2)
-  train.train(runs.prepare(config, tmp_path), tmp_path)
-  run = evaluate.choose(evaluate.open_workdir(tmp_path), '')
+  trainer.train(runs.prepare(config, tmp_path), tmp_path)
+  run = sweep.choose(sweep.open_workdir(tmp_path), '')
   tokens = TokenStream(task=run.task, split='test', seed=0, rows=2)
   T = run.task.seq_len
   piece = tokens.take(T - 3, T + 5)
@@ -169,4 +167,4 @@ def test_what_does_not_fit_the_model_is_refused(run, layers, policy, message):
   model = dataclasses.replace(run.model, layers=layers)
   other = dataclasses.replace(run, model=model)
   with pytest.raises(ValueError, match=message):
-    stream.check(other, dataclasses.replace(CONFIG, policies=(policy,)))
+    streaming.check(other, dataclasses.replace(CONFIG, policies=(policy,)))

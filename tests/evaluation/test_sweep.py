@@ -8,15 +8,14 @@ import pytest
 
 from longctx import tasks
 from longctx.data.pipeline import make_iterator
-from longctx.evaluation import sweep as evaluate
-from longctx.training import metrics, runs, steps
-from longctx.training import trainer as train
+from longctx.evaluation import sweep
+from longctx.training import metrics, runs, steps, trainer
 from tests.tiny import tiny_config
 
 
 def trained(workdir, **overrides):
   config = tiny_config(steps=4, **overrides)
-  results = train.train(runs.prepare(config, workdir), workdir)
+  results = trainer.train(runs.prepare(config, workdir), workdir)
   return workdir, results['']
 
 
@@ -26,9 +25,9 @@ def workdir(tmp_path_factory):
 
 
 def run_sweep(workdir, text, **kwargs):
-  opened = evaluate.open_workdir(workdir)
-  return evaluate.evaluate(
-    opened, workdir, sweep=evaluate.parse_sweep(text), **kwargs
+  opened = sweep.open_workdir(workdir)
+  return sweep.evaluate(
+    opened, workdir, sweep=sweep.parse_sweep(text), **kwargs
   )
 
 
@@ -103,15 +102,15 @@ def test_measuring_at_the_scored_places_gives_the_same_sums():
 
 def test_learned_positions_refuse_a_longer_sequence(tmp_path):
   folder, _ = trained(tmp_path, model={'position_encoding': 'learned'})
-  (run,) = evaluate.open_workdir(folder)
-  evaluate.swept_tasks(run, evaluate.parse_sweep('seq_len=8,16'))
+  (run,) = sweep.open_workdir(folder)
+  sweep.swept_tasks(run, sweep.parse_sweep('seq_len=8,16'))
   with pytest.raises(ValueError, match=r'17 .*max_positions') as error:
-    evaluate.swept_tasks(run, evaluate.parse_sweep('seq_len=17'))
+    sweep.swept_tasks(run, sweep.parse_sweep('seq_len=17'))
   assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize(
-  ('sweep', 'message'),
+  ('text', 'message'),
   [
     ('seq_len', 'must be like'),
     ('seq_len=', 'must be like'),
@@ -122,18 +121,18 @@ def test_learned_positions_refuse_a_longer_sequence(tmp_path):
     ('name=copying', 'a field of the task'),
   ],
 )
-def test_wrong_sweep_is_refused(workdir, sweep, message):
-  (run,) = evaluate.open_workdir(workdir[0])
+def test_wrong_sweep_is_refused(workdir, text, message):
+  (run,) = sweep.open_workdir(workdir[0])
   with pytest.raises(ValueError, match=message):
-    evaluate.swept_tasks(run, evaluate.parse_sweep(sweep))
+    sweep.swept_tasks(run, sweep.parse_sweep(text))
 
 
 def test_folder_without_a_run_or_a_checkpoint_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r'no workdir of train\.py'):
-    evaluate.open_workdir(tmp_path)
+    sweep.open_workdir(tmp_path)
   runs.prepare(tiny_config(), tmp_path)
   with pytest.raises(ValueError, match=r'no checkpoint in .*: train it first'):
-    evaluate.open_workdir(tmp_path)
+    sweep.open_workdir(tmp_path)
 
 
 def test_interval_covers_the_truth_where_tokens_of_an_example_agree():

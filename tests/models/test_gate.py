@@ -14,8 +14,7 @@ from longctx import parallel
 from longctx.analysis.hooks import run_with_hooks
 from longctx.decoding import cache
 from longctx.decoding.sampler import Generator, Prompts
-from longctx.evaluation import streaming as stream
-from longctx.evaluation import sweep as evaluate
+from longctx.evaluation import streaming, sweep
 from longctx.models.gate import GateConfig, choose, ends_of
 from longctx.models.transformer import Transformer, TransformerConfig
 from longctx.parallel import Placement
@@ -203,14 +202,12 @@ def test_a_trained_gate_logs_what_it_keeps(tmp_path):
   train(prepare(config, tmp_path), tmp_path)
   lines = read_lines(tmp_path / 'gate' / 'metrics.jsonl')
   measured = [row for row in lines if row['split'] == 'validation']
-  runs = evaluate.open_workdir(tmp_path)
-  rows = evaluate.evaluate(
-    runs, tmp_path, sweep=evaluate.parse_sweep(''), batches=1
-  )
+  runs = sweep.open_workdir(tmp_path)
+  rows = sweep.evaluate(runs, tmp_path, sweep=sweep.parse_sweep(''), batches=1)
   for row in (*measured, *rows):
     assert 0 <= row['precision'] <= 1 and 0 <= row['recall'] <= 1
   with pytest.raises(NotImplementedError, match='gate chooses once'):
-    stream.check(runs[0], stream.StreamConfig(tokens=64))
+    streaming.check(runs[0], streaming.StreamConfig(tokens=64))
 
 
 def gated(task='passkey', *, model=None, **overrides):

@@ -14,8 +14,7 @@ import pytest
 from longctx import tasks
 from longctx.models.transformer import TransformerConfig
 from longctx.training import config as config_lib
-from longctx.training import runs, steps
-from longctx.training import trainer as train
+from longctx.training import runs, steps, trainer
 from longctx.training.config import ExperimentConfig, ParallelConfig
 from tests.tiny import tiny_config
 from tests.training.test_trainer import ROOT
@@ -99,7 +98,7 @@ def test_run_continues_on_another_mesh(tmp_path):
     config = tiny_config(
       steps=steps_so_far, parallel=dict(seq=seq), log=dict(every=1)
     )
-    train.train(runs.prepare(config, tmp_path), tmp_path)
+    trainer.train(runs.prepare(config, tmp_path), tmp_path)
   rows = map(json.loads, (tmp_path / 'metrics.jsonl').read_text().splitlines())
   trained = [row['step'] for row in rows if row['split'] == 'train']
   assert trained == list(range(1, 11))
