@@ -20,7 +20,7 @@ from longctx.ops import dot_product_attention as softmax
 from longctx.ops import recurrence as recurrences
 from longctx.ops import short_conv as convolution
 from longctx.ops.block_selection import Summary
-from longctx.ops.block_selection.documents import take_blocks
+from longctx.ops.block_selection.segments import take_blocks
 from longctx.parallel.axes import Axes
 from longctx.parallel.layout import SequenceLayout
 from longctx.typing import Array, Bool, Float, Int, Shaped

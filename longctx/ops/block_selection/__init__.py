@@ -1,4 +1,4 @@
-"""Attention to the few blocks of keys that each query chooses."""
+"""Block-selection attention (MoBA, NSA): each query chooses blocks of keys."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -70,8 +70,8 @@ def moba(
   the earlier block's counts more; where fewer blocks lie before the query, it
   reads them all. The choice has no gradient.
 
-  Blocks are those of a document, counted from its first key in the order of
-  positions: packed documents have the blocks that they have on their own. A
+  Blocks are those of a segment, counted from its first key in the order of
+  positions: packed segments have the blocks that they have on their own. A
   query's own block is that of the last key that it may read.
 
   Time O(T top_k block_size) to attend and O(T S / block_size) to choose; memory
@@ -81,7 +81,7 @@ def moba(
     q: queries.
     k: keys; K divides N, and neighbouring query heads share a key head.
     v: values, of any width V.
-    block_size: keys of a block; the last one of a document may have fewer.
+    block_size: keys of a block; the last one of a segment may have fewer.
     top_k: blocks that a query reads, its own included.
     q_positions: int [T] or [B, T]; 0 to T - 1 when None.
     k_positions: int [S] or [B, S]; 0 to S - 1 when None.
@@ -163,7 +163,7 @@ def nsa(
   Native Sparse Attention (arXiv:2502.11089), equations 7 to 12, without its
   sliding window and the gates. All query heads of a key head share the blocks.
   Gradients reach q, the keys, the values and the weights of the compressions;
-  the choice has none. Documents are as in `moba`, for both kinds of blocks.
+  the choice has none. Segments are as in `moba`, for both kinds of blocks.
 
   Time O(T S / stride) and O(T top_n block_size); memory O(T + S).
 
@@ -179,7 +179,7 @@ def nsa(
     stride: d, from one compressed block to the next; divides L and block_size.
     block_size: keys of a selected block.
     top_n: blocks that a query reads, initial and local ones included.
-    num_initial: first blocks of a document, always read.
+    num_initial: first blocks of a segment, always read.
     num_local: last blocks up to the query's own, always read.
     rope_base: rotates a compressed key by its first token's position; None:
       does not.
@@ -313,7 +313,7 @@ def _kept(
   ]
   if summaries is not None and moved:
     raise ValueError(
-      'summaries are of keys at their natural positions in one document: leave '
+      'summaries are of keys at their natural positions in one segment: leave '
       f'out {" and ".join(moved)}, or the summaries'
     )
   if implementation != 'reference':

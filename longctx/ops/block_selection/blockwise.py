@@ -1,4 +1,4 @@
-"""Attention to chosen blocks without a T x S array: choose, then attend.
+"""Block-selection attention in memory O(T): choose blocks, then attend.
 
 Choosing compares every query with one vector per block, for a few queries at a
 time. It has no gradient, as in the papers; what it is made of may have one.
@@ -13,10 +13,10 @@ from jax import lax
 
 from longctx.ops.block_selection import gathered, tiles
 from longctx.ops.block_selection.compression import Compression
-from longctx.ops.block_selection.documents import (
-  Documents,
+from longctx.ops.block_selection.segments import (
+  Segments,
   complete_blocks,
-  locate,
+  locate_segments,
   take_blocks,
 )
 from longctx.ops.block_selection.summaries import (
@@ -24,7 +24,7 @@ from longctx.ops.block_selection.summaries import (
   moba_summaries,
   nsa_summaries,
 )
-from longctx.ops.block_selection.tiles import Extras
+from longctx.ops.block_selection.tiles import LogitModifiers
 from longctx.ops.dot_product_attention.dropout import Dropout
 from longctx.typing import Array, Bool, Float, Int
 
@@ -56,7 +56,7 @@ def moba(
   B, T, N, H = q.shape
   S, K = k.shape[1:3]
   dtype = jnp.promote_types(q.dtype, jnp.float32)
-  documents = locate(
+  segments = locate_segments(
     B,
     T,
     S,
@@ -65,15 +65,15 @@ def moba(
     q_segment_ids=q_segment_ids,
     k_segment_ids=k_segment_ids,
   )
-  k, v = documents.sort(k), documents.sort(v)
+  k, v = segments.sort(k), segments.sort(v)
   (summary,) = moba_summaries(block_size=block_size)
   if summaries is None:
-    blocks = complete_blocks(documents, S, length=block_size, stride=block_size)
+    blocks = complete_blocks(segments, S, length=block_size, stride=block_size)
     means = _summarize(summary, lax.stop_gradient(k), blocks, None, dtype)
   else:
     (means,) = summaries
     blocks = _kept_blocks(summary, means)
-  own = _own_block(documents, block_size)
+  own = _own_block(segments, block_size)
 
   def choose(q, first, own):
     q = q.reshape(*q.shape[:2], K, N // K, H).astype(dtype)
@@ -84,24 +84,31 @@ def moba(
 
   chosen = _map_queries(
     choose,
-    (lax.stop_gradient(q), documents.first, own),
+    (lax.stop_gradient(q), segments.first, own),
     scores=B * N * blocks.shape[1],
   )
   own = jnp.broadcast_to(own[:, :, None, None], (B, T, N, 1))
   begin = jnp.concatenate([own, chosen], axis=-1)
-  extras = None
+  modifiers = None
   if alibi_slopes is not None or dropout is not None:
     q_pos = jnp.arange(T)[None] if q_positions is None else q_positions
     k_pos = jnp.arange(S)[None] if k_positions is None else k_positions
-    extras = Extras(
+    modifiers = LogitModifiers(
       jnp.broadcast_to(q_pos, (B, T)),
-      jnp.broadcast_to(documents.sort(k_pos), (B, S)),
+      jnp.broadcast_to(segments.sort(k_pos), (B, S)),
       q_segment_ids,
       alibi_slopes,
       dropout,
     )
   return _attend(
-    q, k, v, begin, documents, block_size=block_size, scale=scale, extras=extras
+    q,
+    k,
+    v,
+    begin,
+    segments,
+    block_size=block_size,
+    scale=scale,
+    modifiers=modifiers,
   )
 
 
@@ -139,7 +146,7 @@ def nsa(
   S, K = k_selected.shape[1:3]
   L = compress_k.embedding.shape[0]
   dtype = jnp.promote_types(q.dtype, jnp.float32)
-  documents = locate(
+  segments = locate_segments(
     B,
     T,
     S,
@@ -148,15 +155,15 @@ def nsa(
     q_segment_ids=q_segment_ids,
     k_segment_ids=k_segment_ids,
   )
-  blocks = complete_blocks(documents, S, length=block_size, stride=block_size)
-  own = _own_block(documents, block_size)
+  blocks = complete_blocks(segments, S, length=block_size, stride=block_size)
+  own = _own_block(segments, block_size)
   # Local blocks begin after `near`, initial ones before `far`.
   near = own - num_local * block_size
-  far = documents.first + num_initial * block_size
+  far = segments.first + num_initial * block_size
   fixed = [own - i * block_size for i in range(num_local)]
-  fixed = [jnp.where(x >= documents.first, x, -1) for x in fixed]
+  fixed = [jnp.where(x >= segments.first, x, -1) for x in fixed]
   for i in range(num_initial):
-    x = documents.first + i * block_size
+    x = segments.first + i * block_size
     fixed.append(jnp.where((x <= near) & (own >= 0), x, -1))
   begin = jnp.stack(fixed, axis=-1)[:, :, None]
   begin = jnp.broadcast_to(begin, (B, T, K, begin.shape[-1]))
@@ -168,11 +175,11 @@ def nsa(
     rope_base=rope_base,
   )
   if summaries is None:
-    starts = complete_blocks(documents, S, length=L, stride=stride)
+    starts = complete_blocks(segments, S, length=L, stride=stride)
     k_pos = jnp.arange(S)[None] if k_positions is None else k_positions
-    k_pos = jnp.broadcast_to(documents.sort(k_pos), (B, S))
+    k_pos = jnp.broadcast_to(segments.sort(k_pos), (B, S))
     kc, vc = (
-      _summarize(part, documents.sort(x), starts, k_pos, dtype)
+      _summarize(part, segments.sort(x), starts, k_pos, dtype)
       for part, x in zip(parts, (k_compressed, v_compressed), strict=True)
     )
   else:
@@ -191,16 +198,16 @@ def nsa(
 
   out, lse, chosen = _map_queries(
     read,
-    (q, documents.first, documents.last, near, far),
+    (q, segments.first, segments.last, near, far),
     scores=B * N * starts.shape[1],
   )
   begin = jnp.concatenate([begin, chosen], axis=-1)
   selected = _attend(
     q,
-    documents.sort(k_selected),
-    documents.sort(v_selected),
+    segments.sort(k_selected),
+    segments.sort(v_selected),
     begin,
-    documents,
+    segments,
     block_size=block_size,
     scale=scale,
   )
@@ -235,18 +242,18 @@ def _attend(
   k: Float[Array, 'B S K H'],
   v: Float[Array, 'B S K V'],
   begin: Int[Array, 'B T M n'],
-  documents: Documents,
+  segments: Segments,
   *,
   block_size: int,
   scale: float,
-  extras: Extras | None = None,
+  modifiers: LogitModifiers | None = None,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
   """Softmax attention to the blocks that begin at these places, -1 for none."""
-  common = dict(block_size=block_size, scale=scale, extras=extras)
-  if q.shape[1] == 1 and (extras is None or extras.dropout is None):
-    return gathered.attend(q, k, v, begin, documents.last, **common)
-  aligned = documents.begin is None
-  return tiles.attend(q, k, v, begin, documents.last, aligned=aligned, **common)
+  common = dict(block_size=block_size, scale=scale, modifiers=modifiers)
+  if q.shape[1] == 1 and (modifiers is None or modifiers.dropout is None):
+    return gathered.attend(q, k, v, begin, segments.last, **common)
+  aligned = segments.begin is None
+  return tiles.attend(q, k, v, begin, segments.last, aligned=aligned, **common)
 
 
 def _compressed_attention(
@@ -267,14 +274,14 @@ def _compressed_attention(
   q = q.reshape(B, T, K, N // K, H).astype(k.dtype) * scale
   z = jnp.einsum('BTKGH,BCKH->BTKGC', q, k)
   z = jnp.where(ok[:, :, None, None], z, -jnp.inf)
-  # A finite floor keeps z - peak defined in a row without keys.
-  peak = lax.stop_gradient(z.max(-1, keepdims=True, initial=-1e30))
-  p = jnp.exp(z - peak)
-  total = p.sum(-1, keepdims=True)
-  some = total > 0
-  total = jnp.where(some, total, 1)
-  p = p / total
-  lse = jnp.where(some, peak + jnp.log(total), -jnp.inf)
+  # A finite floor keeps z - row_max defined in a row without keys.
+  row_max = lax.stop_gradient(z.max(-1, keepdims=True, initial=-1e30))
+  p = jnp.exp(z - row_max)
+  row_sum = p.sum(-1, keepdims=True)
+  some = row_sum > 0
+  row_sum = jnp.where(some, row_sum, 1)
+  p = p / row_sum
+  lse = jnp.where(some, row_max + jnp.log(row_sum), -jnp.inf)
   out = jnp.einsum('BTKGC,BCKV->BTKGV', p, v)
   return out.reshape(B, T, N, -1), lse.reshape(B, T, N), p.sum(3)
 
@@ -299,7 +306,7 @@ def _importance(
   """
   ahead, behind = block_size // stride, L // stride - 1
   p = lax.stop_gradient(p)
-  # Beyond the ends, and in other documents, the weights are 0.
+  # Beyond the ends, and in other segments, the weights are 0.
   p = jnp.pad(p, ((0, 0), (0, 0), (0, 0), (behind, ahead)))
   take = jax.vmap(lambda p, at: p[..., at])
   total = 0
@@ -309,9 +316,9 @@ def _importance(
   return total
 
 
-def _own_block(documents: Documents, block_size: int) -> Int[Array, 'B T']:
+def _own_block(segments: Segments, block_size: int) -> Int[Array, 'B T']:
   """Where the block of the last key begins that a query reads; -1 for none."""
-  first, last = documents.first, documents.last
+  first, last = segments.first, segments.last
   begin = first + (last - first) // block_size * block_size
   return jnp.where(last < first, -1, begin)
 

@@ -1,4 +1,4 @@
-"""A block of tokens as one vector: the learned compression of NSA."""
+"""Learned compression of NSA: a block of tokens as one vector."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Attention of few queries, each to blocks of its own, gathered for it.
+"""Block-sparse attention of a few queries, whose blocks are gathered.
 
 For a query or two, as in decoding, that reads no more keys than were chosen.
 """
@@ -6,7 +6,7 @@ For a query or two, as in decoding, that reads no more keys than were chosen.
 import jax.numpy as jnp
 from jax import lax
 
-from longctx.ops.block_selection.tiles import FLOOR, Extras
+from longctx.ops.block_selection.tiles import FLOOR, LogitModifiers
 from longctx.typing import Array, Float, Int
 
 
@@ -19,7 +19,7 @@ def attend(
   *,
   block_size: int,
   scale: float,
-  extras: Extras | None = None,
+  modifiers: LogitModifiers | None = None,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
   """Softmax attention of each query to n blocks, without dropout.
 
@@ -39,17 +39,17 @@ def attend(
   )
   heads = q.reshape(B, T, M, N // M, -1).astype(dtype)
   z = jnp.einsum('BTMRH,BTMSH->BTMRS', heads, k) * scale
-  if extras is not None and extras.alibi_slopes is not None:
-    at = extras.k_positions.at[row, places].get(mode='clip')
-    distance = abs(extras.q_positions[:, :, None, None] - at)
-    slopes = extras.alibi_slopes.reshape(M, N // M)
+  if modifiers is not None and modifiers.alibi_slopes is not None:
+    at = modifiers.k_positions.at[row, places].get(mode='clip')
+    distance = abs(modifiers.q_positions[:, :, None, None] - at)
+    slopes = modifiers.alibi_slopes.reshape(M, N // M)
     z = z - slopes[..., None] * distance[..., None, :]
   z = jnp.where(ok[..., None, :], z, -jnp.inf)
-  peak = lax.stop_gradient(jnp.maximum(z.max(-1, keepdims=True), FLOOR))
-  p = jnp.exp(z - peak)
-  total = p.sum(-1, keepdims=True)
-  some = total > 0
-  total = jnp.where(some, total, 1)
-  out = jnp.einsum('BTMRS,BTMSV->BTMRV', p / total, v)
-  lse = jnp.where(some, peak + jnp.log(total), -jnp.inf)
+  row_max = lax.stop_gradient(jnp.maximum(z.max(-1, keepdims=True), FLOOR))
+  p = jnp.exp(z - row_max)
+  row_sum = p.sum(-1, keepdims=True)
+  some = row_sum > 0
+  row_sum = jnp.where(some, row_sum, 1)
+  out = jnp.einsum('BTMRS,BTMSV->BTMRV', p / row_sum, v)
+  lse = jnp.where(some, row_max + jnp.log(row_sum), -jnp.inf)
   return out.reshape(B, T, N, -1), lse.reshape(B, T, N)

@@ -1,4 +1,4 @@
-"""Attention to chosen blocks as the equations of the papers: the oracle."""
+"""Block-selection attention as the equations of the papers: the oracle."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def moba(
   k_pos = jnp.arange(S)[None] if k_positions is None else k_positions
   q, k, v = (x.astype(dtype) for x in (q, k, v))
   k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
-  same, readable, rank = _documents(q_pos, k_pos, q_segment_ids, k_segment_ids)
+  same, readable, rank = _segments(q_pos, k_pos, q_segment_ids, k_segment_ids)
 
   block = jnp.arange(-(-S // block_size))
   member = (rank[..., None] // block_size == block).astype(dtype)  # B S I
@@ -107,8 +107,8 @@ def nsa(
   keys = (k_compressed, v_compressed, k_selected, v_selected)
   q, *keys = (x.astype(dtype) for x in (q, *keys))
   kc, vc, ks, vs = keys
-  same, readable, rank = _documents(q_pos, k_pos, q_segment_ids, k_segment_ids)
-  length = readable.sum(-1)  # B T, of the document up to the query
+  same, readable, rank = _segments(q_pos, k_pos, q_segment_ids, k_segment_ids)
+  length = readable.sum(-1)  # B T, of the segment up to the query
 
   # Member l of the block that begins at s: the key that is l ranks later.
   ids = jnp.zeros((B, S), int) if k_segment_ids is None else k_segment_ids
@@ -150,13 +150,13 @@ def nsa(
   return compressed, (jnp.einsum('BNTS,BSNV->BTNV', p, vs), lse)
 
 
-def _documents(
+def _segments(
   q_pos: Int[Array, 'Bq T'],
   k_pos: Int[Array, 'Bk S'],
   q_segment_ids: Int[Array, 'B T'] | None,
   k_segment_ids: Int[Array, 'B S'] | None,
 ) -> tuple[Bool[Array, '_ T S'], Bool[Array, 'b T S'], Int[Array, '_ S']]:
-  """Pairs of one document, those of them to read, and each key's rank in it."""
+  """Pairs of one segment, those of them to read, and each key's rank in it."""
   T, S = q_pos.shape[1], k_pos.shape[1]
   same, together = jnp.ones((1, T, S), bool), jnp.ones((1, S, S), bool)
   if q_segment_ids is not None:
@@ -180,11 +180,11 @@ def _softmax(
   z: Float[Array, 'B N T S'],
 ) -> tuple[Float[Array, 'B N T S'], Float[Array, 'B T N']]:
   """Weights, zero in a row without keys, and the log of their sum."""
-  # A finite floor keeps z - peak defined in a row without keys.
-  peak = jax.lax.stop_gradient(z.max(-1, keepdims=True, initial=-1e30))
-  p = jnp.exp(z - peak)
-  total = p.sum(-1, keepdims=True)
-  some = total > 0
-  total = jnp.where(some, total, 1)
-  lse = jnp.where(some, peak + jnp.log(total), -jnp.inf)
-  return p / total, lse[..., 0].swapaxes(1, 2)
+  # A finite floor keeps z - row_max defined in a row without keys.
+  row_max = jax.lax.stop_gradient(z.max(-1, keepdims=True, initial=-1e30))
+  p = jnp.exp(z - row_max)
+  row_sum = p.sum(-1, keepdims=True)
+  some = row_sum > 0
+  row_sum = jnp.where(some, row_sum, 1)
+  lse = jnp.where(some, row_max + jnp.log(row_sum), -jnp.inf)
+  return p / row_sum, lse[..., 0].swapaxes(1, 2)

@@ -1,4 +1,4 @@
-"""Vectors that stand for blocks of keys when a query chooses among them.
+"""Block summaries: vectors that stand for blocks when a query chooses.
 
 They change only where a block becomes complete, so that a decoder keeps them
 and makes one every `stride` tokens.
@@ -16,7 +16,7 @@ from longctx.typing import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """One vector for each complete block of keys or values.
+  """Block summary: one vector for each complete block of keys or values.
 
   Block i is tokens i stride, …, i stride + length - 1.
 

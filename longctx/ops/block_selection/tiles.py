@@ -1,4 +1,4 @@
-"""Attention of each query to blocks of its own, in plain XLA.
+"""Block-sparse attention to the blocks that each query chose, in tiles of XLA.
 
 Gathering its blocks for every query would move as many numbers as it multiplies
 and leave no matrix product. Here queries come to the keys: those that chose a
@@ -35,8 +35,8 @@ SCORES_TOGETHER = 2**20
 TILE = (8, 128)
 
 
-class Extras(NamedTuple):
-  """What weights depend on beside q and k; no gradient."""
+class LogitModifiers(NamedTuple):
+  """ALiBi and dropout of the chosen blocks, and what they depend on."""
 
   q_positions: Int[Array, 'B T']
   k_positions: Int[Array, 'B S']
@@ -46,8 +46,8 @@ class Extras(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiling:
-  """How T queries of N heads meet S keys of K heads.
+class QueryTiling:
+  """Tiling of T queries of N heads over the blocks of S keys of K heads.
 
   Keys are cut into cells of one block; B K heads have `cells` each, E together.
   A choice is made by M = K or N heads, so that there are P = B K T M / K of
@@ -146,7 +146,7 @@ def attend(
   block_size: int,
   aligned: bool,
   scale: float,
-  extras: Extras | None = None,
+  modifiers: LogitModifiers | None = None,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
   """Softmax attention of each query to n blocks.
 
@@ -160,7 +160,7 @@ def attend(
     block_size: keys of a block.
     aligned: whether all blocks begin at multiples of their size.
     scale: of the logits.
-    extras: for ALiBi and dropout.
+    modifiers: for ALiBi and dropout.
 
   Returns:
     out and lse, in the dtype of the sums.
@@ -168,7 +168,7 @@ def attend(
   B, T, N, _ = q.shape
   S, K = k.shape[1:3]
   M, n = begin.shape[2:]
-  t = Tiling(B, T, S, K, M, N // M, block_size, aligned, scale)
+  t = QueryTiling(B, T, S, K, M, N // M, block_size, aligned, scale)
   begin = begin.astype(jnp.int32)
   # The last key of each block that is read; before the first one for none.
   last = last.astype(jnp.int32)[:, :, None, None]
@@ -177,27 +177,29 @@ def attend(
   begin, end = (choices.split_q(x)[:, 0].T for x in (begin, end))
   plan = lax.map(lambda x: _plan(t, *x), (begin, end))
   arrays = t.split_q(q), t.split_k(k), t.split_k(v)
-  out, lse = _attend(t, *arrays, plan, extras)
+  out, lse = _attend(t, *arrays, plan, modifiers)
   return t.join_q(out), t.join_q(lse[..., None])[..., 0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(t: Tiling, q, k, v, plan, extras: Extras | None):
-  return _forward(t, q, k, v, plan, extras)
+def _attend(t: QueryTiling, q, k, v, plan, modifiers: LogitModifiers | None):
+  return _forward(t, q, k, v, plan, modifiers)
 
 
-def _attend_fwd(t: Tiling, q, k, v, plan, extras: Extras | None):
+def _attend_fwd(
+  t: QueryTiling, q, k, v, plan, modifiers: LogitModifiers | None
+):
   # Not _attend itself, which has no derivative but this one: the second
   # derivative is that of the loops below.
-  out, lse = _forward(t, q, k, v, plan, extras)
-  return (out, lse), (q, k, v, plan, extras, out, lse)
+  out, lse = _forward(t, q, k, v, plan, modifiers)
+  return (out, lse), (q, k, v, plan, modifiers, out, lse)
 
 
-def _attend_bwd(t: Tiling, residuals, cotangents):
-  q, k, v, plan, extras, out, lse = residuals
+def _attend_bwd(t: QueryTiling, residuals, cotangents):
+  q, k, v, plan, modifiers, out, lse = residuals
   dout, dlse = cotangents
   delta = (dout * out).sum(-1) - dlse
-  grads = _backward(t, q, k, v, plan, extras, lse, dout, delta)
+  grads = _backward(t, q, k, v, plan, modifiers, lse, dout, delta)
   grads = (g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
   return *grads, None, None
 
@@ -205,29 +207,29 @@ def _attend_bwd(t: Tiling, residuals, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _forward(t: Tiling, q, k, v, plan, extras: Extras | None):
+def _forward(t: QueryTiling, q, k, v, plan, modifiers: LogitModifiers | None):
   dtype = jnp.promote_types(q.dtype, jnp.float32)
 
   def choice(carry, plan):
     def tiles(group):
-      z, keep, _, (_, v_j) = _logits(t, q, (k, v), extras, *group)
-      peak = lax.stop_gradient(jnp.maximum(z.max(-1), FLOOR))
-      p = jnp.exp(z - peak[..., None])
+      z, keep, _, (_, v_j) = _logits(t, q, (k, v), modifiers, *group)
+      row_max = lax.stop_gradient(jnp.maximum(z.max(-1), FLOOR))
+      p = jnp.exp(z - row_max[..., None])
       # Else XLA computes the exponential twice, for the sum and the product.
       p = lax.optimization_barrier(p)
       acc = jnp.einsum('ICRS,ISV->ICRV', p * keep, v_j)
-      return acc, peak, p.sum(-1)
+      return acc, row_max, p.sum(-1)
 
     new = lax.map(tiles, plan.tiles)
-    acc, peak, total = carry
+    acc, row_max, row_sum = carry
     fills = (0, FLOOR, 0)
-    new_acc, new_peak, new_total = (
+    new_acc, new_max, new_sum = (
       _back(plan, x, fill) for x, fill in zip(new, fills, strict=True)
     )
-    top = jnp.maximum(peak, new_peak)
-    old, new = jnp.exp(peak - top), jnp.exp(new_peak - top)
+    next_max = jnp.maximum(row_max, new_max)
+    old, new = jnp.exp(row_max - next_max), jnp.exp(new_max - next_max)
     acc = acc * old[..., None] + new_acc * new[..., None]
-    return (acc, top, total * old + new_total * new), None
+    return (acc, next_max, row_sum * old + new_sum * new), None
 
   rows = (t.P, t.R)
   carry = (
@@ -235,15 +237,23 @@ def _forward(t: Tiling, q, k, v, plan, extras: Extras | None):
     jnp.full(rows, FLOOR, dtype),
     jnp.zeros(rows, dtype),
   )
-  (acc, peak, total), _ = lax.scan(choice, carry, plan)
-  some = total > 0
-  total = jnp.where(some, total, 1)
-  lse = jnp.where(some, peak + jnp.log(total), -jnp.inf)
-  return acc / total[..., None], lse
+  (acc, row_max, row_sum), _ = lax.scan(choice, carry, plan)
+  some = row_sum > 0
+  row_sum = jnp.where(some, row_sum, 1)
+  lse = jnp.where(some, row_max + jnp.log(row_sum), -jnp.inf)
+  return acc / row_sum[..., None], lse
 
 
 def _backward(
-  t: Tiling, q, k, v, plan, extras: Extras | None, lse, dout, delta
+  t: QueryTiling,
+  q,
+  k,
+  v,
+  plan,
+  modifiers: LogitModifiers | None,
+  lse,
+  dout,
+  delta,
 ):
   # exp(-inf - 0) = 0: in a row without keys all logits are -inf.
   lse = jnp.where(lse == -jnp.inf, 0, lse)
@@ -254,7 +264,7 @@ def _backward(
     def tiles(carry, group):
       dk, dv = carry
       queries, *_, cells = group
-      z, keep, q_i, (k_j, v_j) = _logits(t, q, (k, v), extras, *group)
+      z, keep, q_i, (k_j, v_j) = _logits(t, q, (k, v), modifiers, *group)
       lse_i, do_i, delta_i = (_take(x, queries) for x in (lse, dout, delta))
       p = jnp.exp(z - lse_i[..., None])
       dp = jnp.einsum('ICRV,ISV->ICRS', do_i, v_j) * keep
@@ -272,8 +282,8 @@ def _backward(
   return dq * t.scale, dk, dv
 
 
-class _Plan(NamedTuple):
-  """Which queries a tile serves, and where a query is served.
+class _ServingPlan(NamedTuple):
+  """Plan of the tiles: the queries of each, and where a query is served.
 
   Attributes:
     queries: of each tile, P for none.
@@ -294,7 +304,9 @@ class _Plan(NamedTuple):
     return self.queries, self.begin, self.end, self.cells
 
 
-def _plan(t: Tiling, begin: Int[Array, ' P'], end: Int[Array, ' P']) -> _Plan:
+def _plan(
+  t: QueryTiling, begin: Int[Array, ' P'], end: Int[Array, ' P']
+) -> _ServingPlan:
   """Cuts the queries that read a cell into tiles, for one choice of each."""
   p = jnp.arange(t.P, dtype=jnp.int32)
   head, _ = _divide(p, t.T * t.M // t.K)
@@ -314,21 +326,21 @@ def _plan(t: Tiling, begin: Int[Array, ' P'], end: Int[Array, ' P']) -> _Plan:
   groups = (t.groups, t.together)
   # No place lies between these.
   begin, end = jnp.append(begin, 0)[queries], jnp.append(end, -1)[queries]
-  return _Plan(
+  return _ServingPlan(
     *(x.reshape(*groups, t.C) for x in (queries, begin, end)),
     cells.reshape(groups),
     rows,
   )
 
 
-def _logits(t: Tiling, q, keys, extras, queries, begin, end, cells):
+def _logits(t: QueryTiling, q, keys, modifiers, queries, begin, end, cells):
   """Of a group of tiles: logits, dropout's factors, queries, keys and values.
 
   Args:
     t: the tiling.
     q: queries of all.
     keys: k and v, of all.
-    extras: for ALiBi and dropout, or None.
+    modifiers: for ALiBi and dropout, or None.
     queries: [I, C], as the next ones in a plan.
     begin: [I, C].
     end: [I, C].
@@ -350,28 +362,28 @@ def _logits(t: Tiling, q, keys, extras, queries, begin, end, cells):
   ok = (places >= begin[..., None]) & (places <= end[..., None])
   z = jnp.einsum('ICRH,ISH->ICRS', q, k)
   keep = jnp.ones((), dtype)
-  if extras is not None:
+  if modifiers is not None:
     b, _ = _divide(head, t.K)
-    k_pos = extras.k_positions.at[b[:, None, None], places].get(mode='clip')
-    bias, keep = _extras(t, extras, queries, k_pos[:, :, None])
+    k_pos = modifiers.k_positions.at[b[:, None, None], places].get(mode='clip')
+    bias, keep = _modify(t, modifiers, queries, k_pos[:, :, None])
     z, keep = z + jnp.asarray(bias, dtype), keep.astype(dtype)
   return jnp.where(ok[:, :, None], z, -jnp.inf), keep, q, (k, v)
 
 
-def _extras(t: Tiling, extras: Extras, queries, k_positions):
-  """What ALiBi adds to logits, and dropout's factors of weights."""
+def _modify(t: QueryTiling, modifiers: LogitModifiers, queries, k_positions):
+  """Biases that ALiBi adds to logits, and dropout's factors of weights."""
   b, i, head = t.owner(jnp.minimum(queries, t.P - 1))
   head = (head[..., None] + jnp.arange(t.R))[..., None]
   expand = lambda x: x[:, :, None, None]
-  q_positions = expand(extras.q_positions[b, i])
+  q_positions = expand(modifiers.q_positions[b, i])
   bias, keep = 0, jnp.ones(())
-  if extras.alibi_slopes is not None:
-    slopes = extras.alibi_slopes[head]
+  if modifiers.alibi_slopes is not None:
+    slopes = modifiers.alibi_slopes[head]
     bias = -slopes * abs(q_positions - k_positions)
-  if extras.dropout is not None:
-    segment = extras.q_segment_ids
+  if modifiers.dropout is not None:
+    segment = modifiers.q_segment_ids
     keep = keep_factor(
-      extras.dropout,
+      modifiers.dropout,
       batch=expand(b),
       head=head,
       segment=None if segment is None else expand(segment[b, i]),
@@ -398,13 +410,13 @@ def _take(x: Num[Array, 'P ...'], queries: Int[Array, 'I C']):
   return x.at[queries].get(mode='fill', fill_value=0)
 
 
-def _back(plan: _Plan, x: Num[Array, 'groups I C ...'], fill):
+def _back(plan: _ServingPlan, x: Num[Array, 'groups I C ...'], fill):
   """From the rows of tiles to the queries; `fill` where a query has none."""
   x = x.reshape(-1, *x.shape[3:])
   return x.at[plan.rows].get(mode='fill', fill_value=fill)
 
 
-def _add(t: Tiling, x, cells, tiles):
+def _add(t: QueryTiling, x, cells, tiles):
   """Adds what tiles have for the keys that they read."""
   reach = cells[:, None] + jnp.arange(t.span // t.block)
   tiles = tiles.reshape(*reach.shape, t.block, -1)

@@ -1,9 +1,9 @@
-"""Where documents and their blocks begin, whatever order the tokens stand in.
+"""Segments of packed rows and their blocks, in any order of the tokens.
 
-Keys are sorted by document and position. What a query may read under a causal
-mask within its document is then a range of places, `first` to `last`, and its
-blocks begin at first, first + C, first + 2 C, …: those of the document alone,
-so that packed documents have the blocks that they have on their own.
+Keys are sorted by segment and position. What a query may read under a causal
+mask within its segment is then a range of places, `first` to `last`, and its
+blocks begin at first, first + C, first + 2 C, …: those of the segment alone,
+so that packed segments have the blocks that they have on their own.
 """
 
 from typing import NamedTuple
@@ -14,14 +14,14 @@ from jax import lax
 from longctx.typing import Array, Int, Num, Shaped
 
 
-class Documents(NamedTuple):
-  """Places count the keys of a row in their sorted order.
+class Segments(NamedTuple):
+  """Segments of a batch, by places: keys of a row counted in sorted order.
 
   Attributes:
     order: the key that stands at each place; None where all stand there.
-    begin: place at which the document of each place begins; None: 0.
+    begin: place at which the segment of each place begins; None: 0.
     end: the place after its last one; None: S.
-    first: where the document of each query begins.
+    first: where the segment of each query begins.
     last: the last key that a query may read; `first` - 1 where there is none.
   """
 
@@ -40,7 +40,7 @@ class Documents(NamedTuple):
     return x[jnp.arange(B)[:, None], self.order]
 
 
-def locate(
+def locate_segments(
   B: int,
   T: int,
   S: int,
@@ -49,11 +49,11 @@ def locate(
   k_positions: Int[Array, 'b S'] | None,
   q_segment_ids: Int[Array, 'B T'] | None,
   k_segment_ids: Int[Array, 'B S'] | None,
-) -> Documents:
-  """The documents of B rows of T queries and S keys.
+) -> Segments:
+  """The segments of B rows of T queries and S keys.
 
   Time O((S + T) log(S + T)), nothing for keys at their natural positions in one
-  document.
+  segment.
 
   Args:
     B: rows.
@@ -61,13 +61,13 @@ def locate(
     S: keys of each.
     q_positions: b is 1 or B; None: 0 to T - 1.
     k_positions: likewise.
-    q_segment_ids: documents, or None.
+    q_segment_ids: segments, or None.
     k_segment_ids: likewise.
   """
   q_positions = _rows(q_positions, B, T)
   if k_positions is None and k_segment_ids is None:
     last = jnp.clip(q_positions, -1, S - 1)
-    return Documents(None, None, None, jnp.zeros_like(last), last)
+    return Segments(None, None, None, jnp.zeros_like(last), last)
   k_positions = _rows(k_positions, B, S)
   packed = k_segment_ids is not None
   if not packed:
@@ -81,7 +81,7 @@ def locate(
   place, last = place[:, :S], place[:, S:]
   order = _inverse(place)
   if not packed:
-    return Documents(order, None, None, jnp.zeros_like(last), last)
+    return Segments(order, None, None, jnp.zeros_like(last), last)
   ids = k_segment_ids[jnp.arange(B)[:, None], order]
   place, ones = _rows(None, B, S), jnp.ones((B, 1), bool)
   changes = ids[:, 1:] != ids[:, :-1]
@@ -92,24 +92,24 @@ def locate(
   at_last = (jnp.arange(B)[:, None], jnp.maximum(last, 0))
   some = (last >= 0) & (ids[at_last] == q_segment_ids)
   first = jnp.where(some, begin[at_last], last + 1)
-  return Documents(order, begin, end, first, last)
+  return Segments(order, begin, end, first, last)
 
 
 def complete_blocks(
-  documents: Documents, S: int, *, length: int, stride: int
+  segments: Segments, S: int, *, length: int, stride: int
 ) -> Int[Array, 'B C']:
   """Places at which complete blocks begin, ascending; S stands for none.
 
-  A document's blocks begin at every `stride`-th of its tokens; complete are
+  A segment's blocks begin at every `stride`-th of its tokens; complete are
   those of `length` tokens, however many of these a query may read.
   """
   count = max(0, (S - length) // stride + 1)
-  if documents.begin is None:
-    B = documents.first.shape[0]
+  if segments.begin is None:
+    B = segments.first.shape[0]
     return jnp.broadcast_to(jnp.arange(count) * stride, (B, count))
-  B, place = documents.begin.shape[0], _rows(None, *documents.begin.shape)
-  begins = (place - documents.begin) % stride == 0
-  begins &= place + length <= documents.end
+  B, place = segments.begin.shape[0], _rows(None, *segments.begin.shape)
+  begins = (place - segments.begin) % stride == 0
+  begins &= place + length <= segments.end
   index = jnp.where(begins, jnp.cumsum(begins, axis=1) - 1, count)
   found = jnp.full((B, count), S, jnp.int32)
   return found.at[jnp.arange(B)[:, None], index].set(place, mode='drop')
@@ -133,9 +133,9 @@ def _places(
 ) -> Int[Array, 'B L']:
   """The place of each key, and of the last key that a query may read.
 
-  Keys come first, then queries. In the order of documents and positions, a key
+  Keys come first, then queries. In the order of segments and positions, a key
   before the query that equals it, both follow from how many keys there are so
-  far; for a query without a key to read, it is one of another document.
+  far; for a query without a key to read, it is one of another segment.
   """
   index = _rows(None, *positions.shape)
   index = lax.sort((segment_ids, positions, index), num_keys=3, dimension=1)[2]
