@@ -157,7 +157,7 @@ class Attention(nnx.Module, abc.ABC):
     plan: Plan,
     cells: Cells,
     lengths: Int[Array, ' B'],
-    new: Bool[Array, 'B T'] | None = None,
+    valid: Bool[Array, 'B T'] | None = None,
     query_indices: Int[Array, 'B Q'] | None = None,
     step: Int[Array, ''] | int | None = None,
     axes: Axes | None = None,
@@ -171,7 +171,7 @@ class Attention(nnx.Module, abc.ABC):
       plan: of the layer.
       cells: what it kept, at first `cells.empty(plan, B)`.
       lengths: tokens that each row has read before.
-      new: which of the T are a row's tokens, the first ones; None: all.
+      valid: which of the T are a row's tokens, the first ones; None: all.
       query_indices: places on the axis T whose outputs are wanted, see
         `take_queries`.
       step: of the training that made the parameters; None: none.
@@ -186,7 +186,7 @@ class Attention(nnx.Module, abc.ABC):
       block_sizes=self.config.block_sizes,
       tape=tape,
       lengths=lengths,
-      new=new,
+      valid=valid,
       axes=axes,
     )
     return self.apply(x, context), tuple(tape.cells)

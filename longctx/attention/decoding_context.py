@@ -36,13 +36,13 @@ class DecodingContext(Context):
   Attributes:
     tape: the layer's cells.
     lengths: tokens that each row has read before.
-    new: which of the tokens are a row's own, the first ones; None: all.
+    valid: which of the tokens are a row's own, the first ones; None: all.
     axes: of the mesh that the cells are spread over; None: one device.
   """
 
   tape: Tape
   lengths: Int[Array, ' B']
-  new: Bool[Array, 'B T'] | None = None
+  valid: Bool[Array, 'B T'] | None = None
   axes: Axes | None = None
 
   def document_positions(self, T: int) -> Int[Array, 'B T']:
@@ -73,7 +73,7 @@ class DecodingContext(Context):
       return convolution.short_conv(x, kernel)[0]
     tail = self.tape.cells[place]
     out, last = convolution.short_conv(x, kernel, initial_state=tail)
-    if self.new is not None:
+    if self.valid is not None:
       inputs = jnp.concatenate([tail, x], axis=1)
       cut = functools.partial(lax.dynamic_slice_in_dim, slice_size=before)
       last = jax.vmap(cut)(inputs, self.counts(x.shape[1]))
@@ -278,7 +278,7 @@ class DecodingContext(Context):
     block = jnp.maximum((self.lengths - L) // stride + 1, 0)
     block = block[:, None] + jnp.arange(T // stride + 1)
     begin, end = block * stride, (self.lengths + count)[:, None]
-    new = summary.make(
+    made = summary.make(
       take_blocks(tokens, begin - self.lengths[:, None] + L - 1, L).astype(
         dtype
       ),
@@ -286,21 +286,21 @@ class DecodingContext(Context):
     )
     block = jnp.where(begin + L <= end, block, C)
     rows = jnp.arange(B)[:, None]
-    self.tape.cells[place] = vectors.at[rows, block].set(new, mode='drop')
+    self.tape.cells[place] = vectors.at[rows, block].set(made, mode='drop')
     return self.tape.cells[place]
 
   def counts(self, T: int) -> Int[Array, ' B']:
     """How many of the T tokens are each row's own."""
-    if self.new is None:
+    if self.valid is None:
       return jnp.full(self.lengths.shape, T)
-    return self.new.sum(1)
+    return self.valid.sum(1)
 
   def _own(self, x: Shaped[Array, 'B T ...'] | None):
     """x with zeros where a token is not the row's own."""
-    if x is None or self.new is None:
+    if x is None or self.valid is None:
       return x
-    new = self.new.reshape(*self.new.shape, *[1] * (x.ndim - 2))
-    return jnp.where(new, x, 0)
+    valid = self.valid.reshape(*self.valid.shape, *[1] * (x.ndim - 2))
+    return jnp.where(valid, x, 0)
 
   def _keep(
     self,
@@ -331,8 +331,8 @@ class DecodingContext(Context):
     columns = min(cell.retention.columns, S)
     ring = S - columns
     positions = self.positions
-    if self.new is not None:
-      positions = jnp.where(self.new, positions, NOWHERE)
+    if self.valid is not None:
+      positions = jnp.where(self.valid, positions, NOWHERE)
     end = self.lengths + self.counts(T)
     slot = positions
     if ring:

@@ -132,7 +132,7 @@ def extend(
   cache: Cache,
   tokens: Int[Array, 'B T'],
   *,
-  new: Bool[Array, 'B T'] | None = None,
+  valid: Bool[Array, 'B T'] | None = None,
   query_indices: Int[Array, 'B Q'] | None = None,
   step: Int[Array, ''] | int | None = None,
 ) -> tuple[Float[Array, 'B Q V'], Cache]:
@@ -146,7 +146,7 @@ def extend(
     model: which the cache was made for.
     cache: what came before.
     tokens: the next ones of every row.
-    new: which of them are a row's tokens, the first ones of each row; None
+    valid: which of them are a row's tokens, the first ones of each row; None
       means all.
     query_indices: places on the axis T whose logits are wanted; None: all.
     step: of the training that made the parameters; None: none.
@@ -154,7 +154,7 @@ def extend(
   positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
   x = model.embed(tokens, positions=positions)
   x, cache = advance(
-    model.blocks, cache, x, new=new, query_indices=query_indices, step=step
+    model.blocks, cache, x, valid=valid, query_indices=query_indices, step=step
   )
   return model.logits(model.norm(x)), cache
 
@@ -164,7 +164,7 @@ def advance(
   cache: Cache,
   x: Float[Array, 'B T D'],
   *,
-  new: Bool[Array, 'B T'] | None = None,
+  valid: Bool[Array, 'B T'] | None = None,
   query_indices: Int[Array, 'B Q'] | None = None,
   step: Int[Array, ''] | int | None = None,
 ) -> tuple[Float[Array, 'B Q D'], Cache]:
@@ -174,7 +174,7 @@ def advance(
     blocks: which the cache was made for.
     cache: what came before.
     x: inputs at the next tokens of every row.
-    new: as in `extend`.
+    valid: as in `extend`.
     query_indices: as in `extend`.
     step: as in `extend`.
   """
@@ -192,7 +192,7 @@ def advance(
         plan=cache.plans[index],
         cells=cache.layers[index],
         lengths=cache.lengths,
-        new=new,
+        valid=valid,
         query_indices=wanted,
         step=step,
         axes=axes,
@@ -201,7 +201,7 @@ def advance(
       return out
 
     x = block.around(attend, x, query_indices=wanted)
-  counts = T if new is None else new.sum(1)
+  counts = T if valid is None else valid.sum(1)
   cache = dataclasses.replace(
     cache, lengths=cache.lengths + counts, layers=tuple(layers)
   )
@@ -224,6 +224,6 @@ def _stay(cache: Cache) -> Cache:
   return dataclasses.replace(cache, lengths=lengths, layers=layers)
 
 
-def last_place(new: Bool[Array, 'B T']) -> Int[Array, 'B 1']:
-  """The place of each row's last new token, 0 where there is none."""
-  return jnp.maximum(new.sum(1, keepdims=True) - 1, 0)
+def last_place(valid: Bool[Array, 'B T']) -> Int[Array, 'B 1']:
+  """The place of each row's last token, 0 where there is none."""
+  return jnp.maximum(valid.sum(1, keepdims=True) - 1, 0)

@@ -101,16 +101,16 @@ def read(
   cache: GatedCache,
   tokens: Int[Array, 'B T'],
   *,
-  new: Bool[Array, 'B T'] | None = None,
+  valid: Bool[Array, 'B T'] | None = None,
   step: Int[Array, ''] | int | None = None,
 ) -> GatedCache:
   """Reads more tokens of the prompts; arguments as of `cache.extend`."""
   B, T = tokens.shape
-  x, below = _below(model, cache, tokens, new, step)
+  x, below = _below(model, cache, tokens, valid, step)
   places = cache.lengths[:, None] + jnp.arange(T)
-  if new is not None:
+  if valid is not None:
     # Beyond the end: not written.
-    places = jnp.where(new, places, cache.outputs.shape[1])
+    places = jnp.where(valid, places, cache.outputs.shape[1])
   outputs = cache.outputs.at[jnp.arange(B)[:, None], places].set(x, mode='drop')
   return _stay(dataclasses.replace(cache, below=below, outputs=outputs))
 
@@ -127,13 +127,13 @@ def ask(
     The logits of each row's next token, and the cache.
   """
   passed = model.gate(cache.outputs, cache.lengths - 1, answer=1)
-  new = passed.kept.places >= 0
+  valid = passed.kept.places >= 0
   x, above = cache_lib.advance(
     model.blocks[model.config.gate.after :],
     cache.above,
     passed.x,
-    new=new,
-    query_indices=cache_lib.last_place(new),
+    valid=valid,
+    query_indices=cache_lib.last_place(valid),
     step=step,
   )
   logits = model.logits(model.norm(x))[:, 0]
@@ -145,23 +145,27 @@ def extend(
   cache: GatedCache,
   tokens: Int[Array, 'B T'],
   *,
-  new: Bool[Array, 'B T'] | None = None,
+  valid: Bool[Array, 'B T'] | None = None,
   step: Int[Array, ''] | int | None = None,
 ) -> tuple[Float[Array, 'B T V'], GatedCache]:
   """Reads tokens behind the question, all of which pass."""
-  x, below = _below(model, cache, tokens, new, step)
+  x, below = _below(model, cache, tokens, valid, step)
   x, above = cache_lib.advance(
-    model.blocks[model.config.gate.after :], cache.above, x, new=new, step=step
+    model.blocks[model.config.gate.after :],
+    cache.above,
+    x,
+    valid=valid,
+    step=step,
   )
   cache = dataclasses.replace(cache, below=below, above=above)
   return model.logits(model.norm(x)), cache
 
 
-def _below(model, cache, tokens, new, step):
+def _below(model, cache, tokens, valid, step):
   positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
   x = model.embed(tokens, positions=positions)
   blocks = model.blocks[: model.config.gate.after]
-  return cache_lib.advance(blocks, cache.below, x, new=new, step=step)
+  return cache_lib.advance(blocks, cache.below, x, valid=valid, step=step)
 
 
 def _stay(cache: GatedCache) -> GatedCache:

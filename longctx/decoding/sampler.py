@@ -188,22 +188,22 @@ class Generator:
       return dataclasses.replace(stream, logits=logits, ended=ended)
 
     @functools.partial(jax.jit, donate_argnames='stream')
-    def read(params, stream, tokens, new):
+    def read(params, stream, tokens, valid):
       model = nnx.merge(graph, params)
       if gated:
         cache = gated_cache.read(
-          model, stream.cache, tokens, new=new, step=step
+          model, stream.cache, tokens, valid=valid, step=step
         )
         return dataclasses.replace(stream, cache=cache)
       logits, cache = cache_lib.extend(
         model,
         stream.cache,
         tokens,
-        new=new,
-        query_indices=cache_lib.last_place(new),
+        valid=valid,
+        query_indices=cache_lib.last_place(valid),
         step=step,
       )
-      logits = jnp.where(new.any(1)[:, None], logits[:, 0], stream.logits)
+      logits = jnp.where(valid.any(1)[:, None], logits[:, 0], stream.logits)
       stream = dataclasses.replace(stream, cache=cache, logits=logits)
       return stay(stream)
 
@@ -229,7 +229,7 @@ class Generator:
           model,
           stream.cache,
           drawn[:, None],
-          new=~stream.ended[:, None],
+          valid=~stream.ended[:, None],
           step=step,
         )
         stream = Stream(
@@ -264,8 +264,8 @@ class Generator:
     tokens = np.pad(tokens, [(0, 0), (0, -T % self.chunk)])
     for begin in range(0, T, self.chunk):
       part = slice(begin, begin + self.chunk)
-      new = np.arange(begin, begin + self.chunk) < lengths[:, None]
-      stream = self._read(self._params, stream, tokens[:, part], new)
+      valid = np.arange(begin, begin + self.chunk) < lengths[:, None]
+      stream = self._read(self._params, stream, tokens[:, part], valid)
     if self._ask is not None:
       stream = self._ask(self._params, stream)
     return stream

@@ -268,22 +268,22 @@ def check_decode(variant: str, *, mesh: tuple[int, int, int] | None = None):
     assert kept >= layer.state_bytes(T, 'float32')
 
   @functools.partial(jax.jit, compiler_options=FAST)
-  def extend(x, cells, lengths, new):
+  def extend(x, cells, lengths, valid):
     return layer.extend(
-      x, plan=plan, cells=cells, lengths=lengths, new=new, axes=axes
+      x, plan=plan, cells=cells, lengths=lengths, valid=valid, axes=axes
     )
 
   x, out = np.asarray(make_input()), np.full((B, T, D), np.nan)
   cells, lengths = empty(plan, B, axes), np.zeros(B, int)
   for counts in ([5, 2], [3, 5], [0, 1], [2, 5], [1, 0], [1, 0], [1, 0]):
     width = 5 if max(counts) > 1 else 1
-    new = np.arange(width) < np.array(counts)[:, None]
+    valid = np.arange(width) < np.array(counts)[:, None]
     # What is not a row's own is never to be seen.
     tokens = np.full((B, width, D), 7, x.dtype)
-    rows, columns = np.nonzero(new)
-    tokens[new] = x[rows, lengths[rows] + columns]
-    y, cells = extend(tokens, cells, jnp.asarray(lengths), jnp.asarray(new))
-    out[rows, lengths[rows] + columns] = y[new]
+    rows, columns = np.nonzero(valid)
+    tokens[valid] = x[rows, lengths[rows] + columns]
+    y, cells = extend(tokens, cells, jnp.asarray(lengths), jnp.asarray(valid))
+    out[rows, lengths[rows] + columns] = y[valid]
     lengths = lengths + counts
   assert (lengths == T).all()
   assert_close([out], oracle(variant, **settings)[:1])

@@ -71,12 +71,16 @@ def test_any_pieces_give_the_logits_of_the_whole(pieces, position_encoding):
 def test_rows_of_different_lengths_go_on_from_their_own_ends():
   model, tokens = make_model(), make_tokens()
   prompts = np.array([7, 3])
-  new = np.arange(7) < prompts[:, None]
+  valid = np.arange(7) < prompts[:, None]
   cache = cache_lib.init(model, batch_size=B, capacity=T)
-  last = cache_lib.last_place(jnp.asarray(new))
-  first = np.where(new, tokens[:, :7], 0)
+  last = cache_lib.last_place(jnp.asarray(valid))
+  first = np.where(valid, tokens[:, :7], 0)
   logits, cache = cache_lib.extend(
-    model, cache, jnp.asarray(first), new=jnp.asarray(new), query_indices=last
+    model,
+    cache,
+    jnp.asarray(first),
+    valid=jnp.asarray(valid),
+    query_indices=last,
   )
   expected = model(jnp.asarray(tokens))
   for row, length in enumerate(prompts):
