@@ -98,7 +98,7 @@ def _mixer(
   Raises:
     NotImplementedError: the layer's outputs are no weighted sums of values.
   """
-  layer.require('analysis')
+  layer.check_supported('analysis')
   q, k, v = layer.project(x, context)
   out = jax.eval_shape(lambda: layer.mix(q, k, v, x=x, context=context))
   # Some layers join the values of several heads to longer ones.

@@ -49,8 +49,8 @@ class Attention(nnx.Module, abc.ABC):
 
   def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
     self.config = config
-    for capability in _asked_for(config):
-      self.require(capability)
+    for capability in _required_capabilities(config):
+      self.check_supported(capability)
     N, K = config.num_heads, config.num_kv_heads * self.branches
     H, V = config.head_dim, config.value_dim
     self.query = linear(config, config.d_model, N * H, rngs=rngs)
@@ -92,10 +92,10 @@ class Attention(nnx.Module, abc.ABC):
     """
     config = self.config
     if segment_ids is not None:
-      self.require('packing')
+      self.check_supported('packing')
     if placement is not None:
-      for capability in placement.asks_for:
-        self.require(capability)
+      for capability in placement.required_capabilities:
+        self.check_supported(capability)
     dropout = None
     if dropout_key is not None and config.attention_dropout:
       dropout = (config.attention_dropout, dropout_key)
@@ -139,9 +139,9 @@ class Attention(nnx.Module, abc.ABC):
       NotImplementedError: the layer reads later tokens, or lacks 'decode'.
       ValueError: there is no end, and the layer reads all tokens.
     """
-    self.require('decode')
+    self.check_supported('decode')
     if shards > 1:
-      self.require('sharded_decode')
+      self.check_supported('sharded_decode')
     plan, reads_later = self._trace(capacity, shards)
     if reads_later:
       raise NotImplementedError(
@@ -211,7 +211,7 @@ class Attention(nnx.Module, abc.ABC):
     jax.eval_shape(apply, state, x)
     return tuple(tape.plan), tape.reads_later
 
-  def require(self, capability: str) -> None:
+  def check_supported(self, capability: str) -> None:
     """Raises where the variant lacks a capability.
 
     Raises:
@@ -337,7 +337,7 @@ class Attention(nnx.Module, abc.ABC):
     return total
 
 
-def _asked_for(config: AttentionConfig) -> list[str]:
+def _required_capabilities(config: AttentionConfig) -> list[str]:
   """The capabilities that a config needs."""
   asked = {
     'gqa': config.num_kv_heads < config.num_heads,

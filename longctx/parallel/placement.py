@@ -39,7 +39,7 @@ class Placement:
     return Axes(self.mesh, self.axis)
 
   @property
-  def asks_for(self) -> tuple[str, ...]:
+  def required_capabilities(self) -> tuple[str, ...]:
     """What a layer must be able to do here, as capabilities are called."""
     heads = () if self.axes.heads is None else ('model',)
     return (self.scheme, self.layout.name, *heads)
