@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longctx import masks
-from longctx.attention.cache_spec import Cells, Plan, Tape
+from longctx.attention.cache_spec import CacheBuilder, CacheSpec, LayerCache
 from longctx.attention.capabilities import CAPABILITIES
 from longctx.attention.config import AttentionConfig
 from longctx.attention.context import Context
@@ -126,7 +126,7 @@ class Attention(nnx.Module, abc.ABC):
     out = self.mix(q, k, v, x=x, context=context)
     return self.finish(out, context.at_queries(x))
 
-  def plan(self, capacity: int | None, *, shards: int = 1) -> Plan:
+  def cache_spec(self, capacity: int | None, *, shards: int = 1) -> CacheSpec:
     """What the layer keeps to decode, derived from the calls that it makes.
 
     Nothing is computed, and parameters need no values.
@@ -142,74 +142,74 @@ class Attention(nnx.Module, abc.ABC):
     self.check_supported('decode')
     if shards > 1:
       self.check_supported('sharded_decode')
-    plan, reads_later = self._trace(capacity, shards)
+    spec, reads_later = self._trace(capacity, shards)
     if reads_later:
       raise NotImplementedError(
         f'{type(self).__name__} reads tokens that are not there yet, under '
         f'{reads_later[0]}: to decode, take a causal layer'
       )
-    return plan
+    return spec
 
-  def extend(
+  def apply_with_cache(
     self,
     x: Float[Array, 'B T D'],
     *,
-    plan: Plan,
-    cells: Cells,
+    spec: CacheSpec,
+    cache: LayerCache,
     lengths: Int[Array, ' B'],
     valid: Bool[Array, 'B T'] | None = None,
     query_indices: Int[Array, 'B Q'] | None = None,
     step: Int[Array, ''] | int | None = None,
     axes: Axes | None = None,
-  ) -> tuple[Float[Array, 'B Q D'], Cells]:
+  ) -> tuple[Float[Array, 'B Q D'], LayerCache]:
     """Outputs at the next tokens of each row, and what the layer then keeps.
 
     Those of `__call__` on the whole rows, at these tokens.
 
     Args:
       x: inputs at T more tokens, of which a row may use fewer.
-      plan: of the layer.
-      cells: what it kept, at first `cells.empty(plan, B)`.
+      spec: of the layer.
+      cache: what it kept, at first `empty_cache(spec, B)`.
       lengths: tokens that each row has read before.
       valid: which of the T are a row's tokens, the first ones; None: all.
       query_indices: places on the axis T whose outputs are wanted, see
         `take_queries`.
       step: of the training that made the parameters; None: none.
-      axes: of the mesh that the cells are spread over; None: one device.
+      axes: of the mesh that the cache is spread over; None: one device.
     """
-    tape = Tape(plan=plan, cells=cells)
+    builder = CacheBuilder(spec=spec, cache=cache)
     context = DecodingContext(
       positions=lengths[:, None] + jnp.arange(x.shape[1]),
       query_indices=query_indices,
       step=step,
       implementation=self.config.implementation,
       block_sizes=self.config.block_sizes,
-      tape=tape,
+      builder=builder,
       lengths=lengths,
       valid=valid,
       axes=axes,
     )
-    return self.apply(x, context), tuple(tape.cells)
+    return self.apply(x, context), tuple(builder.arrays)
 
   def _trace(
     self, capacity: int | None, shards: int = 1
-  ) -> tuple[Plan, list[masks.Mask]]:
-    """The plan, and masks under which the layer reads later tokens."""
-    tape = Tape(capacity=capacity, shards=shards)
+  ) -> tuple[CacheSpec, list[masks.Mask]]:
+    """The cache's spec, and masks under which the layer reads later tokens."""
+    builder = CacheBuilder(capacity=capacity, shards=shards)
     graph, state = nnx.split(self)
 
     def apply(state, x):
       context = DecodingContext(
         positions=jnp.zeros((1, 1), jnp.int32),
         step=1,
-        tape=tape,
+        builder=builder,
         lengths=jnp.zeros(1, jnp.int32),
       )
       return nnx.merge(graph, state).apply(x, context)
 
     x = jax.ShapeDtypeStruct((1, 1, self.config.d_model), self.config.dtype)
     jax.eval_shape(apply, state, x)
-    return tuple(tape.plan), tape.reads_later
+    return tuple(builder.spec), builder.reads_later
 
   def check_supported(self, capability: str) -> None:
     """Raises where the variant lacks a capability.
@@ -314,8 +314,8 @@ class Attention(nnx.Module, abc.ABC):
       seq_len: tokens read so far.
       dtype: of cached keys and values; recurrent states are float32.
     """
-    plan, _ = self._trace(seq_len)
-    return sum(cell.nbytes(dtype) for cell in plan)
+    spec, _ = self._trace(seq_len)
+    return sum(entry.nbytes(dtype) for entry in spec)
 
   def flops(self, seq_len: int) -> int:
     """FLOPs of the forward pass on one sequence: projections and mixing."""

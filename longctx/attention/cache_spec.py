@@ -1,4 +1,4 @@
-"""What a layer keeps between tokens: its plan, and the arrays themselves."""
+"""KV cache and recurrent state of a layer: its spec, and the arrays."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from longctx.parallel.axes import Axes
 from longctx.typing import Array
 
 
-class Cell(NamedTuple):
-  """One thing that a layer keeps of each row.
+class CacheEntry(NamedTuple):
+  """Entry of a KV cache: one array of keys, values, sums or a state, per row.
 
   Attributes:
     shape: of a row's numbers.
@@ -48,29 +48,31 @@ class Cell(NamedTuple):
     return NamedSharding(axes.mesh, P(axes.data, axes.seq, heads))
 
 
-Plan = tuple[Cell, ...]
-Cells = tuple[Array, ...]
+CacheSpec = tuple[CacheEntry, ...]
+LayerCache = tuple[Array, ...]
 
 
-def empty(plan: Plan, batch_size: int, axes: Axes | None = None) -> Cells:
-  """Cells of rows that have not read a token, spread over a mesh if any."""
-  places = (None if axes is None else cell.sharding(axes) for cell in plan)
+def empty_cache(
+  spec: CacheSpec, batch_size: int, axes: Axes | None = None
+) -> LayerCache:
+  """The cache of rows without tokens yet, spread over a mesh if any."""
+  places = (None if axes is None else entry.sharding(axes) for entry in spec)
   return tuple(
-    jnp.zeros((batch_size, *cell.shape), cell.dtype, device=place)
-    for cell, place in zip(plan, places, strict=True)
+    jnp.zeros((batch_size, *entry.shape), entry.dtype, device=place)
+    for entry, place in zip(spec, places, strict=True)
   )
 
 
-class Tape:
-  """Hands the calls of a layer their cells in order, and takes the new ones.
+class CacheBuilder:
+  """KV cache of a layer while it runs: gives its calls their arrays, in order.
 
-  Without cells it writes the plan.
+  Without a cache it writes the spec.
 
   Attributes:
     capacity: the most tokens of a row; None for any number.
     shards: the numbers of slots are multiples of it.
-    plan: one entry per cell.
-    cells: what was kept, replaced as the calls come.
+    spec: of the cache.
+    arrays: what was kept, replaced as the calls come.
     reads_later: masks, among those of the calls, that are not causal.
   """
 
@@ -79,14 +81,14 @@ class Tape:
     *,
     capacity: int | None = None,
     shards: int = 1,
-    plan: Plan = (),
-    cells: Cells | None = None,
+    spec: CacheSpec = (),
+    cache: LayerCache | None = None,
   ):
     self.capacity = capacity
     self.shards = shards
-    self.is_planning = cells is None
-    self.plan = list(plan)
-    self.cells = list(cells or ())
+    self.is_tracing = cache is None
+    self.spec = list(spec)
+    self.arrays = list(cache or ())
     self.reads_later: list[Mask] = []
     # Arrays that the layer has handed in, with their places and what was read
     # there, for masks that read the same keys. They are held, so that no other
@@ -98,9 +100,9 @@ class Tape:
     self, shape: tuple[int, ...], dtype: Any, *, is_sum: bool = False
   ) -> int:
     """The place of the next state."""
-    if self.is_planning:
+    if self.is_tracing:
       dtype = jnp.dtype(dtype).name
-      self.plan.append(Cell(tuple(shape), dtype, is_sum=is_sum))
+      self.spec.append(CacheEntry(tuple(shape), dtype, is_sum=is_sum))
     return self._next()
 
   def slots(
@@ -110,18 +112,20 @@ class Tape:
     for known, place, found in self.known:
       if known is not x:
         continue
-      if self.is_planning:
-        retention = self.plan[place].retention.union(retention)
-        self.plan[place] = self._cell(x, retention, is_sum)
+      if self.is_tracing:
+        retention = self.spec[place].retention.union(retention)
+        self.spec[place] = self._entry(x, retention, is_sum)
       return place, found
-    if self.is_planning:
-      self.plan.append(self._cell(x, retention, is_sum))
+    if self.is_tracing:
+      self.spec.append(self._entry(x, retention, is_sum))
     return self._next(), None
 
-  def _cell(self, x: Array, retention: KVRetention, is_sum: bool) -> Cell:
+  def _entry(
+    self, x: Array, retention: KVRetention, is_sum: bool
+  ) -> CacheEntry:
     slots = retention.slots(self.capacity)
     shape = (slots + -slots % self.shards, *x.shape[2:])
-    return Cell(shape, jnp.dtype(x.dtype).name, retention, is_sum)
+    return CacheEntry(shape, jnp.dtype(x.dtype).name, retention, is_sum)
 
   def _next(self) -> int:
     self._place += 1

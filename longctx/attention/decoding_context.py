@@ -1,4 +1,4 @@
-"""How a layer mixes the next tokens with those that its cells remember."""
+"""KV cache at work: a layer's next tokens beside those that it remembers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from longctx import parallel
-from longctx.attention.cache_spec import Tape
+from longctx.attention.cache_spec import CacheBuilder
 from longctx.attention.context import Context, biased
 from longctx.attention.recurrence import Recurrence
 from longctx.masks import KVRetention, Mask
@@ -31,16 +31,16 @@ NOWHERE = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodingContext(Context):
-  """The next tokens of each row, after those that cells remember.
+  """Decoding context: the next tokens of each row, after those of a KV cache.
 
   Attributes:
-    tape: the layer's cells.
+    builder: the layer's cache.
     lengths: tokens that each row has read before.
     valid: which of the tokens are a row's own, the first ones; None: all.
-    axes: of the mesh that the cells are spread over; None: one device.
+    axes: of the mesh that the cache is spread over; None: one device.
   """
 
-  tape: Tape
+  builder: CacheBuilder
   lengths: Int[Array, ' B']
   valid: Bool[Array, 'B T'] | None = None
   axes: Axes | None = None
@@ -50,34 +50,34 @@ class DecodingContext(Context):
 
   def natural_length(self, T: int) -> int | None:
     # Asked for when the length is decided; an endless one is above any limit.
-    if not self.tape.is_planning:
+    if not self.builder.is_tracing:
       return None
-    return self.tape.capacity or NOWHERE
+    return self.builder.capacity or NOWHERE
 
   def cumulative_sum(self, x: Float[Array, 'B T N']) -> Float[Array, 'B T N']:
-    place = self.tape.state(x.shape[2:], x.dtype, is_sum=True)
+    place = self.builder.state(x.shape[2:], x.dtype, is_sum=True)
     sums = jnp.cumsum(self._own(x), axis=1)
-    if self.tape.is_planning:
+    if self.builder.is_tracing:
       return sums
-    sums = self.tape.cells[place][:, None] + sums
-    self.tape.cells[place] = sums[:, -1]
+    sums = self.builder.arrays[place][:, None] + sums
+    self.builder.arrays[place] = sums[:, -1]
     return sums
 
   def short_conv(
     self, x: Float[Array, 'B T E'], kernel: Float[Array, 'W E']
   ) -> Float[Array, 'B T E']:
     before = kernel.shape[0] - 1
-    place = self.tape.state((before, x.shape[2]), x.dtype)
+    place = self.builder.state((before, x.shape[2]), x.dtype)
     kernel = kernel.astype(x.dtype)
-    if self.tape.is_planning:
+    if self.builder.is_tracing:
       return convolution.short_conv(x, kernel)[0]
-    tail = self.tape.cells[place]
+    tail = self.builder.arrays[place]
     out, last = convolution.short_conv(x, kernel, initial_state=tail)
     if self.valid is not None:
       inputs = jnp.concatenate([tail, x], axis=1)
       cut = functools.partial(lax.dynamic_slice_in_dim, slice_size=before)
       last = jax.vmap(cut)(inputs, self.counts(x.shape[1]))
-    self.tape.cells[place] = last
+    self.builder.arrays[place] = last
     return out
 
   def recur(
@@ -91,10 +91,10 @@ class DecodingContext(Context):
     log_decay: Float[Array, 'B T N'] | Float[Array, 'B T N P'] | None = None,
   ) -> Float[Array, 'B Q N V']:
     dtype = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
-    place = self.tape.state(recurrence.state_shape, dtype, is_sum=True)
+    place = self.builder.state(recurrence.state_shape, dtype, is_sum=True)
     state = None
-    if not self.tape.is_planning:
-      state = self.tape.cells[place]
+    if not self.builder.is_tracing:
+      state = self.builder.arrays[place]
     # A token that is not the row's own adds nothing, and nothing fades by it.
     k, beta, log_decay = map(self._own, (k, beta, log_decay))
     implementation = self.implementation
@@ -122,8 +122,8 @@ class DecodingContext(Context):
       out, state = recurrences.linear_attention(
         q, k, v, normalize=recurrence.normalize, **common
       )
-    if not self.tape.is_planning:
-      self.tape.cells[place] = state
+    if not self.builder.is_tracing:
+      self.builder.arrays[place] = state
     return self.at_queries(out)
 
   def dot_product_attention(
@@ -139,7 +139,7 @@ class DecodingContext(Context):
   ) -> Any:
     retention = mask.kv_retention()
     if not mask.is_causal:
-      self.tape.reads_later.append(mask)
+      self.builder.reads_later.append(mask)
     if k_bias is not None:
       k_bias = jnp.broadcast_to(k_bias, (k.shape[0], *k_bias.shape[1:]))
       k_bias, _ = self._keep(k_bias, retention, is_sum=True)
@@ -257,20 +257,20 @@ class DecodingContext(Context):
     B, T = x.shape[:2]
     L, stride = summary.length, summary.stride
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    tail_place = self.tape.state((L - 1, *x.shape[2:]), x.dtype)
+    tail_place = self.builder.state((L - 1, *x.shape[2:]), x.dtype)
     C = 0
-    if self.tape.is_planning:
-      everything = KVRetention(0, None).slots(self.tape.capacity)
+    if self.builder.is_tracing:
+      everything = KVRetention(0, None).slots(self.builder.capacity)
       C = max(0, (everything - L) // stride + 1)
-    place = self.tape.state((C, *x.shape[2:]), dtype, is_sum=True)
-    if self.tape.is_planning:
+    place = self.builder.state((C, *x.shape[2:]), dtype, is_sum=True)
+    if self.builder.is_tracing:
       return jnp.zeros((B, C, *x.shape[2:]), dtype)
     # Of token p the index is p - lengths + L - 1.
-    tokens = jnp.concatenate([self.tape.cells[tail_place], x], axis=1)
+    tokens = jnp.concatenate([self.builder.arrays[tail_place], x], axis=1)
     count = self.counts(T)
     cut = functools.partial(lax.dynamic_slice_in_dim, slice_size=L - 1)
-    self.tape.cells[tail_place] = jax.vmap(cut)(tokens, count)
-    vectors = self.tape.cells[place]
+    self.builder.arrays[tail_place] = jax.vmap(cut)(tokens, count)
+    vectors = self.builder.arrays[place]
     C = vectors.shape[1]
     if not C:
       return vectors
@@ -286,8 +286,8 @@ class DecodingContext(Context):
     )
     block = jnp.where(begin + L <= end, block, C)
     rows = jnp.arange(B)[:, None]
-    self.tape.cells[place] = vectors.at[rows, block].set(made, mode='drop')
-    return self.tape.cells[place]
+    self.builder.arrays[place] = vectors.at[rows, block].set(made, mode='drop')
+    return self.builder.arrays[place]
 
   def counts(self, T: int) -> Int[Array, ' B']:
     """How many of the T tokens are each row's own."""
@@ -315,20 +315,20 @@ class DecodingContext(Context):
     token is read from its slot, as is any number where none pushes out another.
     More are read beside the slots that were there before.
     """
-    place, found = self.tape.slots(x, retention, is_sum=is_sum)
+    place, found = self.builder.slots(x, retention, is_sum=is_sum)
     if found is None:
       found = x, self.positions
-      if not self.tape.is_planning:
+      if not self.builder.is_tracing:
         found = self._write(x, place)
-      self.tape.known.append((x, place, found))
+      self.builder.known.append((x, place, found))
     return found
 
   def _write(
     self, x: Shaped[Array, 'B T ...'], place: int
   ) -> tuple[Shaped[Array, 'B S ...'], Int[Array, 'B S']]:
-    cell, slots = self.tape.plan[place], self.tape.cells[place]
+    entry, slots = self.builder.spec[place], self.builder.arrays[place]
     S, T = slots.shape[1], x.shape[1]
-    columns = min(cell.retention.columns, S)
+    columns = min(entry.retention.columns, S)
     ring = S - columns
     positions = self.positions
     if self.valid is not None:
@@ -343,8 +343,8 @@ class DecodingContext(Context):
     slot = jnp.where(stay & (positions < NOWHERE), slot, S)
     rows = jnp.arange(x.shape[0])[:, None]
     written = slots.at[rows, slot].set(x.astype(slots.dtype), mode='drop')
-    self.tape.cells[place] = written
-    if T == 1 or cell.retention.window is None:
+    self.builder.arrays[place] = written
+    if T == 1 or entry.retention.window is None:
       return written, _slot_positions(end, columns, S)
     before = _slot_positions(self.lengths, columns, S)
     return (

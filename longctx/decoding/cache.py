@@ -1,4 +1,4 @@
-"""What a model keeps of the tokens that it has read, to go on from there.
+"""KV cache and recurrent states of a model, to go on from what it has read.
 
     cache = init(model, batch_size=2, capacity=1024)
     logits, cache = extend(model, cache, tokens)        # [2, T], any T
@@ -25,7 +25,11 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longctx.attention import cache_spec as cells
+from longctx.attention.cache_spec import (
+  CacheSpec,
+  LayerCache,
+  empty_cache,
+)
 from longctx.models.transformer import Block, Transformer
 from longctx.parallel.axes import Axes, make_axes
 from longctx.typing import Array, Bool, Float, Int
@@ -34,19 +38,19 @@ from longctx.typing import Array, Bool, Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cache:
-  """The memory of a batch.
+  """KV cache of a batch.
 
   Attributes:
     lengths: tokens that each row has read.
     layers: per layer, what it keeps.
-    plans: per layer, what that is.
+    specs: per layer, what that is.
     capacity: the most tokens of a row; None for any number.
     axes: of the mesh that it is spread over; None: one device.
   """
 
   lengths: Int[Array, ' B']
-  layers: tuple[cells.Cells, ...]
-  plans: tuple[cells.Plan, ...] = dataclasses.field(metadata=dict(static=True))
+  layers: tuple[LayerCache, ...]
+  specs: tuple[CacheSpec, ...] = dataclasses.field(metadata=dict(static=True))
   capacity: int | None = dataclasses.field(metadata=dict(static=True))
   axes: Axes | None = dataclasses.field(
     default=None, metadata=dict(static=True)
@@ -58,7 +62,7 @@ class Cache:
 
     A state counts once.
     """
-    return sum(cell.nbytes() for plan in self.plans for cell in plan)
+    return sum(entry.nbytes() for spec in self.specs for entry in spec)
 
 
 def init(
@@ -109,14 +113,14 @@ def init(
     axes = make_axes(mesh, axis)
     axes.check(batch=batch_size)
     shards = axes.size(axes.seq)
-  plans = tuple(
-    block.attention.plan(capacity, shards=shards)
+  specs = tuple(
+    block.attention.cache_spec(capacity, shards=shards)
     for block in (model.blocks if blocks is None else blocks)
   )
   return Cache(
     lengths=jnp.zeros(batch_size, jnp.int32, device=of_rows(axes)),
-    layers=tuple(cells.empty(plan, batch_size, axes) for plan in plans),
-    plans=plans,
+    layers=tuple(empty_cache(spec, batch_size, axes) for spec in specs),
+    specs=specs,
     capacity=capacity,
     axes=axes,
   )
@@ -187,17 +191,17 @@ def advance(
     wanted = query_indices if index == last else None
 
     def attend(x, index=index, block=block, wanted=wanted):
-      out, cells = block.attention.extend(
+      out, kept = block.attention.apply_with_cache(
         x,
-        plan=cache.plans[index],
-        cells=cache.layers[index],
+        spec=cache.specs[index],
+        cache=cache.layers[index],
         lengths=cache.lengths,
         valid=valid,
         query_indices=wanted,
         step=step,
         axes=axes,
       )
-      layers.append(cells)
+      layers.append(kept)
       return out
 
     x = block.around(attend, x, query_indices=wanted)
@@ -215,10 +219,10 @@ def _stay(cache: Cache) -> Cache:
     return cache
   layers = tuple(
     tuple(
-      lax.with_sharding_constraint(x, cell.sharding(axes))
-      for x, cell in zip(cells, plan, strict=True)
+      lax.with_sharding_constraint(x, entry.sharding(axes))
+      for x, entry in zip(arrays, spec, strict=True)
     )
-    for cells, plan in zip(cache.layers, cache.plans, strict=True)
+    for arrays, spec in zip(cache.layers, cache.specs, strict=True)
   )
   lengths = lax.with_sharding_constraint(cache.lengths, of_rows(axes))
   return dataclasses.replace(cache, lengths=lengths, layers=layers)

@@ -19,7 +19,7 @@ from longctx.attention import (
   AttentionConfig,
   make_attention,
 )
-from longctx.attention.cache_spec import empty
+from longctx.attention.cache_spec import empty_cache
 from longctx.masks import Causal, SlidingWindow
 from longctx.ops.target import Target, compiling_for
 from longctx.parallel import Placement
@@ -260,21 +260,21 @@ def check_decode(variant: str, *, mesh: tuple[int, int, int] | None = None):
   settings = dict(short_conv=3) if has(variant, 'short_conv') else {}
   graph, params = make_layer(variant, **settings)
   layer = nnx.merge(graph, params)
-  plan = layer.plan(T, shards=axes.size(axes.seq) if axes else 1)
-  kept = sum(cell.nbytes() for cell in plan)
+  spec = layer.cache_spec(T, shards=axes.size(axes.seq) if axes else 1)
+  kept = sum(entry.nbytes() for entry in spec)
   if mesh is None:
     assert kept == layer.state_bytes(T, 'float32')
   else:
     assert kept >= layer.state_bytes(T, 'float32')
 
   @functools.partial(jax.jit, compiler_options=FAST)
-  def extend(x, cells, lengths, valid):
-    return layer.extend(
-      x, plan=plan, cells=cells, lengths=lengths, valid=valid, axes=axes
+  def extend(x, cache, lengths, valid):
+    return layer.apply_with_cache(
+      x, spec=spec, cache=cache, lengths=lengths, valid=valid, axes=axes
     )
 
   x, out = np.asarray(make_input()), np.full((B, T, D), np.nan)
-  cells, lengths = empty(plan, B, axes), np.zeros(B, int)
+  cache, lengths = empty_cache(spec, B, axes), np.zeros(B, int)
   for counts in ([5, 2], [3, 5], [0, 1], [2, 5], [1, 0], [1, 0], [1, 0]):
     width = 5 if max(counts) > 1 else 1
     valid = np.arange(width) < np.array(counts)[:, None]
@@ -282,7 +282,7 @@ def check_decode(variant: str, *, mesh: tuple[int, int, int] | None = None):
     tokens = np.full((B, width, D), 7, x.dtype)
     rows, columns = np.nonzero(valid)
     tokens[valid] = x[rows, lengths[rows] + columns]
-    y, cells = extend(tokens, cells, jnp.asarray(lengths), jnp.asarray(valid))
+    y, cache = extend(tokens, cache, jnp.asarray(lengths), jnp.asarray(valid))
     out[rows, lengths[rows] + columns] = y[valid]
     lengths = lengths + counts
   assert (lengths == T).all()

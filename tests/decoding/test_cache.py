@@ -12,7 +12,7 @@ from jax import lax
 
 from longctx import parallel
 from longctx.attention import AttentionConfig, make_attention
-from longctx.attention.cache_spec import empty
+from longctx.attention.cache_spec import empty_cache
 from longctx.costs.hlo import program_cost
 from longctx.decoding import cache as cache_lib
 from longctx.models.transformer import Transformer, TransformerConfig
@@ -114,9 +114,9 @@ def test_eight_devices_give_the_logits_of_one(config, capacity):
     model, tokens, [8, 13, 1, 1], capacity=capacity, mesh=mesh
   )
   np.testing.assert_allclose(logits, model(jnp.asarray(tokens)), atol=2e-5)
-  for plan, cells in zip(cache.plans, cache.layers, strict=True):
-    for cell, x in zip(plan, cells, strict=True):
-      shards = 1 if cell.retention is None else 8
+  for spec, arrays in zip(cache.specs, cache.layers, strict=True):
+    for entry, x in zip(spec, arrays, strict=True):
+      shards = 1 if entry.retention is None else 8
       assert x.addressable_shards[0].data.size == x.size // shards
 
 
@@ -180,7 +180,7 @@ def test_a_mesh_that_rows_do_not_fit_is_refused():
 def test_bfloat16_keeps_bfloat16_keys_and_float32_states():
   model = make_model(dtype='bfloat16')
   cache = cache_lib.init(model, batch_size=B, capacity=T)
-  kept = [sorted({x.dtype.name for x in cells}) for cells in cache.layers]
+  kept = [sorted({x.dtype.name for x in arrays}) for arrays in cache.layers]
   assert kept == [['bfloat16'], ['bfloat16', 'float32'], ['bfloat16']]
   assert cache.row_bytes == model.state_bytes(T, 'bfloat16')
 
@@ -226,26 +226,26 @@ def test_sinks_and_window_stream_for_100_000_tokens():
     rngs=nnx.Rngs(0),
   )
   x = np.random.default_rng(0).normal(size=(1, tokens, 8)).astype(np.float32)
-  plan = layer.plan(None)
+  spec = layer.cache_spec(None)
 
   @functools.partial(jax.jit, donate_argnums=0)
-  def read(cells, lengths, x):
+  def read(cache, lengths, x):
     def one(carry, x):
-      cells, lengths = carry
-      out, cells = layer.extend(
-        x[:, None], plan=plan, cells=cells, lengths=lengths
+      cache, lengths = carry
+      out, cache = layer.apply_with_cache(
+        x[:, None], spec=spec, cache=cache, lengths=lengths
       )
-      return (cells, lengths + 1), out[:, 0]
+      return (cache, lengths + 1), out[:, 0]
 
-    (cells, lengths), out = lax.scan(one, (cells, lengths), x.swapaxes(0, 1))
-    return cells, lengths, out.swapaxes(0, 1)
+    (cache, lengths), out = lax.scan(one, (cache, lengths), x.swapaxes(0, 1))
+    return cache, lengths, out.swapaxes(0, 1)
 
-  cells, lengths = empty(plan, 1), jnp.zeros(1, jnp.int32)
+  cache, lengths = empty_cache(spec, 1), jnp.zeros(1, jnp.int32)
   found, alive = [], set()
   for part in np.split(x, tokens // at_once, axis=1):
-    cells, lengths, out = read(cells, lengths, part)
+    cache, lengths, out = read(cache, lengths, part)
     found.append(np.asarray(out))
-    alive.add(sum(cell.nbytes for cell in cells))
+    alive.add(sum(entry.nbytes for entry in cache))
   assert read._cache_size() == 1
   assert alive == {layer.state_bytes(tokens, 'float32')} == {2 * 16 * 8 * 4}
   expected = jax.jit(lambda x: layer(x))(jnp.asarray(x))
