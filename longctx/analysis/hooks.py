@@ -63,7 +63,7 @@ def run_with_hooks(
     if placement is not None:
       x = jax.lax.with_sharding_constraint(x, placement.sharding)
     attend = functools.partial(hook, index, block.attention)
-    x = block.around(lambda h, attend=attend, x=x: attend(h, x), x)
+    x = block.residual(lambda h, attend=attend, x=x: attend(h, x), x)
   return model.norm(x)
 
 

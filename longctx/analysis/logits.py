@@ -25,9 +25,9 @@ class ListeningContext(Context):
 
   calls: list[tuple[tuple[Array, ...], dict[str, Any]]]
 
-  def attend(self, *arrays: Any, **call: Any) -> Any:
+  def softmax_op(self, *arrays: Any, **call: Any) -> Any:
     self.calls.append((arrays, call))
-    return super().attend(*arrays, **call)
+    return super().softmax_op(*arrays, **call)
 
 
 def statistics(
@@ -58,7 +58,7 @@ def statistics(
   listening = ListeningContext(**same, calls=[])
   q, k, v = layer.project(x, context)
   # Traced, and left out of the compiled program, as nothing asks for it.
-  out = layer.mix(q, k, v, x=x, context=listening)
+  out = layer.attend(q, k, v, x=x, context=listening)
   if len(listening.calls) != 1 or layer.recurrence is not None:
     return {}
   if listening.calls[0][0][0].shape[2] != out.shape[2]:

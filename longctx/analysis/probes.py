@@ -22,7 +22,7 @@ from longctx.typing import Array, Float
 
 
 class ProbeContext(Context):
-  """A context in which a layer has no values but those given to `mix`."""
+  """A context in which a layer has no values but those given to `attend`."""
 
   @classmethod
   def like(cls, context: Context) -> 'ProbeContext':
@@ -100,7 +100,7 @@ def _mixer(
   """
   layer.check_supported('analysis')
   q, k, v = layer.project(x, context)
-  out = jax.eval_shape(lambda: layer.mix(q, k, v, x=x, context=context))
+  out = jax.eval_shape(lambda: layer.attend(q, k, v, x=x, context=context))
   # Some layers join the values of several heads to longer ones.
   joined = out.shape[-1] // v.shape[-1]
   given = ProbeContext.like(context)
@@ -109,6 +109,6 @@ def _mixer(
     values = jnp.broadcast_to(probes, (*x.shape[:2], probes.shape[-1]))
     values = values.reshape(*x.shape[:2], joined, -1)
     values = jnp.tile(values, (1, 1, v.shape[2] // joined, 1)).astype(v.dtype)
-    return layer.mix(q, k, values, x=x, context=given)
+    return layer.attend(q, k, values, x=x, context=given)
 
   return sums, out

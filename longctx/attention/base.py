@@ -26,7 +26,7 @@ class Attention(nnx.Module, abc.ABC):
   """Projects to heads, mixes over positions, projects back.
 
   A variant is a final subclass that describes itself by `mask`, by
-  `recurrence`, or by both where it adds two branches; costs follow. `mix` is
+  `recurrence`, or by both where it adds two branches; costs follow. `attend` is
   softmax attention under the mask, or the recurrence, unless overridden.
 
   Attributes:
@@ -123,8 +123,8 @@ class Attention(nnx.Module, abc.ABC):
   ) -> Float[Array, 'B Q N V']:
     """What each head found, before the projection that adds the heads up."""
     q, k, v = self.project(x, context)
-    out = self.mix(q, k, v, x=x, context=context)
-    return self.finish(out, context.at_queries(x))
+    out = self.attend(q, k, v, x=x, context=context)
+    return self.output_transform(out, context.at_queries(x))
 
   def cache_spec(self, capacity: int | None, *, shards: int = 1) -> CacheSpec:
     """What the layer keeps to decode, derived from the calls that it makes.
@@ -229,7 +229,7 @@ class Attention(nnx.Module, abc.ABC):
   ]:
     """Queries, keys and values, convolved and rotated."""
     q, k, v = self.heads(x, context)
-    return self.rotate(q, context), self.rotate(k, context), v
+    return self.apply_rope(q, context), self.apply_rope(k, context), v
 
   def heads(
     self, x: Float[Array, 'B T D'], context: Context
@@ -254,11 +254,11 @@ class Attention(nnx.Module, abc.ABC):
       q = context.short_conv(q, self.query_conv[...])
       k = context.short_conv(k, self.key_conv[...])
       v = context.short_conv(v, self.value_conv[...])
-    q, k, v = map(self.activate, (q, k, v))
+    q, k, v = map(self.qkv_activation, (q, k, v))
     q, k = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in (q, k))
     return q, k, v.reshape(*v.shape[:2], -1, config.value_dim)
 
-  def rotate(
+  def apply_rope(
     self, x: Float[Array, 'B T K H'], context: Context
   ) -> Float[Array, 'B T K H']:
     """Queries or keys as positions turn them, where the config says RoPE."""
@@ -267,11 +267,11 @@ class Attention(nnx.Module, abc.ABC):
     angles_at = context.true_positions(x.shape[1])
     return apply_rope(x, angles_at, base=self.config.rope_base)
 
-  def activate(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
+  def qkv_activation(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
     """What projections pass through before rotation; here nothing."""
     return x
 
-  def mix(
+  def attend(
     self,
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],
@@ -290,7 +290,7 @@ class Attention(nnx.Module, abc.ABC):
       context: where the tokens are, with the ops that mix them.
     """
     if self.recurrence is not None:
-      return context.recur(self.recurrence, q, k, v)
+      return context.recurrence(self.recurrence, q, k, v)
     return context.dot_product_attention(
       q, k, v, mask=self.mask, **self.logit_options()
     )
@@ -301,7 +301,7 @@ class Attention(nnx.Module, abc.ABC):
       return {}
     return {'alibi_slopes': alibi_slopes(self.config.num_heads)}
 
-  def finish(
+  def output_transform(
     self, out: Float[Array, 'B Q N V'], x: Float[Array, 'B Q D']
   ) -> Float[Array, 'B Q N V']:
     """What comes between mixing and the last projection: gates and norms."""
@@ -325,7 +325,7 @@ class Attention(nnx.Module, abc.ABC):
     return seq_len * 2 * sum(matrices) + self.mixing_flops(seq_len)
 
   def mixing_flops(self, seq_len: int) -> int:
-    """FLOPs of `mix` alone on one sequence, counting allowed pairs."""
+    """FLOPs of `attend` alone on one sequence, counting allowed pairs."""
     config = self.config
     total = 0
     if self.mask is not None:

@@ -134,7 +134,7 @@ class Context:
     q_positions = positions
     if self.query_indices is not None and positions is None:
       q_positions = self.true_positions(T)
-    return self.attend(
+    return self.softmax_op(
       self.at_queries(q),
       k,
       v,
@@ -149,7 +149,7 @@ class Context:
       **options,
     )
 
-  def attend(self, *arrays: Any, **call: Any) -> Any:
+  def softmax_op(self, *arrays: Any, **call: Any) -> Any:
     """The op of softmax attention, where the tokens are."""
     if self.placement is not None:
       return self.placement.dot_product_attention(*arrays, **call)
@@ -206,7 +206,7 @@ class Context:
       **options,
     )
 
-  def recur(
+  def recurrence(
     self,
     recurrence: Recurrence,
     q: Float[Array, 'B T N P'],
@@ -252,8 +252,8 @@ class Context:
 
     Args:
       own: the layer's, of a branch or of no token.
-      given: those that would be in their place, were `mix` given all values, as
-        analysis does.
+      given: those that would be in their place, were `attend` given all values,
+        as analysis does.
     """
     del given
     return own

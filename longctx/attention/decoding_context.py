@@ -80,7 +80,7 @@ class DecodingContext(Context):
     self.builder.arrays[place] = last
     return out
 
-  def recur(
+  def recurrence(
     self,
     recurrence: Recurrence,
     q: Float[Array, 'B T N P'],

@@ -7,8 +7,8 @@ import dataclasses
 class Recurrence:
   """A matrix state of key_dim x columns numbers per head, in float32.
 
-  The counterpart of a mask: `Context.recur` runs it, on one device or several,
-  and costs follow.
+  The counterpart of a mask: `Context.recurrence` runs it, on one device or
+  several, and costs follow.
 
   Attributes:
     heads: states of one layer, N.

@@ -204,7 +204,7 @@ def advance(
       layers.append(kept)
       return out
 
-    x = block.around(attend, x, query_indices=wanted)
+    x = block.residual(attend, x, query_indices=wanted)
   counts = T if valid is None else valid.sum(1)
   cache = dataclasses.replace(
     cache, lengths=cache.lengths + counts, layers=tuple(layers)

@@ -67,9 +67,9 @@ class Block(nnx.Module):
       step=step,
       placement=placement,
     )
-    return self.around(attend, x, query_indices=query_indices)
+    return self.residual(attend, x, query_indices=query_indices)
 
-  def around(
+  def residual(
     self,
     attend: Callable[[Float[Array, 'B T D']], Float[Array, 'B Q D']],
     x: Float[Array, 'B T D'],

@@ -122,7 +122,7 @@ def _unknown(attention: Attention) -> str:
     return 'a recurrence: states travel, whatever the length'
   if attention.mask_is_bound:
     return 'queries choose their keys, which are gathered'
-  if attention.recurrence or type(attention).mix is not Attention.mix:
+  if attention.recurrence or type(attention).attend is not Attention.attend:
     return 'several branches, of which the formula knows none'
   return ''
 

@@ -329,7 +329,7 @@ def check_analysis(variant: str):
     layer, context = nnx.merge(graph, params), probes.ProbeContext()
     found = probes.weighted_sums(layer, x, jnp.eye(T)[None], context)
     q, k, v = layer.project(x, context)
-    out = layer.mix(q, k, v, x=x, context=context)
+    out = layer.attend(q, k, v, x=x, context=context)
     v = v.reshape(B, T, -1, out.shape[-1])
     v = jnp.repeat(v, out.shape[2] // v.shape[2], axis=2)
     return found, jnp.einsum('BTNS,BSNV->BTNV', found, v), out

@@ -56,9 +56,9 @@ def test_logits_are_those_of_full_attention_times_log_n():
   rest = dict(
     x=jnp.zeros((1, 6, 8)), context=Context(implementation='reference')
   )
-  out = layer.mix(q, k, v, **rest)
+  out = layer.attend(q, k, v, **rest)
   for n in range(1, 7):
-    scaled = full.mix(q * 0.5 * np.log(n), k, v, **rest)
+    scaled = full.attend(q * 0.5 * np.log(n), k, v, **rest)
     np.testing.assert_allclose(
       out[:, n - 1], scaled[:, n - 1], **tolerance('float32')
     )
@@ -83,7 +83,7 @@ def test_one_key_keeps_its_weight_among_any_number_of_others():
     k = v = jnp.zeros((1, T, 1, 1)).at[0, 7].set(1.0)
     for name, module in (('scaled', layer), ('full', full)):
       context = Context(query_indices=jnp.full((1, 1), T - 1))
-      out = module.mix(q, k, v, x=jnp.zeros((1, T, 2)), context=context)
+      out = module.attend(q, k, v, x=jnp.zeros((1, T, 2)), context=context)
       found[name, T] = float(out[0, 0, 0, 0])
   assert found['scaled', 100] > 0.99
   assert found['scaled', 10_000] > 0.999

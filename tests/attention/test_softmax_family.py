@@ -343,7 +343,7 @@ def test_longformer_heads_of_different_dilations_drop_different_weights():
   kept = []
   for i in range(12):
     context = Context(dropout=(0.5, jax.random.key(i)))
-    out = layer.mix(q, k, v, x=x, context=context)
+    out = layer.attend(q, k, v, x=x, context=context)
     kept.append(np.asarray(out[0, 0] != 0).any(-1))
   kept = np.stack(kept)
   assert 0 < kept.mean() < 1

@@ -57,7 +57,7 @@ class BasedAttention(Attention):
       chunk_size=chunk_size,
     )
 
-  def mix(
+  def attend(
     self,
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],
@@ -69,4 +69,4 @@ class BasedAttention(Attention):
     """The recurrence over features."""
     q = self.query_features(q, context)
     k = self.key_features(k, context)
-    return context.recur(self.recurrence, q, k, v)
+    return context.recurrence(self.recurrence, q, k, v)

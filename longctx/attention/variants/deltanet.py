@@ -50,10 +50,10 @@ class DeltaNetAttention(Attention):
       chunk_size=chunk_size,
     )
 
-  def activate(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
+  def qkv_activation(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
     return jax.nn.silu(x)
 
-  def mix(
+  def attend(
     self,
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],
@@ -63,7 +63,7 @@ class DeltaNetAttention(Attention):
     context: Context,
   ) -> Float[Array, 'B Q N V']:
     """The delta rule."""
-    return context.recur(
+    return context.recurrence(
       self.recurrence,
       unit_length(q),
       unit_length(k),
@@ -71,7 +71,7 @@ class DeltaNetAttention(Attention):
       beta=jax.nn.sigmoid(self.beta(x).astype(sum_dtype(x))),
     )
 
-  def finish(
+  def output_transform(
     self, out: Float[Array, 'B Q N V'], x: Float[Array, 'B Q D']
   ) -> Float[Array, 'B Q N V']:
     """Norm of each head."""

@@ -70,7 +70,7 @@ class DifferentialAttention(Attention):
       rngs=rngs,
     )
 
-  def mix(
+  def attend(
     self,
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],
@@ -108,7 +108,7 @@ class DifferentialAttention(Attention):
       options['alibi_slopes'] = slopes.reshape(-1)
     return options
 
-  def finish(
+  def output_transform(
     self, out: Float[Array, 'B Q n v'], x: Float[Array, 'B Q D']
   ) -> Float[Array, 'B Q n v']:
     return (1 - self.lambda_init) * self.head_norm(out)

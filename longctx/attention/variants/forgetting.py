@@ -32,7 +32,7 @@ class ForgettingAttention(Attention):
       config, config.d_model, config.num_heads, use_bias=True, rngs=rngs
     )
 
-  def mix(
+  def attend(
     self,
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],

@@ -64,10 +64,10 @@ class GatedDeltaNetAttention(Attention):
       chunk_size=chunk_size,
     )
 
-  def activate(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
+  def qkv_activation(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
     return jax.nn.silu(x)
 
-  def mix(
+  def attend(
     self,
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],
@@ -80,7 +80,7 @@ class GatedDeltaNetAttention(Attention):
     _, log_decay = softplus_decay(
       self.dt(x), self.dt_bias[...], self.log_rate[...]
     )
-    return context.recur(
+    return context.recurrence(
       self.recurrence,
       unit_length(q),
       unit_length(k),
@@ -89,7 +89,7 @@ class GatedDeltaNetAttention(Attention):
       log_decay=log_decay,
     )
 
-  def finish(
+  def output_transform(
     self, out: Float[Array, 'B Q N V'], x: Float[Array, 'B Q D']
   ) -> Float[Array, 'B Q N V']:
     """Norm of each head, and the gate."""

@@ -61,7 +61,7 @@ class GatedLinearAttention(Attention):
       chunk_size=chunk_size,
     )
 
-  def mix(
+  def attend(
     self,
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],
@@ -73,11 +73,11 @@ class GatedLinearAttention(Attention):
     """The recurrence under α."""
     logits = self.decay_up(self.decay_down(x)).astype(sum_dtype(x))
     log_decay = jax.nn.log_sigmoid(logits) / self.temperature
-    return context.recur(
+    return context.recurrence(
       self.recurrence, q, k, v, log_decay=log_decay.reshape(q.shape)
     )
 
-  def finish(
+  def output_transform(
     self, out: Float[Array, 'B Q N V'], x: Float[Array, 'B Q D']
   ) -> Float[Array, 'B Q N V']:
     """Norm of each head, and the gate."""

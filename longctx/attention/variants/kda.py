@@ -69,10 +69,10 @@ class KimiDeltaAttention(Attention):
       chunk_size=chunk_size,
     )
 
-  def activate(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
+  def qkv_activation(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
     return jax.nn.silu(x)
 
-  def mix(
+  def attend(
     self,
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],
@@ -87,7 +87,7 @@ class KimiDeltaAttention(Attention):
       self.dt_bias[...].reshape(q.shape[2:]),
       self.log_rate[...][:, None],
     )
-    return context.recur(
+    return context.recurrence(
       self.recurrence,
       unit_length(q),
       unit_length(k),
@@ -96,7 +96,7 @@ class KimiDeltaAttention(Attention):
       log_decay=log_decay,
     )
 
-  def finish(
+  def output_transform(
     self, out: Float[Array, 'B Q N V'], x: Float[Array, 'B Q D']
   ) -> Float[Array, 'B Q N V']:
     """Norm of each head, and the gate."""

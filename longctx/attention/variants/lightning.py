@@ -57,10 +57,10 @@ class LightningAttention(Attention):
       chunk_size=chunk_size,
     )
 
-  def activate(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
+  def qkv_activation(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
     return jax.nn.silu(x)
 
-  def mix(
+  def attend(
     self,
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],
@@ -75,9 +75,9 @@ class LightningAttention(Attention):
     log_decay = jnp.broadcast_to(
       jnp.asarray(-slopes, sum_dtype(q)), q.shape[:3]
     )
-    return context.recur(self.recurrence, q, k, v, log_decay=log_decay)
+    return context.recurrence(self.recurrence, q, k, v, log_decay=log_decay)
 
-  def finish(
+  def output_transform(
     self, out: Float[Array, 'B Q N V'], x: Float[Array, 'B Q D']
   ) -> Float[Array, 'B Q N V']:
     """Norm of all heads together, and the gate."""

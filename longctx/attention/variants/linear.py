@@ -61,7 +61,7 @@ class LinearAttention(Attention):
       chunk_size=chunk_size,
     )
 
-  def mix(
+  def attend(
     self,
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],
@@ -73,4 +73,4 @@ class LinearAttention(Attention):
     """The recurrence over features; order is that of T."""
     q = self.query_features(q, context)
     k = self.key_features(k, context)
-    return context.recur(self.recurrence, q, k, v)
+    return context.recurrence(self.recurrence, q, k, v)

@@ -90,7 +90,7 @@ class LongformerAttention(Attention):
     module = linear(self.config, inputs, outputs, use_bias=use_bias, rngs=rngs)
     setattr(self, name, module)
 
-  def mix(
+  def attend(
     self,
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],
@@ -118,7 +118,7 @@ class LongformerAttention(Attention):
         self.query_global(x), self.key_global(x), self.value_global(x), context
       )
       v = context.values(own, v)
-      q, k = self.rotate(q, context), self.rotate(k, context)
+      q, k = self.apply_rope(q, context), self.apply_rope(k, context)
       # Rows that either of both masks leaves without keys are 0 there.
       out = out + context.dot_product_attention(
         q, k, v, mask=self.of_globals, **options

@@ -62,10 +62,10 @@ class Mamba2Attention(Attention):
       chunk_size=chunk_size,
     )
 
-  def activate(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
+  def qkv_activation(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
     return jax.nn.silu(x)
 
-  def mix(
+  def attend(
     self,
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],
@@ -81,7 +81,7 @@ class Mamba2Attention(Attention):
     # A step is a query head's own, so from here on its keys and values are too.
     group = q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
-    out = context.recur(
+    out = context.recurrence(
       self.recurrence,
       q,
       k,
@@ -91,7 +91,7 @@ class Mamba2Attention(Attention):
     skip = self.skip[...][:, None] * context.at_queries(v)
     return (out + skip).astype(out.dtype)
 
-  def finish(
+  def output_transform(
     self, out: Float[Array, 'B Q N V'], x: Float[Array, 'B Q D']
   ) -> Float[Array, 'B Q N V']:
     """The gate, and a norm over the heads of each key head."""

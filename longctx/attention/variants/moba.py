@@ -48,7 +48,7 @@ class MixtureOfBlockAttention(Attention):
     self.mask = masks.Causal()
     self.block_size, self.top_k = block_size, top_k
 
-  def mix(
+  def attend(
     self,
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],

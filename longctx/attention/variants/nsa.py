@@ -119,9 +119,9 @@ class NativeSparseAttention(Attention):
   ]:
     """Rotated queries; keys and values of each head, branch after branch."""
     q, k, v = self.heads(x, context)
-    return self.rotate(q, context), k, v
+    return self.apply_rope(q, context), k, v
 
-  def mix(
+  def attend(
     self,
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],
@@ -141,7 +141,7 @@ class NativeSparseAttention(Attention):
       q,
       k[0],
       v[0],
-      self.rotate(k[1], context),
+      self.apply_rope(k[1], context),
       v[1],
       shared=dict(
         compress_k=self.compress_key.weights(),
@@ -158,7 +158,7 @@ class NativeSparseAttention(Attention):
       num_local=self.num_local,
     )
     window = context.dot_product_attention(
-      q, self.rotate(k[2], context), v[2], mask=self.window
+      q, self.apply_rope(k[2], context), v[2], mask=self.window
     )
     gates = nnx.sigmoid(self.gate(context.at_queries(x)))
     gates = gates.reshape(*gates.shape[:2], config.num_heads, 3, 1)

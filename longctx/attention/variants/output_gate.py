@@ -34,7 +34,7 @@ class OutputGateAttention(Attention):
     gates = config.num_heads * width
     self.gate = linear(config, config.d_model, gates, rngs=rngs)
 
-  def finish(
+  def output_transform(
     self, out: Float[Array, 'B Q N V'], x: Float[Array, 'B Q D']
   ) -> Float[Array, 'B Q N V']:
     gate = jax.nn.sigmoid(self.gate(x))

@@ -46,7 +46,7 @@ class RetentionAttention(Attention):
       chunk_size=chunk_size,
     )
 
-  def mix(
+  def attend(
     self,
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],
@@ -58,9 +58,9 @@ class RetentionAttention(Attention):
     """The recurrence under the decays of `retention_log_decay`."""
     log_decay = jnp.asarray(retention_log_decay(q.shape[2]), sum_dtype(q))
     log_decay = jnp.broadcast_to(log_decay, q.shape[:3])
-    return context.recur(self.recurrence, q, k, v, log_decay=log_decay)
+    return context.recurrence(self.recurrence, q, k, v, log_decay=log_decay)
 
-  def finish(
+  def output_transform(
     self, out: Float[Array, 'B Q N V'], x: Float[Array, 'B Q D']
   ) -> Float[Array, 'B Q N V']:
     """Norm of each head, and the gate."""

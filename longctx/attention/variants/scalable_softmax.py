@@ -41,7 +41,7 @@ class ScalableSoftmaxAttention(Attention):
       jnp.full(config.num_heads, initial_scale, param_dtype)
     )
 
-  def mix(
+  def attend(
     self,
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],
@@ -55,4 +55,4 @@ class ScalableSoftmaxAttention(Attention):
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     scale = jnp.log(n.astype(dtype))[..., None] * self.logit_scale[...]
     q = (q * scale[..., None]).astype(q.dtype)
-    return super().mix(q, k, v, x=x, context=context)
+    return super().attend(q, k, v, x=x, context=context)

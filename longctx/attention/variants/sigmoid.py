@@ -43,7 +43,7 @@ class SigmoidAttention(Attention):
       param_dtype = jnp.dtype(config.param_dtype)
       self.logit_bias = nnx.Param(jnp.zeros(config.num_heads, param_dtype))
 
-  def mix(
+  def attend(
     self,
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],

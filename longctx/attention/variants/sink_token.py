@@ -58,7 +58,7 @@ class SinkTokenAttention(Attention):
       for width in (config.head_dim, config.value_dim)
     )
 
-  def mix(
+  def attend(
     self,
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],

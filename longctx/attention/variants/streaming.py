@@ -66,7 +66,7 @@ class StreamingAttention(Attention):
     self.cache_positions = cache_positions
     self.last_slot = num_sinks + window - 1
 
-  def mix(
+  def attend(
     self,
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],
@@ -77,7 +77,7 @@ class StreamingAttention(Attention):
   ) -> Float[Array, 'B Q N V']:
     """One attention, or that of the window and that of the sinks."""
     if not self.cache_positions:
-      return super().mix(q, k, v, x=x, context=context)
+      return super().attend(q, k, v, x=x, context=context)
     options = self.logit_options()
     window = context.dot_product_attention(
       q, k, v, mask=self.of_window, return_lse=True, **options

@@ -70,7 +70,7 @@ class WindowLinearAttention(Attention):
       chunk_size=chunk_size,
     )
 
-  def mix(
+  def attend(
     self,
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],
@@ -81,7 +81,7 @@ class WindowLinearAttention(Attention):
   ) -> Float[Array, 'B Q N V']:
     """Both branches, weighed."""
     near = context.dot_product_attention(q, k, v, mask=self.mask)
-    far = context.recur(
+    far = context.recurrence(
       self.recurrence,
       self.query_features(q, context),
       self.key_features(k, context),
