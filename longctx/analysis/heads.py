@@ -127,7 +127,7 @@ def positions(
   """
   B, T = real.shape
   at = jnp.atleast_2d(context.true_positions(T))
-  begins = jnp.atleast_2d(context.document_positions(T))
+  begins = jnp.atleast_2d(context.segment_positions(T))
   bucket = jnp.minimum(at * buckets // seq_len, buckets - 1)
   # In units of the length, which 16 bits hold to some digits.
   place = (at / seq_len).astype(jnp.float32)[..., None]
@@ -221,7 +221,7 @@ def neighbours(tokens: Tokens, num_classes: int, context: Context) -> Question:
   before = place(jnp.roll(own, 1, axis=1).at[:, 0].set(0))
   own = place(own)
   same = jax.nn.one_hot(tokens.classes, num_classes)
-  at = jnp.atleast_2d(context.document_positions(real.shape[1]))
+  at = jnp.atleast_2d(context.segment_positions(real.shape[1]))
 
   def answer(sums):
     by_class, by_place = jnp.split(sums, [num_classes], axis=-1)

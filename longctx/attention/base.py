@@ -53,10 +53,10 @@ class Attention(nnx.Module, abc.ABC):
       self.check_supported(capability)
     N, K = config.num_heads, config.num_kv_heads * self.branches
     H, V = config.head_dim, config.value_dim
-    self.query = linear(config, config.d_model, N * H, rngs=rngs)
-    self.key = linear(config, config.d_model, K * H, rngs=rngs)
-    self.value = linear(config, config.d_model, K * V, rngs=rngs)
-    self.out = linear(config, N * V, config.d_model, rngs=rngs)
+    self.query = make_linear(config, config.d_model, N * H, rngs=rngs)
+    self.key = make_linear(config, config.d_model, K * H, rngs=rngs)
+    self.value = make_linear(config, config.d_model, K * V, rngs=rngs)
+    self.out = make_linear(config, N * V, config.d_model, rngs=rngs)
     if config.short_conv:
       self.query_conv = _conv_kernel(config, N * H, rngs)
       self.key_conv = _conv_kernel(config, K * H, rngs)
@@ -349,7 +349,7 @@ def _required_capabilities(config: AttentionConfig) -> list[str]:
   return [capability for capability, is_asked in asked.items() if is_asked]
 
 
-def linear(
+def make_linear(
   config: AttentionConfig,
   inputs: int,
   outputs: int,

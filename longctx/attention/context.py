@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from longctx.attention import segments as documents
+from longctx.attention import segments
 from longctx.attention.recurrence import Recurrence
 from longctx.masks import Mask
 from longctx.ops import dot_product_attention as softmax
@@ -53,18 +53,18 @@ class Context:
     """Positions of T tokens as an array, the natural ones by default."""
     return true_positions(T, self.positions, self.placement)
 
-  def document_positions(self, T: int) -> Int[Array, '*B T']:
+  def segment_positions(self, T: int) -> Int[Array, '*B T']:
     """Positions of T tokens, counted from 0 in each document."""
     positions = self.true_positions(T)
     if self.segment_ids is None:
       return positions
-    return documents.count_keys(positions, self.segment_ids) - 1
+    return segments.count_keys(positions, self.segment_ids) - 1
 
   def cumulative_sum(self, x: Float[Array, 'B T N']) -> Float[Array, 'B T N']:
     """Sums over the tokens of a document up to each, in any layout."""
     if self.positions is not None or self.segment_ids is not None:
       positions = self.true_positions(x.shape[1])
-      return documents.cumulative_sum(x, positions, self.segment_ids)
+      return segments.cumulative_sum(x, positions, self.segment_ids)
     if self.placement is None:
       return jnp.cumsum(x, axis=1)
     layout = self.placement.layout
@@ -130,7 +130,7 @@ class Context:
     T, positions = q.shape[1], self.positions
     moves = all(part.shift_invariant for part in mask.primitives())
     if self.segment_ids is not None and not moves:
-      positions = self.document_positions(T)
+      positions = self.segment_positions(T)
     q_positions = positions
     if self.query_indices is not None and positions is None:
       q_positions = self.true_positions(T)

@@ -45,7 +45,7 @@ class DecodingContext(Context):
   valid: Bool[Array, 'B T'] | None = None
   axes: Axes | None = None
 
-  def document_positions(self, T: int) -> Int[Array, 'B T']:
+  def segment_positions(self, T: int) -> Int[Array, 'B T']:
     return self.positions
 
   def natural_length(self, T: int) -> int | None:

@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from longctx.attention.base import AttentionConfig, linear
+from longctx.attention.base import AttentionConfig, make_linear
 from longctx.typing import Array, Float, Key
 
 
-def sum_dtype(x: Array) -> np.dtype:
+def accum_dtype(x: Array) -> np.dtype:
   """What statistics and decays of x are computed in."""
   return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def unit_length(x: Float[Array, '*shape H']) -> Float[Array, '*shape H']:
+def l2_normalize(x: Float[Array, '*shape H']) -> Float[Array, '*shape H']:
   """x / |x| over the last axis, in the dtype of x; zero stays zero."""
-  y = x.astype(sum_dtype(x))
+  y = x.astype(accum_dtype(x))
   y *= jax.lax.rsqrt(jnp.sum(y**2, axis=-1, keepdims=True) + 1e-6)
   return y.astype(x.dtype)
 
@@ -28,7 +28,7 @@ def rms_norm(
   x: Float[Array, '*shape V'], *, eps: float = 1e-5
 ) -> Float[Array, '*shape V']:
   """x / √(mean(x²) + eps) over the last axis (arXiv:1910.07467)."""
-  y = x.astype(sum_dtype(x))
+  y = x.astype(accum_dtype(x))
   # What a state without a normaliser gives may be too large to be squared. The
   # result does not depend on `size`, nor then its gradient.
   size = jnp.max(jnp.abs(y), axis=-1, keepdims=True)
@@ -42,7 +42,7 @@ def layer_norm(
   x: Float[Array, '*shape V'], *, eps: float = 1e-5
 ) -> Float[Array, '*shape V']:
   """The same without the mean: one group of a group norm, no parameters."""
-  y = x.astype(sum_dtype(x))
+  y = x.astype(accum_dtype(x))
   return rms_norm(y - jnp.mean(y, axis=-1, keepdims=True), eps=eps)
 
 
@@ -56,8 +56,8 @@ def low_rank(
 ) -> tuple[nnx.Linear, nnx.Linear]:
   """Two projections, D -> rank -> outputs, of which the second has a bias."""
   return (
-    linear(config, config.d_model, rank, rngs=rngs),
-    linear(config, rank, outputs, use_bias=use_bias, rngs=rngs),
+    make_linear(config, config.d_model, rank, rngs=rngs),
+    make_linear(config, rank, outputs, use_bias=use_bias, rngs=rngs),
   )
 
 
@@ -73,7 +73,7 @@ def softplus_decay(
     bias: see `initial_dt_bias`.
     log_rate: log of the rate, which broadcasts with `bias`.
   """
-  dtype = sum_dtype(logits)
+  dtype = accum_dtype(logits)
   dt = jax.nn.softplus(logits.astype(dtype) + bias.astype(dtype))
   return dt, -jnp.exp(log_rate.astype(dtype)) * dt
 

@@ -17,9 +17,9 @@ from longctx.attention import AttentionConfig, make_attention
 from longctx.attention.norms import (
   initial_dt_bias,
   initial_log_rates,
+  l2_normalize,
   layer_norm,
   rms_norm,
-  unit_length,
 )
 from longctx.models.transformer import TransformerConfig, validate
 from longctx.training import runs, steps
@@ -289,10 +289,10 @@ def test_retention_with_rope_rotates_queries_and_keys_by_distance():
   )
 
 
-@pytest.mark.parametrize('norm', [rms_norm, layer_norm, unit_length])
+@pytest.mark.parametrize('norm', [rms_norm, layer_norm, l2_normalize])
 def test_norms_and_their_gradients_are_finite_and_bounded(norm):
   x = jnp.asarray([[1e25, -1e25, 3e24], [1e-30, 0, 0], [0, 0, 0], [2, 2, 2]])
-  if norm is unit_length:
+  if norm is l2_normalize:
     # Of activations, not of what a state gives.
     x = x.at[0].set(jnp.array([1e8, -1e8, 3e7]))
   y, vjp = jax.vjp(norm, x)

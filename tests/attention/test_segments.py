@@ -57,8 +57,8 @@ def test_cumulative_sum_is_that_of_the_document_in_any_order(order, packed):
 def test_positions_start_anew_in_each_document():
   context = Context(segment_ids=jnp.asarray(SEGMENTS[:1]))
   expected = [[0, 1, 2, 3, 4, 0, 0, 1, 2, 3, 4, 5, 6]]
-  np.testing.assert_array_equal(context.document_positions(T), expected)
-  np.testing.assert_array_equal(Context().document_positions(T), np.arange(T))
+  np.testing.assert_array_equal(context.segment_positions(T), expected)
+  np.testing.assert_array_equal(Context().segment_positions(T), np.arange(T))
 
 
 @pytest.mark.parametrize('implementation', [None, 'reference'])

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longctx.attention.base import Attention, AttentionConfig, linear
+from longctx.attention.base import Attention, AttentionConfig, make_linear
 from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
-from longctx.attention.norms import rms_norm, sum_dtype, unit_length
+from longctx.attention.norms import accum_dtype, l2_normalize, rms_norm
 from longctx.attention.recurrence import Recurrence
 from longctx.typing import Array, Float
 
@@ -39,7 +39,7 @@ class DeltaNetAttention(Attention):
   ):
     super().__init__(config, rngs=rngs)
     N, V = config.num_heads, config.value_dim
-    self.beta = linear(config, config.d_model, N, rngs=rngs)
+    self.beta = make_linear(config, config.d_model, N, rngs=rngs)
     self.norm_scale = nnx.Param(jnp.ones(V, config.param_dtype))
     self.recurrence = Recurrence(
       heads=N,
@@ -65,10 +65,10 @@ class DeltaNetAttention(Attention):
     """The delta rule."""
     return context.recurrence(
       self.recurrence,
-      unit_length(q),
-      unit_length(k),
+      l2_normalize(q),
+      l2_normalize(k),
       v,
-      beta=jax.nn.sigmoid(self.beta(x).astype(sum_dtype(x))),
+      beta=jax.nn.sigmoid(self.beta(x).astype(accum_dtype(x))),
     )
 
   def output_transform(

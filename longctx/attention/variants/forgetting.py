@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longctx import masks
-from longctx.attention.base import Attention, AttentionConfig, linear
+from longctx.attention.base import Attention, AttentionConfig, make_linear
 from longctx.attention.context import Context
 from longctx.typing import Array, Float
 
@@ -28,7 +28,7 @@ class ForgettingAttention(Attention):
   def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
     self.mask = masks.Causal()
-    self.forget = linear(
+    self.forget = make_linear(
       config, config.d_model, config.num_heads, use_bias=True, rngs=rngs
     )
 

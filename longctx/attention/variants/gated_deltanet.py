@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longctx.attention.base import Attention, AttentionConfig, linear
+from longctx.attention.base import Attention, AttentionConfig, make_linear
 from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
 from longctx.attention.norms import (
+  accum_dtype,
   initial_dt_bias,
   initial_log_rates,
+  l2_normalize,
   rms_norm,
   softplus_decay,
-  sum_dtype,
-  unit_length,
 )
 from longctx.attention.recurrence import Recurrence
 from longctx.typing import Array, Float
@@ -47,13 +47,13 @@ class GatedDeltaNetAttention(Attention):
   ):
     super().__init__(config, rngs=rngs)
     N, V, dtype = config.num_heads, config.value_dim, config.param_dtype
-    self.beta = linear(config, config.d_model, N, rngs=rngs)
-    self.dt = linear(config, config.d_model, N, rngs=rngs)
+    self.beta = make_linear(config, config.d_model, N, rngs=rngs)
+    self.dt = make_linear(config, config.d_model, N, rngs=rngs)
     self.dt_bias = nnx.Param(initial_dt_bias(rngs.params(), N, dtype))
     self.log_rate = nnx.Param(
       initial_log_rates(rngs.params(), N, dtype, low=0.0)
     )
-    self.gate = linear(config, config.d_model, N * V, rngs=rngs)
+    self.gate = make_linear(config, config.d_model, N * V, rngs=rngs)
     self.norm_scale = nnx.Param(jnp.ones(V, dtype))
     self.recurrence = Recurrence(
       heads=N,
@@ -82,10 +82,10 @@ class GatedDeltaNetAttention(Attention):
     )
     return context.recurrence(
       self.recurrence,
-      unit_length(q),
-      unit_length(k),
+      l2_normalize(q),
+      l2_normalize(k),
       v,
-      beta=jax.nn.sigmoid(self.beta(x).astype(sum_dtype(x))),
+      beta=jax.nn.sigmoid(self.beta(x).astype(accum_dtype(x))),
       log_decay=log_decay,
     )
 

@@ -5,10 +5,10 @@ from typing import ClassVar
 import jax
 from flax import nnx
 
-from longctx.attention.base import Attention, AttentionConfig, linear
+from longctx.attention.base import Attention, AttentionConfig, make_linear
 from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
-from longctx.attention.norms import layer_norm, low_rank, sum_dtype
+from longctx.attention.norms import accum_dtype, layer_norm, low_rank
 from longctx.attention.recurrence import Recurrence
 from longctx.typing import Array, Float
 
@@ -52,7 +52,7 @@ class GatedLinearAttention(Attention):
     self.decay_down, self.decay_up = low_rank(
       config, gate_rank, N * H, use_bias=True, rngs=rngs
     )
-    self.gate = linear(config, config.d_model, N * V, rngs=rngs)
+    self.gate = make_linear(config, config.d_model, N * V, rngs=rngs)
     self.recurrence = Recurrence(
       heads=N,
       key_dim=H,
@@ -71,7 +71,7 @@ class GatedLinearAttention(Attention):
     context: Context,
   ) -> Float[Array, 'B Q N V']:
     """The recurrence under α."""
-    logits = self.decay_up(self.decay_down(x)).astype(sum_dtype(x))
+    logits = self.decay_up(self.decay_down(x)).astype(accum_dtype(x))
     log_decay = jax.nn.log_sigmoid(logits) / self.temperature
     return context.recurrence(
       self.recurrence, q, k, v, log_decay=log_decay.reshape(q.shape)

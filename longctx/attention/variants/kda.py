@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longctx.attention.base import Attention, AttentionConfig, linear
+from longctx.attention.base import Attention, AttentionConfig, make_linear
 from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
 from longctx.attention.norms import (
+  accum_dtype,
   initial_dt_bias,
   initial_log_rates,
+  l2_normalize,
   low_rank,
   rms_norm,
   softplus_decay,
-  sum_dtype,
-  unit_length,
 )
 from longctx.attention.recurrence import Recurrence
 from longctx.typing import Array, Float
@@ -50,7 +50,7 @@ class KimiDeltaAttention(Attention):
     super().__init__(config, rngs=rngs)
     N, H, V = config.num_heads, config.head_dim, config.value_dim
     dtype = config.param_dtype
-    self.beta = linear(config, config.d_model, N, rngs=rngs)
+    self.beta = make_linear(config, config.d_model, N, rngs=rngs)
     self.decay_down, self.decay_up = low_rank(config, V, N * H, rngs=rngs)
     self.dt_bias = nnx.Param(initial_dt_bias(rngs.params(), N * H, dtype))
     self.log_rate = nnx.Param(
@@ -89,10 +89,10 @@ class KimiDeltaAttention(Attention):
     )
     return context.recurrence(
       self.recurrence,
-      unit_length(q),
-      unit_length(k),
+      l2_normalize(q),
+      l2_normalize(k),
       v,
-      beta=jax.nn.sigmoid(self.beta(x).astype(sum_dtype(x))),
+      beta=jax.nn.sigmoid(self.beta(x).astype(accum_dtype(x))),
       log_decay=log_decay,
     )
 

@@ -9,7 +9,7 @@ from flax import nnx
 from longctx.attention.base import Attention, AttentionConfig
 from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
-from longctx.attention.norms import low_rank, rms_norm, sum_dtype
+from longctx.attention.norms import accum_dtype, low_rank, rms_norm
 from longctx.attention.recurrence import Recurrence
 from longctx.ops.alibi import geometric_slopes
 from longctx.typing import Array, Float
@@ -73,7 +73,7 @@ class LightningAttention(Attention):
     # Even the last layer forgets, by a hundred-thousandth, as published.
     slopes = geometric_slopes(q.shape[2]) * (1 - self.depth + 1e-5)
     log_decay = jnp.broadcast_to(
-      jnp.asarray(-slopes, sum_dtype(q)), q.shape[:3]
+      jnp.asarray(-slopes, accum_dtype(q)), q.shape[:3]
     )
     return context.recurrence(self.recurrence, q, k, v, log_decay=log_decay)
 

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from longctx import masks
-from longctx.attention.base import Attention, AttentionConfig, linear
+from longctx.attention.base import Attention, AttentionConfig, make_linear
 from longctx.attention.context import Context
 from longctx.typing import Array, Float
 
@@ -87,7 +87,9 @@ class LongformerAttention(Attention):
 
   def _project_into(self, name, like, use_bias, rngs):
     inputs, outputs = getattr(self, like).kernel.shape
-    module = linear(self.config, inputs, outputs, use_bias=use_bias, rngs=rngs)
+    module = make_linear(
+      self.config, inputs, outputs, use_bias=use_bias, rngs=rngs
+    )
     setattr(self, name, module)
 
   def attend(

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longctx.attention.base import Attention, AttentionConfig, linear
+from longctx.attention.base import Attention, AttentionConfig, make_linear
 from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
 from longctx.attention.norms import (
+  accum_dtype,
   initial_dt_bias,
   initial_log_rates,
   rms_norm,
   softplus_decay,
-  sum_dtype,
 )
 from longctx.attention.recurrence import Recurrence
 from longctx.typing import Array, Float
@@ -47,8 +47,8 @@ class Mamba2Attention(Attention):
   ):
     super().__init__(config, rngs=rngs)
     N, V, dtype = config.num_heads, config.value_dim, config.param_dtype
-    self.dt = linear(config, config.d_model, N, rngs=rngs)
-    self.gate = linear(config, config.d_model, N * V, rngs=rngs)
+    self.dt = make_linear(config, config.d_model, N, rngs=rngs)
+    self.gate = make_linear(config, config.d_model, N * V, rngs=rngs)
     self.dt_bias = nnx.Param(initial_dt_bias(rngs.params(), N, dtype))
     self.log_rate = nnx.Param(
       initial_log_rates(rngs.params(), N, dtype, low=1.0)
@@ -96,7 +96,7 @@ class Mamba2Attention(Attention):
   ) -> Float[Array, 'B Q N V']:
     """The gate, and a norm over the heads of each key head."""
     gate = jax.nn.silu(self.gate(x)).reshape(out.shape)
-    gated = out.astype(sum_dtype(out)) * gate
+    gated = out.astype(accum_dtype(out)) * gate
     K = self.config.num_kv_heads
     normed = rms_norm(gated.reshape(*out.shape[:2], K, -1))
     scaled = normed.reshape(*out.shape[:2], -1) * self.norm_scale[...]

@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 
 from longctx import masks
-from longctx.attention.base import Attention, AttentionConfig, linear
+from longctx.attention.base import Attention, AttentionConfig, make_linear
 from longctx.attention.capabilities import OF_SELECTIONS
 from longctx.attention.context import Context
 from longctx.ops import block_selection
@@ -110,7 +110,9 @@ class NativeSparseAttention(Attention):
     self.compress_value = Compressor(
       config, compress_block, config.value_dim, rngs=rngs
     )
-    self.gate = linear(config, config.d_model, 3 * config.num_heads, rngs=rngs)
+    self.gate = make_linear(
+      config, config.d_model, 3 * config.num_heads, rngs=rngs
+    )
 
   def project(
     self, x: Float[Array, 'B T D'], context: Context

@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 
 from longctx import masks
-from longctx.attention.base import Attention, AttentionConfig, linear
+from longctx.attention.base import Attention, AttentionConfig, make_linear
 from longctx.typing import Array, Float
 
 
@@ -32,7 +32,7 @@ class OutputGateAttention(Attention):
     self.mask = masks.Causal()
     width = 1 if headwise else config.value_dim
     gates = config.num_heads * width
-    self.gate = linear(config, config.d_model, gates, rngs=rngs)
+    self.gate = make_linear(config, config.d_model, gates, rngs=rngs)
 
   def output_transform(
     self, out: Float[Array, 'B Q N V'], x: Float[Array, 'B Q D']

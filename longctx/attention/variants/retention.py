@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from longctx.attention.base import Attention, AttentionConfig, linear
+from longctx.attention.base import Attention, AttentionConfig, make_linear
 from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
-from longctx.attention.norms import layer_norm, sum_dtype
+from longctx.attention.norms import accum_dtype, layer_norm
 from longctx.attention.recurrence import Recurrence
 from longctx.typing import Array, Float
 
@@ -37,7 +37,7 @@ class RetentionAttention(Attention):
   ):
     super().__init__(config, rngs=rngs)
     width = config.num_heads * config.value_dim
-    self.gate = linear(config, config.d_model, width, rngs=rngs)
+    self.gate = make_linear(config, config.d_model, width, rngs=rngs)
     self.recurrence = Recurrence(
       heads=config.num_heads,
       key_dim=config.head_dim,
@@ -56,7 +56,7 @@ class RetentionAttention(Attention):
     context: Context,
   ) -> Float[Array, 'B Q N V']:
     """The recurrence under the decays of `retention_log_decay`."""
-    log_decay = jnp.asarray(retention_log_decay(q.shape[2]), sum_dtype(q))
+    log_decay = jnp.asarray(retention_log_decay(q.shape[2]), accum_dtype(q))
     log_decay = jnp.broadcast_to(log_decay, q.shape[:3])
     return context.recurrence(self.recurrence, q, k, v, log_decay=log_decay)
 

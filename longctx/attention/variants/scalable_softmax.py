@@ -51,7 +51,7 @@ class ScalableSoftmaxAttention(Attention):
     context: Context,
   ) -> Float[Array, 'B Q N V']:
     """Softmax attention of queries that are scaled by σ log(n)."""
-    n = context.document_positions(q.shape[1]) + 1
+    n = context.segment_positions(q.shape[1]) + 1
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     scale = jnp.log(n.astype(dtype))[..., None] * self.logit_scale[...]
     q = (q * scale[..., None]).astype(q.dtype)

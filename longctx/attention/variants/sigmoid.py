@@ -55,7 +55,7 @@ class SigmoidAttention(Attention):
     """The bias is a product of channels, which leaves the op its blocks."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
     if self.length is None:
-      n = jnp.atleast_2d(context.document_positions(q.shape[1]) + 1)
+      n = jnp.atleast_2d(context.segment_positions(q.shape[1]) + 1)
     else:
       n = jnp.full((1, q.shape[1]), self.length)
     bias = jnp.zeros(self.config.num_heads, wide)

@@ -82,7 +82,7 @@ class StreamingAttention(Attention):
     window = context.dot_product_attention(
       q, k, v, mask=self.of_window, return_lse=True, **options
     )
-    positions = context.document_positions(q.shape[1])
+    positions = context.segment_positions(q.shape[1])
     slots = jnp.minimum(positions, self.last_slot)
     if self.config.position_encoding == 'rope':
       q = apply_rope(q, slots - positions, base=self.config.rope_base)

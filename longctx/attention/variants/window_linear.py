@@ -12,7 +12,7 @@ from longctx.attention.base import Attention, AttentionConfig
 from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
 from longctx.attention.features import Features
-from longctx.attention.norms import sum_dtype
+from longctx.attention.norms import accum_dtype
 from longctx.attention.recurrence import Recurrence
 from longctx.ops.recurrence.feature_maps import (
   make_feature_map,
@@ -87,7 +87,7 @@ class WindowLinearAttention(Attention):
       self.key_features(k, context),
       v,
     )
-    dtype = sum_dtype(near)
+    dtype = accum_dtype(near)
     share = jax.nn.sigmoid(self.mix_logit[...].astype(dtype))[:, None]
     out = share * far + (1 - share) * near
     return out.astype(near.dtype)
