@@ -22,7 +22,7 @@ from longctx.masks import (
   PrefixRows,
   SlidingWindow,
 )
-from longctx.ops.dot_product_attention import BlockSizes, work
+from longctx.ops.dot_product_attention import BlockSizes, xla_blocks
 from longctx.parallel.layout import LAYOUTS, SequenceLayout
 from longctx.parallel.mesh import make_mesh
 
@@ -264,7 +264,7 @@ def counted_blocks(monkeypatch, mask, layout, sizes, fold):
   """Blocks on the work lists of every device, forward and backward."""
   # Devices report at the same time, which appending can take.
   reports = []
-  make_work_list = work.make_work_list
+  make_work_list = xla_blocks.make_work_list
 
   def counting(mask, tiling, indices, *, by_column):
     blocks = make_work_list(mask, tiling, indices, by_column=by_column)
@@ -277,7 +277,7 @@ def counted_blocks(monkeypatch, mask, layout, sizes, fold):
     )
     return blocks
 
-  monkeypatch.setattr(work, 'make_work_list', counting)
+  monkeypatch.setattr(xla_blocks, 'make_work_list', counting)
   axes = dict(seq=8) if fold == 1 else dict(seq=8 // fold, model=fold)
   scheme, axis = (
     ('ring', 'seq') if fold == 1 else ('ring+ulysses', ('seq', 'model'))
