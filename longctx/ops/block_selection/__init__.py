@@ -1,12 +1,12 @@
 """Block-selection attention (MoBA, NSA): each query chooses blocks of keys."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from longctx.masks import Causal
 from longctx.ops.block_selection import blockwise, reference
+from longctx.ops.block_selection.arguments import NSAConfig, SelectionArgs
 from longctx.ops.block_selection.compression import Compression
 from longctx.ops.block_selection.summaries import (
   Summary,
@@ -25,15 +25,6 @@ __all__ = [
   'nsa',
   'nsa_summaries',
 ]
-
-# Arguments of every implementation.
-SHARED = (
-  'q_positions',
-  'k_positions',
-  'q_segment_ids',
-  'k_segment_ids',
-  'scale',
-)
 
 # Modules with a `moba` and an `nsa`.
 IMPLEMENTATIONS = {'reference': reference, 'xla': blockwise}
@@ -104,11 +95,10 @@ def moba(
     ValueError: shapes that do not fit together, an unknown name.
   """
   _at_least_one(block_size=block_size, top_k=top_k)
-  call = _resolve(
+  args = _resolve(
     q,
     k,
     v,
-    own=('alibi_slopes', 'dropout'),
     q_positions=q_positions,
     k_positions=k_positions,
     q_segment_ids=q_segment_ids,
@@ -116,12 +106,11 @@ def moba(
     scale=scale,
     alibi_slopes=alibi_slopes,
     dropout=dropout,
+    summaries=summaries,
   )
-  call |= _kept(
-    summaries, implementation, moba_summaries(block_size=block_size), call
-  )
+  _check_summaries(args, moba_summaries(block_size=block_size), implementation)
   out, lse = _implementation(implementation).moba(
-    q, k, v, block_size=block_size, top_k=top_k, **call
+    q, k, v, args, block_size=block_size, top_k=top_k
   )
   out = out.astype(q.dtype)
   return (out, lse) if return_lse else out
@@ -200,13 +189,23 @@ def nsa(
     ValueError: shapes or sizes that do not fit together, an unknown name.
   """
   _at_least_one(stride=stride, block_size=block_size, num_local=num_local)
-  L = compress_k.embedding.shape[0]
+  config = NSAConfig(
+    compress_k,
+    compress_v,
+    stride,
+    block_size,
+    top_n,
+    num_initial,
+    num_local,
+    rope_base,
+  )
+  L = config.length
   if L % stride or block_size % stride:
     raise ValueError(
       f'{stride=} must divide the {L} tokens of a compressed block and '
       f'{block_size=}'
     )
-  if num_initial < 0 or top_n < num_initial + num_local:
+  if num_initial < 0 or config.num_free < 0:
     raise ValueError(
       f'{top_n=} must be at least {num_initial=} + {num_local=}, which are '
       'always read'
@@ -218,7 +217,7 @@ def nsa(
     pairs.append((k_compressed, v_compressed))
     if k_selected.shape != k_compressed.shape:
       raise ValueError(f'{k_selected.shape=} must be {k_compressed.shape=}')
-  call, *_ = (
+  args, *_ = (
     _resolve(
       q,
       k,
@@ -228,6 +227,7 @@ def nsa(
       q_segment_ids=q_segment_ids,
       k_segment_ids=k_segment_ids,
       scale=scale,
+      summaries=summaries,
     )
     for k, v in pairs
   )
@@ -243,45 +243,25 @@ def nsa(
         f'{name} has {shapes=}, which must be (L, H), (L, H, F) and (F, H) '
         f'with {L=} and H={width}'
       )
-  parts = nsa_summaries(
-    compress_k=compress_k,
-    compress_v=compress_v,
-    stride=stride,
-    rope_base=rope_base,
-  )
-  call |= _kept(summaries, implementation, parts, call)
+  _check_summaries(args, nsa_summaries(**config._asdict()), implementation)
   branches = _implementation(implementation).nsa(
-    q,
-    k_compressed,
-    v_compressed,
-    k_selected,
-    v_selected,
-    compress_k=compress_k,
-    compress_v=compress_v,
-    stride=stride,
-    block_size=block_size,
-    top_n=top_n,
-    num_initial=num_initial,
-    num_local=num_local,
-    rope_base=rope_base,
-    **call,
+    q, k_compressed, v_compressed, k_selected, v_selected, args, config
   )
   branches = [(out.astype(q.dtype), lse) for out, lse in branches]
   return tuple(x if return_lse else x[0] for x in branches)
 
 
 def _resolve(
-  q: Array, k: Array, v: Array, *, own: tuple[str, ...] = (), **call: Any
-) -> dict[str, Any]:
-  """The checked arguments of an implementation, defaults filled in.
-
-  Args:
-    q: queries.
-    k: keys.
-    v: values.
-    own: arguments that it takes beside the shared ones.
-    **call: those of `ops.dot_product_attention`.
-  """
+  q: Array,
+  k: Array,
+  v: Array,
+  *,
+  summaries: tuple[Array, ...] | None,
+  alibi_slopes: Any = None,
+  dropout: Any = None,
+  **call: Any,
+) -> SelectionArgs:
+  """The checked arguments of an implementation, defaults filled in."""
   call = resolve(
     q,
     k,
@@ -292,38 +272,43 @@ def _resolve(
     normalizer='softmax',
     block_sizes=None,
     implementation=None,
-    **dict.fromkeys(('alibi_slopes', 'dropout')) | call,
+    alibi_slopes=alibi_slopes,
+    dropout=dropout,
+    **call,
   )
-  return {name: call[name] for name in (*SHARED, *own)}
+  return SelectionArgs(
+    *(call[name] for name in SelectionArgs._fields[:-1]), summaries
+  )
 
 
-def _kept(
-  summaries: tuple[Array, ...] | None,
-  implementation: str | None,
+def _check_summaries(
+  args: SelectionArgs,
   expected: tuple[Summary, ...],
-  call: Mapping[str, Any],
-) -> dict[str, Any]:
-  """The argument of an implementation, which the equation has no use for."""
-  if summaries is not None and len(summaries) != len(expected):
+  implementation: str | None,
+) -> None:
+  """Refuses summaries that are not of these keys, or have no use."""
+  if args.summaries is None:
+    return
+  if len(args.summaries) != len(expected):
     raise ValueError(
-      f'{len(summaries)=} must be {len(expected)}, one for each of {expected}'
+      f'{len(args.summaries)=} must be {len(expected)}, one for each of '
+      f'{expected}'
     )
   moved = [
-    name for name in ('k_positions', 'k_segment_ids') if call[name] is not None
+    name
+    for name in ('k_positions', 'k_segment_ids')
+    if getattr(args, name) is not None
   ]
-  if summaries is not None and moved:
+  if moved:
     raise ValueError(
       'summaries are of keys at their natural positions in one segment: leave '
       f'out {" and ".join(moved)}, or the summaries'
     )
-  if implementation != 'reference':
-    return dict(summaries=summaries)
-  if summaries is not None:
+  if implementation == 'reference':
     raise NotImplementedError(
       "implementation='reference' makes summaries itself: give none, or take "
       "implementation='xla'"
     )
-  return {}
 
 
 def _implementation(name: str | None) -> Any:

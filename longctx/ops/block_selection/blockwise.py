@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from longctx.ops.block_selection import gathered, tiles
-from longctx.ops.block_selection.compression import Compression
+from longctx.ops.block_selection.arguments import NSAConfig, SelectionArgs
+from longctx.ops.block_selection.gathered import softmax
 from longctx.ops.block_selection.segments import (
   Segments,
   complete_blocks,
@@ -25,7 +26,6 @@ from longctx.ops.block_selection.summaries import (
   nsa_summaries,
 )
 from longctx.ops.block_selection.tiles import LogitModifiers
-from longctx.ops.dot_product_attention.dropout import Dropout
 from longctx.typing import Array, Bool, Float, Int
 
 # Scores held at once: 4 MB in float32, and those of a few queries at least.
@@ -37,17 +37,10 @@ def moba(
   q: Float[Array, 'B T N H'],
   k: Float[Array, 'B S K H'],
   v: Float[Array, 'B S K V'],
+  args: SelectionArgs,
   *,
   block_size: int,
   top_k: int,
-  q_positions: Int[Array, 'Bq T'] | None,
-  k_positions: Int[Array, 'Bk S'] | None,
-  q_segment_ids: Int[Array, 'B T'] | None,
-  k_segment_ids: Int[Array, 'B S'] | None,
-  scale: float,
-  alibi_slopes: Float[Array, ' N'] | None,
-  dropout: Dropout | None,
-  summaries: tuple[Array, ...] | None,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
   """MoBA; arguments as in the reference, memory O(T).
 
@@ -56,22 +49,14 @@ def moba(
   B, T, N, H = q.shape
   S, K = k.shape[1:3]
   dtype = jnp.promote_types(q.dtype, jnp.float32)
-  segments = locate_segments(
-    B,
-    T,
-    S,
-    q_positions=q_positions,
-    k_positions=k_positions,
-    q_segment_ids=q_segment_ids,
-    k_segment_ids=k_segment_ids,
-  )
+  segments = locate_segments(B, T, S, args)
   k, v = segments.sort(k), segments.sort(v)
   (summary,) = moba_summaries(block_size=block_size)
-  if summaries is None:
+  if args.summaries is None:
     blocks = complete_blocks(segments, S, length=block_size, stride=block_size)
     means = _summarize(summary, lax.stop_gradient(k), blocks, None, dtype)
   else:
-    (means,) = summaries
+    (means,) = args.summaries
     blocks = _kept_blocks(summary, means)
   own = _own_block(segments, block_size)
 
@@ -90,15 +75,14 @@ def moba(
   own = jnp.broadcast_to(own[:, :, None, None], (B, T, N, 1))
   begin = jnp.concatenate([own, chosen], axis=-1)
   modifiers = None
-  if alibi_slopes is not None or dropout is not None:
-    q_pos = jnp.arange(T)[None] if q_positions is None else q_positions
-    k_pos = jnp.arange(S)[None] if k_positions is None else k_positions
+  if args.alibi_slopes is not None or args.dropout is not None:
+    q_pos, k_pos = args.positions(T, S)
     modifiers = LogitModifiers(
       jnp.broadcast_to(q_pos, (B, T)),
       jnp.broadcast_to(segments.sort(k_pos), (B, S)),
-      q_segment_ids,
-      alibi_slopes,
-      dropout,
+      args.q_segment_ids,
+      args.alibi_slopes,
+      args.dropout,
     )
   return _attend(
     q,
@@ -107,7 +91,7 @@ def moba(
     begin,
     segments,
     block_size=block_size,
-    scale=scale,
+    scale=args.scale,
     modifiers=modifiers,
   )
 
@@ -118,21 +102,8 @@ def nsa(
   v_compressed: Float[Array, 'B S K V'] | None,
   k_selected: Float[Array, 'B S K H'],
   v_selected: Float[Array, 'B S K V'],
-  *,
-  compress_k: Compression,
-  compress_v: Compression,
-  stride: int,
-  block_size: int,
-  top_n: int,
-  num_initial: int,
-  num_local: int,
-  rope_base: float | None,
-  q_positions: Int[Array, 'Bq T'] | None,
-  k_positions: Int[Array, 'Bk S'] | None,
-  q_segment_ids: Int[Array, 'B T'] | None,
-  k_segment_ids: Int[Array, 'B S'] | None,
-  scale: float,
-  summaries: tuple[Array, ...] | None,
+  args: SelectionArgs,
+  config: NSAConfig,
 ) -> tuple[
   tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']],
   tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']],
@@ -144,57 +115,43 @@ def nsa(
   """
   B, T, N, _ = q.shape
   S, K = k_selected.shape[1:3]
-  L = compress_k.embedding.shape[0]
+  L, stride, block_size = config.length, config.stride, config.block_size
   dtype = jnp.promote_types(q.dtype, jnp.float32)
-  segments = locate_segments(
-    B,
-    T,
-    S,
-    q_positions=q_positions,
-    k_positions=k_positions,
-    q_segment_ids=q_segment_ids,
-    k_segment_ids=k_segment_ids,
-  )
+  segments = locate_segments(B, T, S, args)
   blocks = complete_blocks(segments, S, length=block_size, stride=block_size)
   own = _own_block(segments, block_size)
   # Local blocks begin after `near`, initial ones before `far`.
-  near = own - num_local * block_size
-  far = segments.first + num_initial * block_size
-  fixed = [own - i * block_size for i in range(num_local)]
+  near = own - config.num_local * block_size
+  far = segments.first + config.num_initial * block_size
+  fixed = [own - i * block_size for i in range(config.num_local)]
   fixed = [jnp.where(x >= segments.first, x, -1) for x in fixed]
-  for i in range(num_initial):
+  for i in range(config.num_initial):
     x = segments.first + i * block_size
     fixed.append(jnp.where((x <= near) & (own >= 0), x, -1))
   begin = jnp.stack(fixed, axis=-1)[:, :, None]
   begin = jnp.broadcast_to(begin, (B, T, K, begin.shape[-1]))
 
-  parts = nsa_summaries(
-    compress_k=compress_k,
-    compress_v=compress_v,
-    stride=stride,
-    rope_base=rope_base,
-  )
-  if summaries is None:
+  parts = nsa_summaries(**config._asdict())
+  if args.summaries is None:
     starts = complete_blocks(segments, S, length=L, stride=stride)
-    k_pos = jnp.arange(S)[None] if k_positions is None else k_positions
-    k_pos = jnp.broadcast_to(segments.sort(k_pos), (B, S))
+    k_pos = segments.sort(args.positions(T, S)[1])
+    k_pos = jnp.broadcast_to(k_pos, (B, S))
     kc, vc = (
       _summarize(part, segments.sort(x), starts, k_pos, dtype)
       for part, x in zip(parts, (k_compressed, v_compressed), strict=True)
     )
   else:
-    kc, vc = summaries
+    kc, vc = args.summaries
     starts = _kept_blocks(parts[0], kc)
   before = jax.vmap(jnp.searchsorted)(starts, blocks)
 
   def read(q, first, last, near, far):
     ok = _between(starts, first, last - L + 2)
-    out, lse, p = _compressed_attention(q, kc, vc, ok, scale)
+    out, lse, p = _compressed_attention(q, kc, vc, ok, args.scale)
     importance = _importance(p, before, L, block_size, stride)
     past = _between(blocks, far, near + 1)[:, :, None]
     importance = jnp.where(past, importance, -jnp.inf)
-    free = top_n - num_initial - num_local
-    return out, lse, _top(importance, blocks, free)
+    return out, lse, _top(importance, blocks, config.num_free)
 
   out, lse, chosen = _map_queries(
     read,
@@ -209,7 +166,7 @@ def nsa(
     begin,
     segments,
     block_size=block_size,
-    scale=scale,
+    scale=args.scale,
   )
   return (out, lse), selected
 
@@ -274,14 +231,7 @@ def _compressed_attention(
   q = q.reshape(B, T, K, N // K, H).astype(k.dtype) * scale
   z = jnp.einsum('BTKGH,BCKH->BTKGC', q, k)
   z = jnp.where(ok[:, :, None, None], z, -jnp.inf)
-  # A finite floor keeps z - row_max defined in a row without keys.
-  row_max = lax.stop_gradient(z.max(-1, keepdims=True, initial=-1e30))
-  p = jnp.exp(z - row_max)
-  row_sum = p.sum(-1, keepdims=True)
-  some = row_sum > 0
-  row_sum = jnp.where(some, row_sum, 1)
-  p = p / row_sum
-  lse = jnp.where(some, row_max + jnp.log(row_sum), -jnp.inf)
+  p, lse = softmax(z)
   out = jnp.einsum('BTKGC,BCKV->BTKGV', p, v)
   return out.reshape(B, T, N, -1), lse.reshape(B, T, N), p.sum(3)
 

@@ -45,11 +45,20 @@ def attend(
     slopes = modifiers.alibi_slopes.reshape(M, N // M)
     z = z - slopes[..., None] * distance[..., None, :]
   z = jnp.where(ok[..., None, :], z, -jnp.inf)
-  row_max = lax.stop_gradient(jnp.maximum(z.max(-1, keepdims=True), FLOOR))
+  p, lse = softmax(z)
+  out = jnp.einsum('BTMRS,BTMSV->BTMRV', p, v)
+  return out.reshape(B, T, N, -1), lse.reshape(B, T, N)
+
+
+def softmax(
+  z: Float[Array, '*b S'],
+) -> tuple[Float[Array, '*b S'], Float[Array, '*b']]:
+  """Weights, zero in a row without keys, and the log of their sum."""
+  # A finite floor keeps z - row_max defined in a row without keys.
+  row_max = lax.stop_gradient(z.max(-1, keepdims=True, initial=FLOOR))
   p = jnp.exp(z - row_max)
   row_sum = p.sum(-1, keepdims=True)
   some = row_sum > 0
   row_sum = jnp.where(some, row_sum, 1)
-  out = jnp.einsum('BTMRS,BTMSV->BTMRV', p / row_sum, v)
   lse = jnp.where(some, row_max + jnp.log(row_sum), -jnp.inf)
-  return out.reshape(B, T, N, -1), lse.reshape(B, T, N)
+  return p / row_sum, lse[..., 0]

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from longctx.ops.block_selection.compression import Compression, compress
-from longctx.ops.dot_product_attention.dropout import Dropout, keep_factor
+from longctx.ops.block_selection.arguments import NSAConfig, SelectionArgs
+from longctx.ops.block_selection.compression import compress
+from longctx.ops.block_selection.gathered import softmax
+from longctx.ops.dot_product_attention.dropout import keep_factor
 from longctx.ops.rope import apply_rope
 from longctx.typing import Array, Bool, Float, Int
 
@@ -13,30 +15,22 @@ def moba(
   q: Float[Array, 'B T N H'],
   k: Float[Array, 'B S K H'],
   v: Float[Array, 'B S K V'],
+  args: SelectionArgs,
   *,
   block_size: int,
   top_k: int,
-  q_positions: Int[Array, 'Bq T'] | None,
-  k_positions: Int[Array, 'Bk S'] | None,
-  q_segment_ids: Int[Array, 'B T'] | None,
-  k_segment_ids: Int[Array, 'B S'] | None,
-  scale: float,
-  alibi_slopes: Float[Array, ' N'] | None,
-  dropout: Dropout | None,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
   """MoBA (arXiv:2502.13189), equations 2 to 6, with every score held.
 
-  Arguments are those of `longctx.ops.block_selection.moba`, with the defaults
-  filled in and positions given a batch axis of B or 1.
+  Arguments are those of `longctx.ops.block_selection.moba`.
   """
   B, T, N, _ = q.shape
   S, K = k.shape[1:3]
   dtype = jnp.promote_types(q.dtype, jnp.float32)
-  q_pos = jnp.arange(T)[None] if q_positions is None else q_positions
-  k_pos = jnp.arange(S)[None] if k_positions is None else k_positions
+  q_pos, k_pos = args.positions(T, S)
   q, k, v = (x.astype(dtype) for x in (q, k, v))
   k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
-  same, readable, rank = _segments(q_pos, k_pos, q_segment_ids, k_segment_ids)
+  same, readable, rank = _segments(q_pos, k_pos, args)
 
   block = jnp.arange(-(-S // block_size))
   member = (rank[..., None] // block_size == block).astype(dtype)  # B S I
@@ -49,24 +43,21 @@ def moba(
   read = jnp.einsum('BNTI,BSI->BNTS', chosen.astype(dtype), member) > 0
 
   distance = abs(q_pos[:, :, None] - k_pos[:, None])[:, None]
-  z = products * scale
-  if alibi_slopes is not None:
-    z = z - alibi_slopes[:, None, None] * distance
-  p, lse = _softmax(jnp.where(read & readable[:, None], z, -jnp.inf))
-  if dropout is not None:
-    segment = q_segment_ids
-    segment = None if segment is None else segment[:, None, :, None]
+  z = products * args.scale
+  if args.alibi_slopes is not None:
+    z = z - args.alibi_slopes[:, None, None] * distance
+  p, lse = softmax(jnp.where(read & readable[:, None], z, -jnp.inf))
+  if args.dropout is not None:
+    segment = args.q_segment_ids
     p *= keep_factor(
-      dropout,
+      args.dropout,
       batch=jnp.arange(B)[:, None, None, None],
       head=jnp.arange(N)[:, None, None],
-      segment=None
-      if q_segment_ids is None
-      else q_segment_ids[:, None, :, None],
+      segment=None if segment is None else segment[:, None, :, None],
       q_positions=q_pos[:, None, :, None],
       k_positions=k_pos[:, None, None],
     )
-  return jnp.einsum('BNTS,BSNV->BTNV', p, v), lse
+  return jnp.einsum('BNTS,BSNV->BTNV', p, v), lse.swapaxes(1, 2)
 
 
 def nsa(
@@ -75,20 +66,8 @@ def nsa(
   v_compressed: Float[Array, 'B S K V'],
   k_selected: Float[Array, 'B S K H'],
   v_selected: Float[Array, 'B S K V'],
-  *,
-  compress_k: Compression,
-  compress_v: Compression,
-  stride: int,
-  block_size: int,
-  top_n: int,
-  num_initial: int,
-  num_local: int,
-  rope_base: float | None,
-  q_positions: Int[Array, 'Bq T'] | None,
-  k_positions: Int[Array, 'Bk S'] | None,
-  q_segment_ids: Int[Array, 'B T'] | None,
-  k_segment_ids: Int[Array, 'B S'] | None,
-  scale: float,
+  args: SelectionArgs,
+  config: NSAConfig,
 ) -> tuple[
   tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']],
   tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']],
@@ -100,30 +79,32 @@ def nsa(
   """
   B, T, N, _ = q.shape
   S, K = k_compressed.shape[1:3]
-  L, G = compress_k.embedding.shape[0], N // K
+  L, G = config.length, N // K
+  stride, block_size = config.stride, config.block_size
   dtype = jnp.promote_types(q.dtype, jnp.float32)
-  q_pos = jnp.arange(T)[None] if q_positions is None else q_positions
-  k_pos = jnp.arange(S)[None] if k_positions is None else k_positions
+  q_pos, k_pos = args.positions(T, S)
   keys = (k_compressed, v_compressed, k_selected, v_selected)
   q, *keys = (x.astype(dtype) for x in (q, *keys))
   kc, vc, ks, vs = keys
-  same, readable, rank = _segments(q_pos, k_pos, q_segment_ids, k_segment_ids)
+  same, readable, rank = _segments(q_pos, k_pos, args)
   length = readable.sum(-1)  # B T, of the segment up to the query
 
   # Member l of the block that begins at s: the key that is l ranks later.
-  ids = jnp.zeros((B, S), int) if k_segment_ids is None else k_segment_ids
+  ids = args.k_segment_ids
+  ids = jnp.zeros((B, S), int) if ids is None else ids
   later = rank[:, None] == rank[:, :, None] + jnp.arange(L)[:, None, None, None]
   later &= ids[:, None] == ids[:, :, None]
   members = lambda x: jnp.einsum('LBSZ,BZKH->BSLKH', later.astype(dtype), x)
-  kc, vc = compress(members(kc), compress_k), compress(members(vc), compress_v)
-  if rope_base is not None:
-    kc = apply_rope(kc, jnp.broadcast_to(k_pos, (B, S)), base=rope_base)
+  kc = compress(members(kc), config.compress_k)
+  vc = compress(members(vc), config.compress_v)
+  if config.rope_base is not None:
+    kc = apply_rope(kc, jnp.broadcast_to(k_pos, (B, S)), base=config.rope_base)
   ends = rank[:, None] + L
   complete = same & (rank[:, None] % stride == 0) & (ends <= length[..., None])
   kc, vc, ks, vs = (jnp.repeat(x, G, axis=2) for x in (kc, vc, ks, vs))
-  z = jnp.einsum('BTNH,BSNH->BNTS', q, kc) * scale
-  p, lse = _softmax(jnp.where(complete[:, None], z, -jnp.inf))
-  compressed = jnp.einsum('BNTS,BSNV->BTNV', p, vc), lse
+  z = jnp.einsum('BTNH,BSNH->BNTS', q, kc) * args.scale
+  p, lse = softmax(jnp.where(complete[:, None], z, -jnp.inf))
+  compressed = jnp.einsum('BNTS,BSNV->BTNV', p, vc), lse.swapaxes(1, 2)
 
   # Equation 9, counted from 0, and equation 10: a group of heads is one.
   p = p.reshape(B, K, G, T, S).sum(2)
@@ -137,31 +118,30 @@ def nsa(
       inside = (i >= 0) & (i < len(starts))
       importance += jnp.where(inside, p[..., i.clip(0, len(starts) - 1)], 0)
   own = (length - 1)[:, None, :, None] // block_size
-  local = (block <= own) & (block > own - num_local)
-  fixed = local | (block < num_initial) & (block <= own)
+  local = (block <= own) & (block > own - config.num_local)
+  fixed = local | (block < config.num_initial) & (block <= own)
   free = jnp.where(fixed | (block > own), -jnp.inf, importance)
-  chosen = _top(free, top_n - num_initial - num_local) | fixed
+  chosen = _top(free, config.num_free) | fixed
   member = (rank[..., None] // block_size == block).astype(dtype)
   read = jnp.einsum('BKTI,BSI->BKTS', chosen.astype(dtype), member) > 0
 
   read = jnp.repeat(read & readable[:, None], G, axis=1)
-  z = jnp.einsum('BTNH,BSNH->BNTS', q, ks) * scale
-  p, lse = _softmax(jnp.where(read, z, -jnp.inf))
-  return compressed, (jnp.einsum('BNTS,BSNV->BTNV', p, vs), lse)
+  z = jnp.einsum('BTNH,BSNH->BNTS', q, ks) * args.scale
+  p, lse = softmax(jnp.where(read, z, -jnp.inf))
+  selected = jnp.einsum('BNTS,BSNV->BTNV', p, vs), lse.swapaxes(1, 2)
+  return compressed, selected
 
 
 def _segments(
-  q_pos: Int[Array, 'Bq T'],
-  k_pos: Int[Array, 'Bk S'],
-  q_segment_ids: Int[Array, 'B T'] | None,
-  k_segment_ids: Int[Array, 'B S'] | None,
+  q_pos: Int[Array, 'Bq T'], k_pos: Int[Array, 'Bk S'], args: SelectionArgs
 ) -> tuple[Bool[Array, '_ T S'], Bool[Array, 'b T S'], Int[Array, '_ S']]:
   """Pairs of one segment, those of them to read, and each key's rank in it."""
   T, S = q_pos.shape[1], k_pos.shape[1]
   same, together = jnp.ones((1, T, S), bool), jnp.ones((1, S, S), bool)
-  if q_segment_ids is not None:
-    same = q_segment_ids[:, :, None] == k_segment_ids[:, None]
-    together = k_segment_ids[:, :, None] == k_segment_ids[:, None]
+  if args.k_segment_ids is not None:
+    ids = args.k_segment_ids[:, None]
+    same = args.q_segment_ids[:, :, None] == ids
+    together = args.k_segment_ids[:, :, None] == ids
   place = jnp.arange(S)
   a, b = k_pos[:, :, None], k_pos[:, None]
   earlier = (b < a) | (b == a) & (place < place[:, None])
@@ -174,17 +154,3 @@ def _top(x: Float[Array, '*b I'], n: int) -> Bool[Array, '*b I']:
   x = jax.lax.stop_gradient(x)
   order = jnp.argsort(jnp.argsort(-x, axis=-1, stable=True), axis=-1)
   return (order < n) & (x > -jnp.inf)
-
-
-def _softmax(
-  z: Float[Array, 'B N T S'],
-) -> tuple[Float[Array, 'B N T S'], Float[Array, 'B T N']]:
-  """Weights, zero in a row without keys, and the log of their sum."""
-  # A finite floor keeps z - row_max defined in a row without keys.
-  row_max = jax.lax.stop_gradient(z.max(-1, keepdims=True, initial=-1e30))
-  p = jnp.exp(z - row_max)
-  row_sum = p.sum(-1, keepdims=True)
-  some = row_sum > 0
-  row_sum = jnp.where(some, row_sum, 1)
-  lse = jnp.where(some, row_max + jnp.log(row_sum), -jnp.inf)
-  return p / row_sum, lse[..., 0].swapaxes(1, 2)

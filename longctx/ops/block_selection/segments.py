@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from longctx.ops.block_selection.arguments import SelectionArgs
 from longctx.typing import Array, Int, Num, Shaped
 
 
@@ -40,30 +41,13 @@ class Segments(NamedTuple):
     return x[jnp.arange(B)[:, None], self.order]
 
 
-def locate_segments(
-  B: int,
-  T: int,
-  S: int,
-  *,
-  q_positions: Int[Array, 'b T'] | None,
-  k_positions: Int[Array, 'b S'] | None,
-  q_segment_ids: Int[Array, 'B T'] | None,
-  k_segment_ids: Int[Array, 'B S'] | None,
-) -> Segments:
+def locate_segments(B: int, T: int, S: int, args: SelectionArgs) -> Segments:
   """The segments of B rows of T queries and S keys.
 
   Time O((S + T) log(S + T)), nothing for keys at their natural positions in one
   segment.
-
-  Args:
-    B: rows.
-    T: queries of each.
-    S: keys of each.
-    q_positions: b is 1 or B; None: 0 to T - 1.
-    k_positions: likewise.
-    q_segment_ids: segments, or None.
-    k_segment_ids: likewise.
   """
+  q_positions, k_positions, q_segment_ids, k_segment_ids, *_ = args
   q_positions = _rows(q_positions, B, T)
   if k_positions is None and k_segment_ids is None:
     last = jnp.clip(q_positions, -1, S - 1)
