@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from longctx.tasks.task import Example, Task
+from longctx.tasks.checks import at_least, large_enough, not_negative
+from longctx.tasks.task import Example, Task, scored, spread
 
 BOS, EQUALS, PLUS, MINUS, QUERY, FIRST_NUMBER = 0, 1, 2, 3, 4, 5
 SIGNS = {PLUS: 1, MINUS: -1}
@@ -60,34 +61,16 @@ class Arithmetic(Task):
   in_topic: bool = True
 
   def __post_init__(self):
-    if self.modulus < 2:
-      raise ValueError(f'modulus={self.modulus} must be at least 2')
-    if self.num_steps < 1:
-      raise ValueError(f'num_steps={self.num_steps} must be at least 1')
-    if self.num_irrelevant < 0:
-      raise ValueError(
-        f'num_irrelevant={self.num_irrelevant} must not be negative'
-      )
+    at_least(self, 2, 'modulus')
+    at_least(self, 1, 'num_steps')
+    not_negative(self, 'num_irrelevant')
+    steps = ('num_steps', 'num_irrelevant')
     fewest = self._num_lines + self.num_irrelevant * (not self.in_topic)
-    if self.num_names < fewest:
-      raise ValueError(
-        f'num_names={self.num_names} is too small for num_steps='
-        f'{self.num_steps} and num_irrelevant={self.num_irrelevant} with '
-        f'in_topic={self.in_topic}: they need num_names >= {fewest}'
-      )
-    if self.vocab_size <= self._first_noise:
-      raise ValueError(
-        f'vocab_size={self.vocab_size} leaves no noise beside modulus='
-        f'{self.modulus}, num_names={self.num_names} and BOS, EQUALS, PLUS, '
-        f'MINUS, QUERY: it needs vocab_size >= {self._first_noise + 1}'
-      )
-    smallest = 3 + WIDTH * self._num_lines
-    if self.seq_len < smallest:
-      raise ValueError(
-        f'seq_len={self.seq_len} is too short for num_steps={self.num_steps} '
-        f'and num_irrelevant={self.num_irrelevant}: statements and query need '
-        f'seq_len >= {smallest}'
-      )
+    large_enough(self, 'num_names', fewest, *steps, 'in_topic')
+    # At least one token is noise.
+    sizes = ('modulus', 'num_names')
+    large_enough(self, 'vocab_size', self._first_noise + 1, *sizes)
+    large_enough(self, 'seq_len', 3 + WIDTH * self._num_lines, *steps)
 
   @property
   def _num_lines(self) -> int:
@@ -123,10 +106,8 @@ class Arithmetic(Task):
     lines[:, 4] = FIRST_NUMBER + numbers
 
     # BOS, QUERY and the name asked for leave T - 3 places to statements and to
-    # noise. Drawn are the places of statements where each counts as one, and
-    # which of them are the steps'.
-    gaps = rng.choice(T - 3 - (WIDTH - 1) * n, n, replace=False, shuffle=False)
-    begins = 1 + np.sort(gaps) + (WIDTH - 1) * np.arange(n)
+    # noise. Drawn are those of statements, and which of them are the steps'.
+    begins = 1 + spread(rng, n, WIDTH, T - 3)
     turns = rng.permutation(n)
     turns[:m].sort()
     places = begins[turns, None] + np.arange(WIDTH)
@@ -137,14 +118,10 @@ class Arithmetic(Task):
     tokens[places] = lines
     tokens[-2:] = QUERY, names[m - 1]
     answer = (first + (signs * numbers)[:m].sum()) % self.modulus
-    labels = np.zeros(T, np.int32)
-    labels[-1] = FIRST_NUMBER + answer
-    weights = np.zeros(T, np.float32)
-    weights[-1] = 1
     relevant = np.zeros(T, bool)
     relevant[places[:m]] = True
-    return Example(
-      tokens=tokens, labels=labels, weights=weights, relevant=relevant
+    return scored(
+      tokens, [-1], answers=FIRST_NUMBER + answer, relevant=relevant
     )
 
   def solve(self, tokens: np.ndarray) -> np.ndarray:

@@ -7,7 +7,8 @@ import functools
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from longctx.tasks.task import Example, Task
+from longctx.tasks.checks import at_least, large_enough, not_negative
+from longctx.tasks.task import Example, Task, scored
 
 BOS = 0
 
@@ -60,20 +61,10 @@ class BigramBackcopy(Task):
   chain_seed: int = 0
 
   def __post_init__(self):
-    if self.seq_len < 1:
-      raise ValueError(f'seq_len={self.seq_len} must be at least 1')
-    if self.num_triggers < 0 or self.chain_seed < 0:
-      raise ValueError(
-        f'num_triggers={self.num_triggers} and chain_seed={self.chain_seed} '
-        'must not be negative'
-      )
-    smallest = self.num_triggers + 3
-    if self.vocab_size < smallest:
-      raise ValueError(
-        f'vocab_size={self.vocab_size} is too small for num_triggers='
-        f'{self.num_triggers}: BOS and two symbols that are no triggers need '
-        f'vocab_size >= {smallest}'
-      )
+    at_least(self, 1, 'seq_len')
+    not_negative(self, 'num_triggers', 'chain_seed')
+    # BOS, and two symbols that are no triggers.
+    large_enough(self, 'vocab_size', self.num_triggers + 3, 'num_triggers')
     if not 0 < self.concentration < np.inf:
       raise ValueError(
         f'concentration={self.concentration} must be positive and finite'
@@ -124,8 +115,7 @@ class BigramBackcopy(Task):
         before, current = current, bisect.bisect_right(rows[current], u)
       stream.append(current)
     tokens = np.array(stream, np.int32)
-    weights = np.ones(self.seq_len, np.float32)
-    return Example(tokens=tokens[:-1], labels=tokens[1:], weights=weights)
+    return scored(tokens[:-1], slice(None), labels=tokens[1:])
 
   def solve(self, tokens: np.ndarray) -> np.ndarray:
     """The token before a trigger, the likeliest successor of the others."""

@@ -10,6 +10,7 @@ import sysconfig
 import numpy as np
 import tensorflow_datasets as tfds
 
+from longctx.tasks.checks import at_least
 from longctx.tasks.task import (
   NUM_BUCKETS,
   SPLITS,
@@ -87,8 +88,7 @@ class BytesLM(Task):
         f'path={self.path!r} and tfds_name={self.tfds_name!r} are both set: '
         'the text comes from one of them'
       )
-    if self.seq_len < 1:
-      raise ValueError(f'seq_len={self.seq_len} must be at least 1')
+    at_least(self, 1, 'seq_len')
     for split in SPLITS:
       text = self.text(split)
       if len(text) < self.seq_len + 1:

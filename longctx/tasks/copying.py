@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from longctx.tasks.task import Example, Task, next_token_labels
+from longctx.tasks.checks import at_least, large_enough
+from longctx.tasks.task import Example, Task, scored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,19 +43,16 @@ class Copying(Task):
   max_length: int = 0
 
   def __post_init__(self):
-    if self.num_symbols < 1:
-      raise ValueError(f'num_symbols={self.num_symbols} must be at least 1')
+    at_least(self, 1, 'num_symbols')
     low, high = self.lengths
     if not 1 <= low <= high:
       raise ValueError(
         f'string lengths from {low} to {high}: they need '
         f'1 <= min_length <= max_length at seq_len={self.seq_len}'
       )
-    if self.seq_len < 2 * high + 1:
-      raise ValueError(
-        f'seq_len={self.seq_len} is too short for strings of {high} symbols: '
-        f'two copies and a separator need seq_len >= {2 * high + 1}'
-      )
+    large_enough(
+      self, 'seq_len', 2 * high + 1, f'two strings of {high} and a separator'
+    )
 
   @property
   def lengths(self) -> tuple[int, int]:
@@ -77,11 +75,7 @@ class Copying(Task):
     tokens = np.zeros(self.seq_len, np.int32)
     tokens[:n] = string
     tokens[n + 1 : 2 * n + 1] = string
-    weights = np.zeros(self.seq_len, np.float32)
-    weights[n : 2 * n] = 1
-    return Example(
-      tokens=tokens, labels=next_token_labels(tokens), weights=weights
-    )
+    return scored(tokens, slice(n, 2 * n))
 
   def solve(self, tokens: np.ndarray) -> np.ndarray:
     """The first 0 is the separator; the string before it comes again."""

@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from longctx.tasks.task import Example, Task
+from longctx.tasks.checks import large_enough
+from longctx.tasks.task import Example, Task, scored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,16 +55,8 @@ class Induction(Task):
         f'min_period={low} and max_period={high} must satisfy '
         '1 <= min_period <= max_period'
       )
-    if high > self.vocab_size - 1:
-      raise ValueError(
-        f'vocab_size={self.vocab_size} is too small for permutations of '
-        f'max_period={high}: it needs vocab_size >= {high + 1}'
-      )
-    if self.seq_len < high + 2:
-      raise ValueError(
-        f'seq_len={self.seq_len} is too short for max_period={high}: a scored '
-        f'repeat needs seq_len >= {high + 2}'
-      )
+    large_enough(self, 'vocab_size', high + 1, 'max_period')
+    large_enough(self, 'seq_len', high + 2, 'max_period')
 
   @property
   def chance(self) -> float:
@@ -97,9 +90,8 @@ class Induction(Task):
     symbols = 1 + rng.permutation(self.vocab_size - 1)[:period]
     stream = np.zeros(self.seq_len + 1, np.int32)
     stream[1:] = np.resize(symbols, self.seq_len)
-    weights = np.zeros(self.seq_len, np.float32)
-    weights[0 if self.score_first else period + 1 :] = 1
-    return Example(tokens=stream[:-1], labels=stream[1:], weights=weights)
+    places = slice(0 if self.score_first else period + 1, None)
+    return scored(stream[:-1], places, labels=stream[1:])
 
   def solve(self, tokens: np.ndarray) -> np.ndarray:
     """What came after a token the last time, or what is likeliest."""

@@ -7,7 +7,8 @@ import functools
 import numpy as np
 from jaxtyping import Float64, Int
 
-from longctx.tasks.task import Example, Task
+from longctx.tasks.checks import at_least
+from longctx.tasks.task import Example, Task, scored
 
 # Sequences whose mean is the ceiling, and how many entries their counts of
 # pairs may have: beyond 22 states there are fewer.
@@ -54,8 +55,7 @@ class Markov(Task):
   num_states: int = 3
 
   def __post_init__(self):
-    if self.seq_len < 1:
-      raise ValueError(f'seq_len={self.seq_len} must be at least 1')
+    at_least(self, 1, 'seq_len')
     if self.num_states < 2:
       raise ValueError(
         f'num_states={self.num_states} must be at least 2: one state is always '
@@ -88,8 +88,7 @@ class Markov(Task):
     for u in rng.random(self.seq_len).tolist():
       stream.append(bisect.bisect_right(rows[stream[-1]], u))
     tokens = np.array(stream, np.int32)
-    weights = np.ones(self.seq_len, np.float32)
-    return Example(tokens=tokens[:-1], labels=tokens[1:], weights=weights)
+    return scored(tokens[:-1], slice(None), labels=tokens[1:])
 
   def solve(self, tokens: np.ndarray) -> np.ndarray:
     """The most frequent successor so far."""

@@ -5,7 +5,8 @@ import functools
 
 import numpy as np
 
-from longctx.tasks.task import Example, Task
+from longctx.tasks.checks import at_least, large_enough, one_of
+from longctx.tasks.task import Example, Task, scored
 
 FILLERS = ('clean', 'zero', 'zoology')
 
@@ -53,30 +54,15 @@ class MQAR(Task):
   filler: str = 'clean'
 
   def __post_init__(self):
-    if self.filler not in FILLERS:
-      raise ValueError(
-        f'unknown filler={self.filler!r}; known: {", ".join(FILLERS)}'
-      )
-    if self.num_pairs < 1:
-      raise ValueError(f'num_pairs={self.num_pairs} must be at least 1')
+    one_of(self, 'filler', FILLERS)
+    at_least(self, 1, 'num_pairs')
     if not 0 <= self.min_pairs <= self.num_pairs:
       raise ValueError(
         f'min_pairs={self.min_pairs} must be 0 or up to num_pairs='
         f'{self.num_pairs}'
       )
-    smallest = 4 * self.num_pairs
-    if self.seq_len < smallest:
-      raise ValueError(
-        f'seq_len={self.seq_len} is too short for num_pairs={self.num_pairs}: '
-        f'pairs and queries need seq_len >= {smallest}'
-      )
-    num_keys = self.vocab_size // 2 - 1
-    if self.num_pairs > num_keys:
-      raise ValueError(
-        f'vocab_size={self.vocab_size} has {max(num_keys, 0)} keys for '
-        f'num_pairs={self.num_pairs}: it needs vocab_size >= '
-        f'{2 * (self.num_pairs + 1)}'
-      )
+    large_enough(self, 'seq_len', 4 * self.num_pairs, 'num_pairs')
+    large_enough(self, 'vocab_size', 2 * (self.num_pairs + 1), 'num_pairs')
     if self.power_a <= 0:
       raise ValueError(f'power_a={self.power_a} must be positive; 1 is uniform')
 
@@ -100,11 +86,7 @@ class MQAR(Task):
     tokens[0 : 2 * n : 2] = keys
     tokens[1 : 2 * n : 2] = values
     tokens[queries] = keys
-    labels = np.zeros(T, np.int32)
-    labels[queries] = values
-    weights = np.zeros(T, np.float32)
-    weights[queries] = 1
-    return Example(tokens=tokens, labels=labels, weights=weights)
+    return scored(tokens, queries, answers=values)
 
   def solve(self, tokens: np.ndarray) -> np.ndarray:
     """The answer stands after the first occurrence of the key."""

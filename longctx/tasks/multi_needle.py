@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from longctx.tasks.task import Example, Task, next_token_labels
+from longctx.tasks.checks import at_least, large_enough, one_of
+from longctx.tasks.task import Example, Task, filler_tokens, scored, spread
 
 BOS, NEEDLE, QUERY, FIRST_SYMBOL = 0, 1, 2, 3
 FILLERS = ('random', 'repeat')
@@ -54,32 +55,20 @@ class MultiNeedle(Task):
   filler: str = 'random'
 
   def __post_init__(self):
-    if self.filler not in FILLERS:
-      raise ValueError(
-        f'unknown filler={self.filler!r}; known: {", ".join(FILLERS)}'
-      )
-    for name in ('num_symbols', 'value_length'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+    one_of(self, 'filler', FILLERS)
+    at_least(self, 1, 'num_symbols', 'value_length')
     if not 1 <= self.num_queries <= self.num_needles <= self.num_keys:
       raise ValueError(
         f'num_queries={self.num_queries}, num_needles={self.num_needles} and '
         f'num_keys={self.num_keys} must satisfy '
         '1 <= num_queries <= num_needles <= num_keys'
       )
-    if self.vocab_size <= self._first_filler:
-      raise ValueError(
-        f'vocab_size={self.vocab_size} leaves no filler token beside '
-        f'num_symbols={self.num_symbols}, num_keys={self.num_keys} and BOS, '
-        f'NEEDLE, QUERY: it needs vocab_size >= {self._first_filler + 1}'
-      )
+    # At least one token is filler.
+    sizes = ('num_symbols', 'num_keys')
+    large_enough(self, 'vocab_size', self._first_filler + 1, *sizes)
     smallest = (self.num_needles + self.num_queries) * (self.value_length + 2)
-    if self.seq_len < smallest:
-      raise ValueError(
-        f'seq_len={self.seq_len} is too short for num_needles='
-        f'{self.num_needles} and num_queries={self.num_queries} with '
-        f'value_length={self.value_length}: they need seq_len >= {smallest}'
-      )
+    needles = ('num_needles', 'num_queries', 'value_length')
+    large_enough(self, 'seq_len', smallest, *needles)
 
   @property
   def _first_key(self) -> int:
@@ -107,27 +96,22 @@ class MultiNeedle(Task):
     queries[:, 0] = QUERY
 
     # The last symbol of the last answer is a label alone, so that BOS, needles,
-    # filler and queries fill T + 1 places. Drawn are the needles' places where
-    # each counts as one.
+    # filler and queries fill T + 1 places.
     first_query = T + 1 - m * width
-    gaps = rng.choice(
-      first_query - 1 - n * (width - 1), n, replace=False, shuffle=False
+    begins = 1 + spread(rng, n, width, first_query - 1)
+    repeat = self.filler == 'repeat'
+    tokens = filler_tokens(
+      rng, self._first_filler, self.vocab_size, T + 1, repeat=repeat
     )
-    begins = 1 + np.sort(gaps) + (width - 1) * np.arange(n)
-    tokens = self._filler(rng)
     tokens[0] = BOS
     tokens[begins[:, None] + np.arange(width)] = needles
     tokens[first_query:] = queries.ravel()
-    weights = np.zeros(T + 1, np.float32)
     # An answer is predicted from its key and from all its symbols but the last.
-    weights[first_query:].reshape(m, width)[:, 1:-1] = 1
+    places = np.arange(first_query, T + 1).reshape(m, width)[:, 1:-1]
     relevant = np.zeros(T, bool)
     relevant[begins[asked, None] + np.arange(width)] = True
-    return Example(
-      tokens=tokens[:-1],
-      labels=next_token_labels(tokens)[:-1],
-      weights=weights[:-1],
-      relevant=relevant,
+    return scored(
+      tokens[:-1], places.ravel(), labels=tokens[1:], relevant=relevant
     )
 
   def solve(self, tokens: np.ndarray) -> np.ndarray:
@@ -143,10 +127,3 @@ class MultiNeedle(Task):
     for place in np.flatnonzero(tokens == QUERY):
       answers[place + 1 + offsets] = values[tokens[place + 1]]
     return answers
-
-  def _filler(self, rng: np.random.Generator) -> np.ndarray:
-    """int32[T + 1] of filler, to be overwritten by everything else."""
-    first, last, size = self._first_filler, self.vocab_size, self.seq_len + 1
-    if self.filler == 'repeat':
-      return np.resize(np.arange(first, last, dtype=np.int32), size)
-    return rng.integers(first, last, size=size, dtype=np.int32)

@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from longctx.tasks.task import Example, Task, next_token_labels
+from longctx.tasks.checks import at_least, one_of
+from longctx.tasks.task import Example, Task, next_token_labels, scored
 
 PAD, BOS, SEP, FIRST_SYMBOL = 0, 1, 2, 3
 KEYS = ('prefix', 'suffix')
@@ -63,11 +64,8 @@ class NgramLookup(Task):
   max_length: int = 0
 
   def __post_init__(self):
-    if self.key not in KEYS:
-      raise ValueError(f'unknown key={self.key!r}; known: {", ".join(KEYS)}')
-    for name in ('num_symbols', 'key_length', 'answer_length'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+    one_of(self, 'key', KEYS)
+    at_least(self, 1, 'num_symbols', 'key_length', 'answer_length')
     low, high = self.lengths
     if self.seq_len < high + self._overhead or high < self._shortest:
       high = max(high, self._shortest)
@@ -130,9 +128,8 @@ class NgramLookup(Task):
     labels = next_token_labels(tokens)[:-1]
     # The answer's last symbol is a label alone.
     tokens[len(whole) - 1] = PAD
-    weights = np.zeros(self.seq_len, np.float32)
-    weights[len(whole) - 1 - self.answer_length : len(whole) - 1] = 1
-    return Example(tokens=tokens[:-1], labels=labels, weights=weights)
+    places = slice(len(whole) - 1 - self.answer_length, len(whole) - 1)
+    return scored(tokens[:-1], places, labels=labels)
 
   def _draw(
     self, rng: np.random.Generator, length: int

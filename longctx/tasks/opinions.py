@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from longctx.tasks.task import Example, Task
+from longctx.tasks.checks import at_least, large_enough, one_of
+from longctx.tasks.task import Example, Task, scored
 
 PAD, BOS, FACT, OPINION, DOUBT, SENTENCE = range(6)
 QUERY, NEUTRAL, ANSWER, REWRITE, END = range(6, 11)
@@ -120,28 +121,14 @@ class Opinions(Task):
   depth: float = -1.0
 
   def __post_init__(self):
-    for name, known in (
-      ('condition', CONDITIONS),
-      ('instruction', INSTRUCTIONS),
-    ):
-      if (value := getattr(self, name)) not in known:
-        raise ValueError(f'unknown {name}={value!r}; known: {", ".join(known)}')
+    one_of(self, 'condition', CONDITIONS)
+    one_of(self, 'instruction', INSTRUCTIONS)
     for name in ('agree', 'stale', 'rewrite', 'neutral'):
       if not 0 <= getattr(self, name) <= 1:
         raise ValueError(f'{name}={getattr(self, name)} must be in [0, 1]')
-    for name, least in dict(
-      num_facts=0,
-      num_in_topic=0,
-      num_mentions=1,
-      num_opinions=1,
-      num_units=0,
-      num_values=2,
-      num_words=1,
-    ).items():
-      if getattr(self, name) < least:
-        raise ValueError(
-          f'{name}={getattr(self, name)} must be at least {least}'
-        )
+    at_least(self, 0, 'num_facts', 'num_in_topic', 'num_units')
+    at_least(self, 1, 'num_mentions', 'num_opinions', 'num_words')
+    at_least(self, 2, 'num_values')
     if self.num_in_topic >= self.num_names:
       raise ValueError(
         f'num_names={self.num_names} must be above num_in_topic='
@@ -162,13 +149,13 @@ class Opinions(Task):
         f'num_units={self.num_units} must be 0 or at least the {needed} units '
         'of facts and opinions'
       )
-    smallest = UNIT * max(needed, self.num_units) + self._rest
-    if self.seq_len < smallest:
-      raise ValueError(
-        f'seq_len={self.seq_len} is too short for {max(needed, self.num_units)}'
-        f' units, the question and what is to be written: they need seq_len >= '
-        f'{smallest}'
-      )
+    most = max(needed, self.num_units)
+    large_enough(
+      self,
+      'seq_len',
+      UNIT * most + self._rest,
+      f'{most} units, the question and what is to be written',
+    )
 
   @property
   def _written(self) -> int:
@@ -328,16 +315,13 @@ class Opinions(Task):
     tokens = np.full(self.seq_len + 1, PAD, np.int32)
     whole = np.concatenate([read, written])
     tokens[: len(whole)] = whole
-    weights = np.zeros(self.seq_len, np.float32)
-    weights[len(read) - 1 : len(whole) - 1] = 1
+    places = slice(len(read) - 1, len(whole) - 1)
     # What an answer is worth is not for whoever reads it to see.
     labels = tokens[1:].copy()
     tokens = tokens[:-1]
     if instruction.endswith('answer'):
       tokens = np.where(np.arange(self.seq_len) < len(read), tokens, PAD)
-    return Example(
-      tokens=tokens, labels=labels, weights=weights, relevant=relevant
-    )
+    return scored(tokens, places, labels=labels, relevant=relevant)
 
   def read(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     """(units, question, length of the prompt) of an example's tokens."""

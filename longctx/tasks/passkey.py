@@ -4,7 +4,14 @@ import dataclasses
 
 import numpy as np
 
-from longctx.tasks.task import Example, Task, next_token_labels
+from longctx.tasks.checks import large_enough, one_of
+from longctx.tasks.task import (
+  Example,
+  Task,
+  filler_tokens,
+  next_token_labels,
+  scored,
+)
 
 BOS, KEY, QUERY, FIRST_SYMBOL = 0, 1, 2, 3
 FILLERS = ('random', 'repeat')
@@ -49,31 +56,23 @@ class Passkey(Task):
   filler: str = 'random'
 
   def __post_init__(self):
-    if self.filler not in FILLERS:
-      raise ValueError(
-        f'unknown filler={self.filler!r}; known: {", ".join(FILLERS)}'
-      )
+    one_of(self, 'filler', FILLERS)
     if not 1 <= self.key_length <= self.num_symbols:
       raise ValueError(
         f'key_length={self.key_length} must be between 1 and '
         f'num_symbols={self.num_symbols}: no symbol comes twice in a key'
       )
-    if self.vocab_size <= FIRST_SYMBOL + self.num_symbols:
-      raise ValueError(
-        f'vocab_size={self.vocab_size} leaves no filler token beside '
-        f'num_symbols={self.num_symbols} and BOS, KEY, QUERY: it needs '
-        f'vocab_size >= {FIRST_SYMBOL + self.num_symbols + 1}'
-      )
-    smallest = 2 * self.key_length + 2
-    if self.seq_len < smallest:
-      raise ValueError(
-        f'seq_len={self.seq_len} is too short for key_length='
-        f'{self.key_length}: key and query need seq_len >= {smallest}'
-      )
+    # At least one token is filler.
+    large_enough(self, 'vocab_size', self._first_filler + 1, 'num_symbols')
+    large_enough(self, 'seq_len', 2 * self.key_length + 2, 'key_length')
     if self.depth > 1:
       raise ValueError(
         f'depth={self.depth} must be in [0, 1], or negative to draw it'
       )
+
+  @property
+  def _first_filler(self) -> int:
+    return FIRST_SYMBOL + self.num_symbols
 
   @property
   def chance(self) -> float:
@@ -86,7 +85,13 @@ class Passkey(Task):
     query = T - n
     # KEY may stand anywhere from 1 to the last place that ends before QUERY.
     place = 1 + round(depth * (query - n - 2))
-    tokens = self._filler(rng)
+    tokens = filler_tokens(
+      rng,
+      self._first_filler,
+      self.vocab_size,
+      T,
+      repeat=self.filler == 'repeat',
+    )
     tokens[0] = BOS
     tokens[place] = KEY
     tokens[place + 1 : place + 1 + n] = key
@@ -94,18 +99,9 @@ class Passkey(Task):
     tokens[query + 1 :] = key[:-1]
     labels = next_token_labels(tokens)
     labels[-1] = key[-1]
-    weights = np.zeros(T, np.float32)
-    weights[query:] = 1
-    return Example(tokens=tokens, labels=labels, weights=weights)
+    return scored(tokens, slice(query, None), labels=labels)
 
   def solve(self, tokens: np.ndarray) -> np.ndarray:
     """The answer is what stands after KEY."""
     key = tokens[np.flatnonzero(tokens == KEY)[0] + 1 :][: self.key_length]
     return np.concatenate([np.zeros(self.seq_len - len(key), int), key])
-
-  def _filler(self, rng: np.random.Generator) -> np.ndarray:
-    """int32[T] of filler, to be overwritten by everything else."""
-    first, last = FIRST_SYMBOL + self.num_symbols, self.vocab_size
-    if self.filler == 'repeat':
-      return np.resize(np.arange(first, last, dtype=np.int32), self.seq_len)
-    return rng.integers(first, last, size=self.seq_len, dtype=np.int32)

@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from longctx.tasks.task import Example, Task, next_token_labels
+from longctx.tasks.checks import at_least, large_enough, not_negative
+from longctx.tasks.task import Example, Task, next_token_labels, scored
 
 PAD, ENTRY, COLON, QUERY, FIRST_DIGIT, FIRST_LETTER = 0, 1, 2, 3, 4, 14
 
@@ -46,20 +47,18 @@ class PhoneBook(Task):
   num_entries: int = 0
 
   def __post_init__(self):
-    for name in ('num_letters', 'name_length', 'number_length'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
-    if self.num_entries < 0:
-      raise ValueError(f'num_entries={self.num_entries} must not be negative')
+    at_least(self, 1, 'num_letters', 'name_length', 'number_length')
+    not_negative(self, 'num_entries')
     # The last digit of the answer is a label alone.
     fewest = max(self.num_entries, 1)
-    smallest = (fewest + 1) * self._width - 1
-    if self.seq_len < smallest:
-      raise ValueError(
-        f'seq_len={self.seq_len} is too short for a book of {fewest} with '
-        f'name_length={self.name_length} and number_length='
-        f'{self.number_length}: entries and query need seq_len >= {smallest}'
-      )
+    large_enough(
+      self,
+      'seq_len',
+      (fewest + 1) * self._width - 1,
+      f'a book of {fewest} entries',
+      'name_length',
+      'number_length',
+    )
     if not self.entries <= self._num_names < 2**63:
       raise ValueError(
         f'num_letters={self.num_letters} and name_length={self.name_length} '
@@ -112,9 +111,8 @@ class PhoneBook(Task):
     tokens[:end] = lines.ravel()[:-1]
     labels = next_token_labels(tokens)
     labels[end - 1] = lines[n, -1]
-    weights = np.zeros(self.seq_len, np.float32)
-    weights[end - self.number_length : end] = 1
-    return Example(tokens=tokens, labels=labels, weights=weights)
+    places = slice(end - self.number_length, end)
+    return scored(tokens, places, labels=labels)
 
   def solve(self, tokens: np.ndarray) -> np.ndarray:
     """The number in the entry that has the query's name."""

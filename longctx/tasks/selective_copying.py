@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from longctx.tasks.task import Example, Task
+from longctx.tasks.checks import at_least, large_enough
+from longctx.tasks.task import Example, Task, scored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,16 +38,8 @@ class SelectiveCopying(Task):
   num_kept: int = 16
 
   def __post_init__(self):
-    if self.num_symbols < 1 or self.num_kept < 1:
-      raise ValueError(
-        f'num_symbols={self.num_symbols} and num_kept={self.num_kept} must be '
-        'at least 1'
-      )
-    if self.seq_len < 2 * self.num_kept:
-      raise ValueError(
-        f'seq_len={self.seq_len} is too short for num_kept={self.num_kept}: '
-        f'symbols and markers need seq_len >= {2 * self.num_kept}'
-      )
+    at_least(self, 1, 'num_symbols', 'num_kept')
+    large_enough(self, 'seq_len', 2 * self.num_kept, 'num_kept')
 
   @property
   def vocab_size(self) -> int:
@@ -63,11 +56,7 @@ class SelectiveCopying(Task):
     tokens = np.zeros(T, np.int32)
     tokens[places] = symbols
     tokens[T - n :] = self.num_symbols + 1
-    labels = np.zeros(T, np.int32)
-    labels[T - n :] = symbols
-    weights = np.zeros(T, np.float32)
-    weights[T - n :] = 1
-    return Example(tokens=tokens, labels=labels, weights=weights)
+    return scored(tokens, slice(T - n, None), answers=symbols)
 
   def solve(self, tokens: np.ndarray) -> np.ndarray:
     """Marker i asks for the i-th token that is neither noise nor marker."""

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from longctx.tasks.checks import at_least, large_enough, not_negative
 from longctx.tasks.task import Example, Task, next_token_labels
 
 FACT, QUERY, FIRST_SYMBOL = 0, 1, 2
@@ -52,13 +53,8 @@ class StreamEval(Task):
   max_lag: int = 0
 
   def __post_init__(self):
-    for name in ('num_symbols', 'key_length', 'facts_per_query'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
-    if self.lag < 0 or self.max_lag < 0:
-      raise ValueError(
-        f'lag={self.lag} and max_lag={self.max_lag} must not be negative'
-      )
+    at_least(self, 1, 'num_symbols', 'key_length', 'facts_per_query')
+    not_negative(self, 'lag', 'max_lag')
     if max(self.lag, self.max_lag) > self.num_keys:
       raise ValueError(
         f'lag={self.lag} and max_lag={self.max_lag} must be at most '
@@ -66,12 +62,7 @@ class StreamEval(Task):
         'key_length'
       )
     blocks = -(-max(self.lag, 1) // self.facts_per_query)
-    shortest = blocks * self.block_len
-    if self.seq_len < shortest:
-      raise ValueError(
-        f'seq_len={self.seq_len} is too short for a query with '
-        f'lag={self.lag}: it needs seq_len >= {shortest}'
-      )
+    large_enough(self, 'seq_len', blocks * self.block_len, 'lag')
 
   @property
   def num_keys(self) -> int:

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import hashlib
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
@@ -123,6 +124,53 @@ def split_of(content: np.ndarray | bytes) -> str:
   """The split that some content belongs to, by a hash that never changes."""
   digest = hashlib.blake2b(content, digest_size=8).digest()
   return HELD_OUT.get(int.from_bytes(digest, 'little') % NUM_BUCKETS, 'train')
+
+
+def scored(
+  tokens: Int32[np.ndarray, ' T'],
+  places: slice | np.ndarray | list[int],
+  *,
+  labels: np.ndarray | None = None,
+  answers: Any = None,
+  relevant: np.ndarray | None = None,
+) -> Example:
+  """The example whose predictions count at some places, with weight 1.
+
+  Labels are those given, or `answers` at those places and 0 elsewhere, or else
+  the token after each.
+  """
+  weights = np.zeros(len(tokens), np.float32)
+  weights[places] = 1
+  if answers is not None:
+    labels = np.zeros_like(tokens)
+    labels[places] = answers
+  if labels is None:
+    labels = next_token_labels(tokens)
+  return Example(
+    tokens=tokens, labels=labels, weights=weights, relevant=relevant
+  )
+
+
+def filler_tokens(
+  rng: np.random.Generator, first: int, last: int, size: int, *, repeat: bool
+) -> Int32[np.ndarray, ' size']:
+  """Filler from `first` to last - 1: random, or in order over and over."""
+  if repeat:
+    return np.resize(np.arange(first, last, dtype=np.int32), size)
+  return rng.integers(first, last, size=size, dtype=np.int32)
+
+
+def spread(
+  rng: np.random.Generator, count: int, width: int, space: int
+) -> np.ndarray:
+  """Where spans of one width begin that lie apart, ascending, below `space`.
+
+  Uniform among all ways to place them: drawn are places where each counts as
+  one token.
+  """
+  shrunk = space - count * (width - 1)
+  begins = rng.choice(shrunk, count, replace=False, shuffle=False)
+  return np.sort(begins) + (width - 1) * np.arange(count)
 
 
 def next_token_labels(tokens: Int32[np.ndarray, ' T']) -> np.ndarray:

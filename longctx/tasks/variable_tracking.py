@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from longctx.tasks.task import Example, Task
+from longctx.tasks.checks import at_least, large_enough, not_negative
+from longctx.tasks.task import Example, Task, scored, spread
 
 BOS, ASSIGN, QUERY, FIRST_VALUE = 0, 1, 2, 3
 
@@ -57,34 +58,19 @@ class VariableTracking(Task):
   num_hops: int = 2
 
   def __post_init__(self):
-    if self.num_chains < 1:
-      raise ValueError(f'num_chains={self.num_chains} must be at least 1')
-    if self.num_hops < 0:
-      raise ValueError(f'num_hops={self.num_hops} must not be negative')
+    at_least(self, 1, 'num_chains')
+    not_negative(self, 'num_hops')
     if self.num_values < self.num_chains:
       raise ValueError(
         f'num_values={self.num_values} is too small for num_chains='
         f'{self.num_chains}: each has a value of its own'
       )
-    if self.num_variables < self._num_lines:
-      raise ValueError(
-        f'num_variables={self.num_variables} is too small for num_chains='
-        f'{self.num_chains} with num_hops={self.num_hops}: they need '
-        f'num_variables >= {self._num_lines}'
-      )
-    if self.vocab_size <= self._first_noise:
-      raise ValueError(
-        f'vocab_size={self.vocab_size} leaves no noise beside num_values='
-        f'{self.num_values}, num_variables={self.num_variables} and BOS, '
-        f'ASSIGN, QUERY: it needs vocab_size >= {self._first_noise + 1}'
-      )
-    smallest = 3 + 3 * self._num_lines
-    if self.seq_len < smallest:
-      raise ValueError(
-        f'seq_len={self.seq_len} is too short for num_chains='
-        f'{self.num_chains} with num_hops={self.num_hops}: assignments and '
-        f'query need seq_len >= {smallest}'
-      )
+    chains, lines = ('num_chains', 'num_hops'), self._num_lines
+    large_enough(self, 'num_variables', lines, *chains)
+    # At least one token is noise.
+    sizes = ('num_values', 'num_variables')
+    large_enough(self, 'vocab_size', self._first_noise + 1, *sizes)
+    large_enough(self, 'seq_len', 3 + 3 * lines, *chains)
 
   @property
   def _num_lines(self) -> int:
@@ -115,9 +101,8 @@ class VariableTracking(Task):
     lines = np.argsort(turns, kind='stable')
 
     # BOS, QUERY and the variable asked for leave T - 3 places to lines of 3
-    # tokens and to noise. Drawn are the lines' places where each counts as one.
-    gaps = rng.choice(T - 3 - 2 * n, n, replace=False, shuffle=False)
-    begins = 1 + np.sort(gaps) + 2 * np.arange(n)
+    # tokens and to noise.
+    begins = 1 + spread(rng, n, 3, T - 3)
     tokens = rng.integers(
       self._first_noise, self.vocab_size, size=T, dtype=np.int32
     )
@@ -128,16 +113,10 @@ class VariableTracking(Task):
     tokens[begins + 2] = sources.ravel()
     asked = int(rng.integers(C))
     tokens[-2:] = QUERY, variables[asked, -1]
-    labels = np.zeros(T, np.int32)
-    labels[-1] = values[asked]
-    weights = np.zeros(T, np.float32)
-    weights[-1] = 1
     relevant = np.zeros(T, bool)
     chain = begins.reshape(C, -1)[asked]
     relevant[chain[:, None] + np.arange(3)] = True
-    return Example(
-      tokens=tokens, labels=labels, weights=weights, relevant=relevant
-    )
+    return scored(tokens, [-1], answers=values[asked], relevant=relevant)
 
   def solve(self, tokens: np.ndarray) -> np.ndarray:
     """From the variable asked for, back until a value is reached."""
