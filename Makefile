@@ -1,9 +1,10 @@
-# make train | test | capabilities | lint | format | clean. Each makes its environment first,
+# make train | test | test-all | capabilities | lint | format | clean. Each makes its environment first,
 # when it is missing or older than what it is made from.
 #
 #   make test PYTHON=python3.12       another interpreter, in its own .venv-*
 #   make train ARGS='--config.seed=1' more arguments for the command
 #   make test ARGS='-k masks'
+#   make test-all                     the slow tail too: what `test` leaves out
 
 PYTHON ?= python3
 ARGS ?=
@@ -13,7 +14,7 @@ ARGS ?=
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 
-.PHONY: help train test capabilities lint format clean
+.PHONY: help train test test-all capabilities lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,7 +22,7 @@ help:
 
 # The stamp's name holds what an environment cannot survive: another build of
 # Python, or a checkout that moved. (`python3` may mean another one tomorrow.)
-NEEDS_VENV := $(filter train test capabilities lint format,$(MAKECMDGOALS))
+NEEDS_VENV := $(filter train test test-all capabilities lint format,$(MAKECMDGOALS))
 ifneq ($(NEEDS_VENV),)
 IDENTITY := $(shell $(PYTHON) -c 'import hashlib, os, sys; \
   key = repr((sys.version, sys.base_prefix, os.getcwd())).encode(); \
@@ -52,6 +53,10 @@ train: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+# What is marked slow, after the rest has passed.
+test-all: test
+	$(BIN)/python -m pytest -n auto -m slow $(ARGS)
 
 capabilities: $(INSTALLED)
 	$(BIN)/python -m tests.attention.capabilities -n auto $(ARGS)

@@ -77,6 +77,7 @@ def main() -> int:
     report = pathlib.Path(folder) / 'report.xml'
     # A process of its own: shapes are checked in what pytest imports first.
     command = [sys.executable, '-m', 'pytest', f'--junit-xml={report}']
+    command += ['-m', 'slow or not slow']
     code = subprocess.call([*command, *sys.argv[1:], str(SUITE)])
     found = passed(report) if report.exists() else set()
   # The page itself may be what is not current.

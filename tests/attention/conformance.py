@@ -457,10 +457,16 @@ CHECKS = {
 }
 
 
-def forget():
-  """Frees what the checks of a variant have compiled.
+_variants = set()
+
+
+def forget_all_but(variant: str):
+  """Frees what the checks of other variants have compiled.
 
   Not the small programs that all variants share.
   """
-  for cached in (make_layer, program, oracle, on_mesh):
-    cached.cache_clear()
+  if _variants - {variant}:
+    for cached in (make_layer, program, oracle, on_mesh):
+      cached.cache_clear()
+    _variants.clear()
+  _variants.add(variant)

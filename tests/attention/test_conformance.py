@@ -6,12 +6,12 @@ import pytest
 
 from longctx.attention import VARIANTS
 from longctx.attention.capabilities import CAPABILITIES
+from tests.attention import conformance
 from tests.attention.capabilities import PAGE, render
-from tests.attention.conformance import CHECKS, forget
 
 
 def test_every_capability_has_a_check():
-  assert list(CHECKS) == list(CAPABILITIES)
+  assert list(conformance.CHECKS) == list(CAPABILITIES)
 
 
 def test_page_of_capabilities_is_current():
@@ -23,28 +23,45 @@ def test_reasons_are_for_known_capabilities(variant):
   assert set(VARIANTS[variant].unsupported) <= set(CAPABILITIES)
 
 
+# What the inner loop leaves to `make test-all`: cells that cost most, for all
+# but a mask, a recurrence and a layer of both, which show them every time.
+SLOW = {
+  'eager',
+  'second_derivative',
+  'sharded_decode',
+  'short_conv',
+  *conformance.MESHES,
+  'pallas',
+}
+ALWAYS = ('sliding_window', 'gated_deltanet', 'window_linear')
+
+
+def cell(variant, capability):
+  # One worker for all of a variant, whose checks share compiled programs.
+  marks = [pytest.mark.xdist_group(variant)]
+  if capability in SLOW and variant not in ALWAYS:
+    marks.append(pytest.mark.slow)
+  name = f'{variant}-{capability}'
+  return pytest.param(variant, capability, marks=marks, id=name)
+
+
 @pytest.fixture(autouse=True)
-def forget_variant(request):
-  yield
-  if request.node.name.partition('@')[0].endswith(
-    f'-{list(CAPABILITIES)[-1]}]'
-  ):
-    forget()
+def forget_others(request):
+  """Frees the programs of a variant when the next one's turn comes."""
+  if 'variant' in request.fixturenames:
+    conformance.forget_all_but(request.getfixturevalue('variant'))
 
 
-# One worker for all of a variant, whose checks share compiled programs.
-@pytest.mark.parametrize('capability', CAPABILITIES)
 @pytest.mark.parametrize(
-  'variant',
-  [
-    pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in VARIANTS
-  ],
+  ('variant', 'capability'),
+  [cell(variant, name) for variant in VARIANTS for name in CAPABILITIES],
 )
 def test_variant_does_what_the_table_says(variant, capability, record_property):
   record_property('cell', f'{variant} {capability}')
   reason = VARIANTS[variant].unsupported.get(capability)
+  check = conformance.CHECKS[capability]
   if reason is None:
-    CHECKS[capability](variant)
+    check(variant)
   else:
     with pytest.raises(NotImplementedError, match=re.escape(reason)):
-      CHECKS[capability](variant)
+      check(variant)
