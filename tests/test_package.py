@@ -4,7 +4,6 @@ Imports are read from the syntax tree, so that a forbidden one is found even
 where it would work.
 """
 
-import ast
 import configparser
 import importlib
 import pathlib
@@ -15,27 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = pathlib.Path(__file__).parent.parent
-
-# Lowest first: a room imports from rooms below its own, and from no other of
-# its own row. All of the package's rooms stand here.
-LAYERS = (
-  ('typing',),
-  ('masks', 'tasks'),
-  ('ops',),
-  ('parallel',),
-  ('costs',),
-  ('attention',),
-  ('models',),
-  ('decoding', 'data'),
-  ('analysis',),
-  ('training',),
-  ('evaluation', 'plan'),
-  ('cli',),
-  # Shims, which `python -m` runs.
-  ('__main__', 'generate'),
-)
-LAYER = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+from tests import house
+from tests.house import LAYER, LIBRARY, ROOT, imported, modules
 
 # Pure functions of arrays need no more than these.
 PURE = {'jax', 'jaxtyping', 'numpy'}
@@ -47,56 +27,39 @@ OPTIONAL = {'tensorboardX', 'torch', 'transformers'}
 # Where the name to import is not the name to install.
 DISTRIBUTION = {'absl': 'absl-py', 'orbax': 'orbax-checkpoint'}
 
-
-def module_name(path):
-  parts = path.relative_to(ROOT).with_suffix('').parts
-  return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
-
-
-LIBRARY = {module_name(p): p for p in sorted(ROOT.glob('longctx/**/*.py'))}
-SCRIPTS = {
-  module_name(path): path
-  for pattern in ('*.py', 'configs/*.py', 'benchmarks/*.py')
-  for path in sorted(ROOT.glob(pattern))
-}
+SCRIPTS = modules('*.py', 'configs/*.py', 'benchmarks/*.py')
 # A module is checked as 'longctx.masks', not as a path of this machine.
 library_modules = pytest.mark.parametrize('name', LIBRARY)
 
 
-def imported(name, path):
-  """Yields (absolute module, is inside a function) for each import."""
-  package = name if path.name == '__init__.py' else name.rpartition('.')[0]
-
-  def visit(node, inside):
-    if isinstance(node, ast.Import):
-      yield from ((alias.name, inside) for alias in node.names)
-    elif isinstance(node, ast.ImportFrom):
-      base = node.module or ''
-      if node.level:
-        stem = package.split('.')[: len(package.split('.')) - node.level + 1]
-        base = '.'.join([*stem, base] if base else stem)
-      # 'from longctx.ops import rope' may name a module or a function.
-      for alias in node.names:
-        full = f'{base}.{alias.name}'
-        yield (full if full in LIBRARY else base), inside
-    function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    for child in ast.iter_child_nodes(node):
-      yield from visit(child, inside or function)
-
-  yield from visit(ast.parse(path.read_text()), False)
-
-
 def top(module):
-  """'longctx.ops.rope' -> 'ops'; '' for longctx itself and for others."""
-  parts = module.split('.')
+  """The room of a module of longctx, '' for others."""
   # What `python -m` runs stands on top, wherever it lies.
-  if parts[-1] == '__main__':
-    return parts[-1]
-  return parts[1] if parts[0] == 'longctx' and len(parts) > 1 else ''
+  if module.endswith('.__main__'):
+    return '__main__'
+  return house.room(module) if module.split('.')[0] == 'longctx' else ''
 
 
-def layer(name):
-  return LAYER[name] if name else len(LAYERS)
+@pytest.mark.parametrize('figure', house.GOALS)
+def test_the_house_is_in_order(figure):
+  if figure == 'lines':
+    pytest.skip('not there yet')
+  assert house.counts()[figure] <= house.GOALS[figure], (
+    '`python -m tests.house` says which arrows run up'
+  )
+
+
+def test_what_lies_loose_is_known():
+  loose = {path.stem for path in ROOT.glob('longctx/*.py')}
+  assert loose <= house.LOOSE, 'put it into the room of its purpose'
+
+
+@library_modules
+def test_only_command_lines_import_command_lines(name):
+  if top(name) == 'cli':
+    return
+  for module, _ in imported(name, LIBRARY[name]):
+    assert top(module) != 'cli', f'{name} imports {module}'
 
 
 @library_modules
@@ -115,7 +78,7 @@ def test_imports_point_one_way(name):
     there = top(module)
     if not there or there == here:
       continue
-    assert layer(there) < layer(here), f'{name} imports {module}, not below it'
+    assert LAYER[there] < LAYER[here], f'{name} imports {module}, not below it'
 
 
 def test_no_import_cycles():
@@ -149,7 +112,7 @@ def test_pure_layers_import_only_jax_and_numpy(name):
 
 @library_modules
 def test_config_dicts_stop_above_analysis(name):
-  if layer(top(name)) >= LAYER['training']:
+  if LAYER[top(name)] >= LAYER['training']:
     return
   for module, _ in imported(name, LIBRARY[name]):
     assert not module.startswith('ml_collections'), (

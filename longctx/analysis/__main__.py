@@ -1,8 +1,9 @@
 """Analysis of a trained model: `python -m longctx.analysis`."""
 
+import importlib
 import sys
 
-from longctx.cli.analyze import main
-
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  # By its name, as no room below the command lines imports them.
+  longctx = importlib.import_module('longctx.__main__')
+  sys.exit(longctx.main(['analysis', *sys.argv[1:]]))

@@ -1,8 +1,9 @@
 """Prepared datasets: `python -m longctx.data prepare`."""
 
+import importlib
 import sys
 
-from longctx.cli.prepare import main
-
 if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+  # By its name, as no room below the command lines imports them.
+  longctx = importlib.import_module('longctx.__main__')
+  sys.exit(longctx.main(['data', *sys.argv[1:]]))

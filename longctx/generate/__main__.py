@@ -1,8 +1,9 @@
 """Text generation by a trained model: `python -m longctx.generate`."""
 
+import importlib
 import sys
 
-from longctx.cli.generate import main
-
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  # By its name, as no room below the command lines imports them.
+  longctx = importlib.import_module('longctx.__main__')
+  sys.exit(longctx.main(['generate', *sys.argv[1:]]))

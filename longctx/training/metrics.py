@@ -15,8 +15,6 @@ import jax
 import numpy as np
 import tqdm
 
-import longctx
-
 PACKAGES = (
   'jax',
   'jaxlib',
@@ -234,7 +232,10 @@ class Progress:
 
 def versions() -> dict[str, Any]:
   """Python, packages, git commit and hardware, for versions.json."""
-  found = {'python': platform.python_version(), 'longctx': longctx.__version__}
+  found = {
+    'python': platform.python_version(),
+    'longctx': _version('longctx-jax'),
+  }
   found |= {name: _version(name) for name in PACKAGES}
   devices = jax.devices()
   return found | {
