@@ -1,4 +1,4 @@
-"""What attention on a mesh computes and sends, told without running it."""
+"""Attention costs on a mesh: blocks computed and bytes sent, by formula."""
 
 import dataclasses
 import math
@@ -56,7 +56,7 @@ def executed_blocks(
 
 @dataclasses.dataclass(frozen=True)
 class HopBlocks:
-  """Blocks that each of R devices computes, by when it has their keys.
+  """Attention blocks that each of R devices computes, by ring hop.
 
   Attributes:
     schedule: whose passes these are.
@@ -126,7 +126,7 @@ def _ranges(positions: Int[np.ndarray, ' L'], block: int) -> Range:
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-  """Bytes per token of what a device sends.
+  """Sizes in bytes per token of what a device sends.
 
   Attributes:
     q: a query of all the heads here.

@@ -1,4 +1,4 @@
-"""What a device of each kind has: memory, arithmetic, links.
+"""Chip specifications of TPUs and GPUs: memory, FLOP/s, links.
 
 A device is what JAX calls one: a chip, of TPU7x half a chip.
 """
@@ -10,7 +10,7 @@ GiB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-  """One device.
+  """Chip, or rather what JAX calls a device.
 
   Attributes:
     kind: as JAX names it.

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its text."""
+"""HLO costs: bytes that a compiled program sends, read from its text."""
 
 import collections
 import dataclasses
@@ -30,7 +30,7 @@ SCATTER, MEANWHILE = 'all-reduce-scatter', 'async_collective_fusion'
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """`name = shape opcode(operands), attributes`."""
+  """HLO instruction: `name = shape opcode(operands), attributes`."""
 
   name: str
   shape: str
@@ -41,7 +41,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class ProgramCost:
-  """What one run of a compiled program takes.
+  """Program cost of one run: memory and bytes sent.
 
   Attributes:
     device_bytes: held by one device: arguments, results and what lies between.

@@ -1,4 +1,4 @@
-"""What lies in a device's memory, read from the compiler's buffer assignment.
+"""Device memory by buffer, read from the compiler's buffer assignment.
 
 XLA writes, of every buffer, where it lies and when it is alive. What is listed
 here is alive at the moment when most is.
@@ -33,7 +33,7 @@ FROM_TEXT = (
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-  """Something large between arguments and results.
+  """Buffer of a temporary, between arguments and results.
 
   Attributes:
     name: of the instruction that makes it; of several alike, the first.

@@ -1,4 +1,4 @@
-"""What runs while a collective is under way, read from a scheduled program.
+"""Overlap of collectives with compute, read from a scheduled program.
 
 The text of a compiled program lists instructions in the order in which they
 start. A collective that is split into a start and a done is under way between
@@ -29,7 +29,7 @@ START, DONE = 'async-collective-start', 'async-collective-done'
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-  """One collective of a program.
+  """Collective transfer of a program, and what runs meanwhile.
 
   Attributes:
     name: of the instruction that starts it.
@@ -244,7 +244,7 @@ def last_name(source: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Collectives that are alike, as a line of a report.
+  """Group of collectives that are alike, as a line of a report.
 
   Attributes:
     kind: as in `hlo.KINDS`.

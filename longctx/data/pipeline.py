@@ -1,4 +1,4 @@
-"""Batches of task examples, in an order that nothing can change.
+"""Input pipeline: batches of task examples, in an order fixed by the seed.
 
   batches = make_iterator(task, split='train', batch_size=32, seed=0)
   batch = next(batches)            # {'tokens': int32[B, T], 'labels': ..., ...}
@@ -162,7 +162,7 @@ class Rows:
 
 
 class BatchIterator(Iterator[Batch]):
-  """Batches from Grain, with a position that is one number.
+  """Batch iterator over Grain, with a position that is one number.
 
   The position does not depend on workers or processes, so a run may be
   continued with another number of either.

@@ -1,4 +1,4 @@
-"""Tasks written down as TFDS datasets (ArrayRecord), without TensorFlow.
+"""Prepared datasets: tasks as TFDS (ArrayRecord), without TensorFlow.
 
 A prepared task is an ordinary TFDS dataset, `longctx_task/<task>_<digest>`,
 whose split 'train' holds examples 0, 1, 2 ... of the task's training split. The
@@ -29,7 +29,7 @@ VERSION = '1.0.0'
 
 @dataclasses.dataclass
 class TaskConfig(tfds.core.BuilderConfig):
-  """What TFDS is asked to write: a task, a seed, the length of each split."""
+  """TFDS builder config: a task, a seed, the length of each split."""
 
   task: Task | None = None
   seed: int = 0
@@ -40,7 +40,7 @@ class TaskConfig(tfds.core.BuilderConfig):
 with tfds.core.registered.skip_registration():
 
   class LongctxTask(tfds.core.GeneratorBasedBuilder):
-    """Writes the examples of a task in order."""
+    """TFDS builder that writes the examples of a task in order."""
 
     name = DATASET
     VERSION = tfds.core.Version(VERSION)

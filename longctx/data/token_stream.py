@@ -1,4 +1,4 @@
-"""A split of a task as one stream without an end."""
+"""Token stream: a split of a task without an end."""
 
 import dataclasses
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from longctx.tasks.bytes_lm import BOS, BytesLM
 
 
 class Piece(NamedTuple):
-  """Some tokens of a stream, [rows, count] each, as in `tasks.Example`."""
+  """Piece of a token stream, [rows, count] each, as in `tasks.Example`."""
 
   tokens: np.ndarray
   labels: np.ndarray
@@ -19,7 +19,7 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenStream:
-  """A split of a task without an end, addressable by position.
+  """Token stream without an end, addressable by position.
 
   Text is read from `rows` places on and begins anew where it ends. Of any other
   task it is one example after another.

@@ -27,8 +27,8 @@ from longctx.tasks import opinions
 from longctx.tasks.opinions import UNIT, Opinions
 
 
-class Question(NamedTuple):
-  """A test example, taken apart.
+class OpinionQuestion(NamedTuple):
+  """Question of a test example, taken apart.
 
   Attributes:
     units: int32[U, 4], the context.
@@ -57,18 +57,18 @@ class Question(NamedTuple):
 
 def questions(
   task: Opinions, *, seed: int, count: int, split: str = 'test'
-) -> list[Question]:
+) -> list[OpinionQuestion]:
   """Examples of a task whose instruction is to answer."""
   found = []
   for index in range(count):
     example = task.get(seed, split, index)
     units, about, end = task.read(example.tokens)
-    found.append(Question(units, about, int(example.labels[end - 1])))
+    found.append(OpinionQuestion(units, about, int(example.labels[end - 1])))
   return found
 
 
 class Rewritten(NamedTuple):
-  """What a model wrote in place of a context.
+  """Rewritten context, as a model wrote it.
 
   Attributes:
     units: int32[_, 4], those that the context holds.
@@ -109,7 +109,7 @@ def parse(written: np.ndarray, context: np.ndarray) -> Rewritten:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """A way from a question to its answer.
+  """System 2 Attention method: a way from a question to its answer.
 
   Attributes:
     instruction: what the answer is asked by.
@@ -192,7 +192,7 @@ class Answerer:
     self._key = jax.random.key(0)
 
   def rewrite(
-    self, asked: Sequence[Question], instruction: str
+    self, asked: Sequence[OpinionQuestion], instruction: str
   ) -> list[Rewritten]:
     """Writes the contexts anew."""
     tokens, _ = self._continue(
@@ -202,7 +202,7 @@ class Answerer:
     return [parse(row, q.units) for row, q in zip(tokens, asked, strict=True)]
 
   def answer(
-    self, asked: Sequence[Question], method: str, *, seed: int = 0
+    self, asked: Sequence[OpinionQuestion], method: str, *, seed: int = 0
   ) -> list[dict[str, Any]]:
     """Answers by a method; a row per question.
 
@@ -267,7 +267,7 @@ class Answerer:
     return np.asarray(tokens), stream
 
 
-def passed(question: Question, places: np.ndarray) -> dict[str, float]:
+def passed(question: OpinionQuestion, places: np.ndarray) -> dict[str, float]:
   """What a gate has kept of the context, as `kept` says of a rewritten one."""
   # BOS stands before the units, and the question behind them.
   units = (places - 1) // UNIT
@@ -279,7 +279,7 @@ def passed(question: Question, places: np.ndarray) -> dict[str, float]:
   }
 
 
-def kept(question: Question, rewritten: Rewritten) -> dict[str, Any]:
+def kept(question: OpinionQuestion, rewritten: Rewritten) -> dict[str, Any]:
   """What a rewritten context has of the original, and its errors by kind."""
   fact = question.units[question.facts]
   views = question.units[question.views]

@@ -1,4 +1,4 @@
-"""Where an endless stream stands, on disk, so that it can go on from there."""
+"""Stream log: results and cache of an endless stream, to resume from."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from longctx.training import metrics
 
 
 class StreamLog:
-  """The lines of a policy in stream.jsonl, and where its stream stands."""
+  """Stream log of a policy: its lines in stream.jsonl, and its cache."""
 
   def __init__(
     self, workdir: pathlib.Path, policy: str, what: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Endless streams: a trained model's loss when it keeps less than it read.
+"""Streaming evaluation: loss on an endless stream under a KV cache policy.
 
 One stream is read in constant memory by the same parameters, full attention
 exchanged for what a policy keeps (StreamingLLM, arXiv:2309.17453):
@@ -50,7 +50,7 @@ POLICIES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-  """How a stream is read.
+  """Streaming evaluation config: tokens, policies and cache size.
 
   Attributes:
     tokens: of the stream.

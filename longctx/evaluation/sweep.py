@@ -1,4 +1,4 @@
-"""Measures a trained workdir, at other values of a task's parameters."""
+"""Evaluation sweep of a trained workdir, over a parameter of its task."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ from longctx.training.runs import make_placement, resolve_model
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained:
-  """A finished or unfinished run, read back from its folder."""
+  """Trained run, finished or not, read back from its folder."""
 
   name: str
   config: ExperimentConfig
@@ -35,7 +35,7 @@ class Trained:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep:
-  """A task's field and the values it takes, in order.
+  """Sweep of a task's field over values, in order.
 
   Attributes:
     parameter: name of the field; '' measures the task as trained.
@@ -223,7 +223,7 @@ def merge_lines(
 
 
 class Parameters(NamedTuple):
-  """What a run has learned: `nnx.merge(graph, params)` is the model."""
+  """Trained parameters: `nnx.merge(graph, params)` is the model."""
 
   graph: nnx.GraphDef
   params: Any
@@ -248,7 +248,7 @@ def restore(run: Trained, step: int | None = None) -> Parameters:
 
 
 class _Measure:
-  """The trained parameters of one run."""
+  """Measurement of one run, by its trained parameters."""
 
   def __init__(self, run: Trained):
     self._run = run

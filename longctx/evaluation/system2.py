@@ -1,4 +1,4 @@
-"""Measures ways to answer where opinions contradict the facts.
+"""System 2 Attention, measured: answers where opinions contradict facts.
 
     python eval.py --workdir=runs/s2a --mode=s2a --questions=256 \
       --conditions=none,suggest_wrong --distractors=0,8,64,256
@@ -20,7 +20,12 @@ from flax import nnx
 
 from longctx import tasks
 from longctx.evaluation import sweep
-from longctx.evaluation.rewrite import METHODS, Answerer, Question, questions
+from longctx.evaluation.rewrite import (
+  METHODS,
+  Answerer,
+  OpinionQuestion,
+  questions,
+)
 from longctx.tasks.opinions import CONDITIONS, UNIT, Opinions
 from longctx.training import figures, metrics
 
@@ -44,7 +49,7 @@ MEANS = ('read', 'written', 'flops', 'seconds')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class S2AConfig:
-  """What is asked.
+  """System 2 Attention evaluation config: questions and methods.
 
   Attributes:
     conditions: of `tasks.opinions`.
@@ -193,7 +198,7 @@ def measure(
 
 
 def summary(
-  answerer: Answerer, asked: list[Question], method: str, batch_size: int
+  answerer: Answerer, asked: list[OpinionQuestion], method: str, batch_size: int
 ) -> dict[str, Any]:
   """Means over questions."""
   rows = []

@@ -1,4 +1,4 @@
-"""A ring's arithmetic against its traffic, layer by layer.
+"""Ring attention's arithmetic against its traffic, layer by layer.
 
 What a hop brings is computed while the next one is under way. Forward a block
 of scores takes two products, q kᵀ and p v; backward five: q kᵀ, dout vᵀ, and
@@ -63,7 +63,7 @@ class Pass:
 
 @dataclasses.dataclass(frozen=True)
 class LayerRing:
-  """What a ring does in layers that are alike.
+  """Ring attention of layers that are alike.
 
   Attributes:
     layer: as the config writes it.
@@ -82,7 +82,7 @@ class LayerRing:
 
 @dataclasses.dataclass(frozen=True)
 class Attended:
-  """The blocks of one kind of layer, and its ring where there is one.
+  """Attention of one kind of layer: its blocks, and its ring if it has one.
 
   Attributes:
     layer: as the config writes it.
@@ -176,7 +176,7 @@ def _attended(
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-  """Scores that are computed: `area` on the busiest device, and per block."""
+  """Attention scores computed on the busiest device, and per block."""
 
   area: float
   block_area: int

@@ -1,4 +1,4 @@
-"""What a step costs, put together from the program and the formulas."""
+"""Planner: cost of a training step, from its program and from formulas."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ from longctx.training.config import ExperimentConfig
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes of one device.
+  """Memory of one device in bytes, by part.
 
   Attributes:
     parameters: of which the device holds its shards, like the next two.
@@ -58,7 +58,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class StepFlops:
   """FLOPs of one step.
 
   Attributes:
@@ -75,7 +75,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """Seconds of a step, by formula: nothing was run.
+  """Step time in seconds, by formula: nothing was run.
 
   Attributes:
     compute: the busiest device's FLOPs at the assumed utilization.
@@ -93,7 +93,7 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """All that is known of a training step on a machine.
+  """Plan of a training step: memory, FLOPs, traffic and time on a machine.
 
   Attributes:
     topology: its name.
@@ -132,7 +132,7 @@ class Plan:
   link_bandwidth: float
   memory: Memory
   refusal: str
-  work: Work
+  work: StepFlops
   wire_bytes: dict[str, int]
   collectives: list[overlap.Group]
   attention: list[hops.Attended]
@@ -239,7 +239,7 @@ def shard_bytes(tree: Any) -> int:
 def _work(
   step: Step,
   attention: Sequence[hops.Attended],
-) -> Work:
+) -> StepFlops:
   T, rows = step.task.seq_len, step.config.batch_size
   forward = rows * step.module.flops(T)
   mixing = sum(
@@ -255,11 +255,11 @@ def _work(
     for kind in attention
   )
   repeats = 4 if step.model.remat == 'full' else 3
-  return Work(3.0 * forward, repeats * dense + blocks, again)
+  return StepFlops(3.0 * forward, repeats * dense + blocks, again)
 
 
 def _estimate(
-  work: Work,
+  work: StepFlops,
   attention: Sequence[hops.Attended],
   found: Sequence[overlap.Transfer],
   step: Step,

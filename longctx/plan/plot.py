@@ -1,4 +1,4 @@
-"""A plan as a picture: memory by part, and hops as a timeline."""
+"""Figure of a plan: memory by part, and hops as a timeline."""
 
 import dataclasses
 import pathlib

@@ -1,4 +1,4 @@
-"""The training step of a config, compiled for a machine that is not there."""
+"""Ahead-of-time compilation of a training step, for a machine elsewhere."""
 
 import dataclasses
 import pathlib
@@ -32,7 +32,7 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """A training step that can be compiled.
+  """Training step, traced and ready to compile.
 
   Attributes:
     config: of the run.
@@ -57,7 +57,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What the compiler made of a step.
+  """Compiled program of a step: its text and memory.
 
   Attributes:
     text: of the scheduled program.

@@ -1,4 +1,4 @@
-"""A plan as text to read, and as JSON."""
+"""Report of a plan: text to read, and JSON."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence

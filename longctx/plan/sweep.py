@@ -1,4 +1,4 @@
-"""Which scheme, layout, remat policy and mesh suit a machine."""
+"""Sweep over schemes, layouts, remat policies and meshes of a machine."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ MOST = 12
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """What a sweep varies.
+  """Choice of scheme, layout, remat policy and mesh.
 
   Attributes:
     scheme: of attention.
@@ -39,7 +39,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """What became of a choice.
+  """Result of a choice in a sweep.
 
   Attributes:
     choice: what was tried.

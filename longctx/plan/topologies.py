@@ -1,4 +1,4 @@
-"""The devices of a machine that is not there, as its compiler describes them.
+"""TPU and GPU topologies, as compilers describe them, without the machine.
 
 A TPU's compiler is in libtpu, a GPU's in JAX's CUDA plugin; both run anywhere.
 """

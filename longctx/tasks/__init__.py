@@ -1,4 +1,4 @@
-"""Tasks: what a model is trained and measured on, one file each.
+"""Synthetic tasks and text to train and measure models on, one file each.
 
 task = make_task('mqar', num_pairs=8)
 example = task.get(seed=0, split='train', index=7)

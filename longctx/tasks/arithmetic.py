@@ -16,7 +16,7 @@ WIDTH = 5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arithmetic(Task):
-  """Statements about quantities, not all of use; the query asks for one.
+  """Arithmetic among irrelevant statements; the query asks for one quantity.
 
   Tokens: 0 BOS, 1 EQUALS, 2 PLUS, 3 MINUS, 4 QUERY, then the numbers from 0 to
   modulus - 1, then names of quantities, then noise up to the vocabulary's end.

@@ -1,4 +1,4 @@
-"""BigramBackcopy: a chain of bigrams that some tokens interrupt with a copy."""
+"""Bigram-backcopy: a Markov chain of bigrams, where triggers copy backwards."""
 
 import bisect
 import dataclasses
@@ -15,7 +15,7 @@ BOS = 0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BigramBackcopy(Task):
-  """Bigrams, but after a trigger comes the token before it once more.
+  """Bigram-backcopy: after a trigger comes the token before it once more.
 
   BOS is 0, symbols are 1 ... V - 1. A symbol is followed by one that its row of
   a fixed matrix draws, unless it is a trigger: what follows a trigger is a copy
@@ -135,7 +135,7 @@ class BigramBackcopy(Task):
 
 @dataclasses.dataclass(frozen=True)
 class _Chain:
-  """What is drawn once: rows, their cumulative sums and the triggers."""
+  """Markov chain drawn once: rows, their cumulative sums and the triggers."""
 
   bigrams: np.ndarray
   cumulative: list[list[float]]

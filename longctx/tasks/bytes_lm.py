@@ -36,7 +36,7 @@ NOT_STDLIB = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BytesLM(Task):
-  """Predict the next byte of real text.
+  """Byte-level language modelling: predict the next byte of real text.
 
   Tokens 0 ... 255 are bytes, 256 (BOS) stands before every document. A window
   of T = 10 over the end of one document and the beginning of the next:

@@ -10,7 +10,7 @@ from longctx.tasks.task import Example, Task, scored
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Copying(Task):
-  """A random string, a separator, the string again; only the copy is scored.
+  """Copying: a random string, a separator, the string again, which is scored.
 
   Symbols are 1 ... num_symbols, the separator is 0 and so is the padding. Three
   symbols, T = 9:

@@ -1,4 +1,4 @@
-"""Induction: continue a random sequence that is being repeated."""
+"""Induction heads: continue a random sequence that is being repeated."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from longctx.tasks.task import Example, Task, scored
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Induction(Task):
-  """BOS, then a random permutation of random length, repeated to the end.
+  """Induction: BOS, then a random permutation, repeated to the end.
 
   BOS is 0, symbols are 1 ... V - 1, the period P is uniform from min_period to
   max_period and no symbol comes twice in a period. P = 4, T = 10:

@@ -1,4 +1,4 @@
-"""Markov: learn the chain of a sequence while reading it."""
+"""In-context Markov chains: learn the chain of a sequence while reading it."""
 
 import bisect
 import dataclasses

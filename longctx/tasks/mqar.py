@@ -1,4 +1,4 @@
-"""Multi-query associative recall: look up many keys seen in the context."""
+"""Multi-query associative recall (MQAR): look up keys seen in the context."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ FILLERS = ('clean', 'zero', 'zoology')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MQAR(Task):
-  """Key-value pairs, then every key once more: answer with its value.
+  """MQAR: key-value pairs, then every key once more: answer with its value.
 
   Keys are drawn from [1, V/2), values from [V/2, V), both without replacement.
   The pairs stand first; then query i stands at the even offset 2 * gap_i, the

@@ -1,4 +1,4 @@
-"""MultiNeedle: several keys with values in a filler, some of them asked for."""
+"""Multi-needle retrieval: keys with values in a filler, some asked for."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ FILLERS = ('random', 'repeat')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MultiNeedle(Task):
-  """Needles with a key and a value at random places, then queries by key.
+  """Needles in a haystack: keys with values at random places, then queries.
 
   Tokens: 0 BOS, 1 NEEDLE, 2 QUERY, then the symbols of values, then keys, then
   filler up to the vocabulary's end. Two needles p: a b and q: c a, both asked

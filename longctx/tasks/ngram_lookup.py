@@ -1,4 +1,4 @@
-"""NgramLookup: find an n-gram in a string, and say what follows it."""
+"""N-gram lookup: find an n-gram in a string, and say what follows it."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ MAX_DRAWS = 1000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NgramLookup(Task):
-  """A random string and an n-gram of it; the answer is how it goes on there.
+  """N-gram lookup in a random string; the answer is how it goes on there.
 
   Tokens: 0 padding, 1 BOS, 2 the separator, then the symbols. With a suffix
   key the n-gram stands behind the string and is continued. String c a d b a e

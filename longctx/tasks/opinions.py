@@ -1,4 +1,4 @@
-"""Opinions: facts, what somebody believes of them, and a question."""
+"""Sycophancy, as of System 2 Attention: facts, opinions and a question."""
 
 import dataclasses
 from typing import NamedTuple
@@ -25,7 +25,7 @@ INSTRUCTIONS = ('train', 'answer', 'neutral_answer', 'rewrite', 'plain_rewrite')
 
 
 class Case(NamedTuple):
-  """What an example is about, before it is put into words.
+  """Case of an opinion against a fact, before it is put into words.
 
   Attributes:
     units: int32[U, 4], the context.

@@ -1,4 +1,4 @@
-"""Passkey: recall a number hidden somewhere in a long filler."""
+"""Passkey retrieval: recall a number hidden somewhere in a long filler."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ FILLERS = ('random', 'repeat')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Passkey(Task):
-  """A key of a few symbols after a KEY token, asked for at the end.
+  """Passkey of a few symbols after a KEY token, asked for at the end.
 
   Tokens: 0 BOS, 1 KEY, 2 QUERY, then num_symbols symbols, then filler up to the
   vocabulary's end. A key of three symbols a b c, T = 14, filler `.`:

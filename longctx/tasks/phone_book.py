@@ -1,4 +1,4 @@
-"""PhoneBook: read names with numbers, then say the number of one name."""
+"""Phone book lookup: read names with numbers, then say the number of one."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ PAD, ENTRY, COLON, QUERY, FIRST_DIGIT, FIRST_LETTER = 0, 1, 2, 3, 4, 14
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PhoneBook(Task):
-  """Entries of a name and a number, then a name whose number is asked for.
+  """Phone book of names and numbers, then a name whose number is asked for.
 
   Tokens: 0 padding, 1 before an entry, 2 between a name and its number, 3
   before the query, then the ten digits, then the letters of names. Two entries

@@ -10,7 +10,7 @@ from longctx.tasks.task import Example, Task, scored
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelectiveCopying(Task):
-  """Symbols at random places in noise, then markers that ask for them.
+  """Selective copying: symbols strewn in noise, then markers that ask for them.
 
   Noise is 0, symbols are 1 ... num_symbols, the marker M is num_symbols + 1.
   Three symbols to keep, T = 12:

@@ -1,4 +1,4 @@
-"""StreamEval: facts without an end, and now and then a question about one."""
+"""StreamEval: a stream of facts, and now and then a question about one."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ FACT, QUERY, FIRST_SYMBOL = 0, 1, 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamEval(Task):
-  """Keys get values all the time; a query asks for the value of a key.
+  """StreamEval: keys get values all the time; a query asks for one of them.
 
   After every `facts_per_query` facts comes a query, about a key that got its
   value `lag` facts before, and then its answer. One symbol per key, two facts

@@ -1,4 +1,4 @@
-"""What a task is: examples addressable by (seed, split, index)."""
+"""Task interface: examples addressable by (seed, split, index)."""
 
 import abc
 import dataclasses
@@ -22,7 +22,7 @@ MAX_ATTEMPTS = 4096
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
-  """One sequence and what is asked about it.
+  """Example of a task: tokens, labels and weights of the loss.
 
   Attributes:
     tokens: int32[T], what the model reads.
@@ -50,7 +50,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task(abc.ABC):
-  """A distribution over examples, cut into three splits that share none.
+  """Task: a distribution over examples, cut into splits that share none.
 
   A draw belongs to the split that the hash of its tokens names, so an example
   cannot be in two splits even where only few different ones exist. `get` draws

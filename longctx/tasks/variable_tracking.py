@@ -1,4 +1,4 @@
-"""VariableTracking: follow assignments from variable to variable to a value."""
+"""Variable tracking: follow assignments between variables to a value."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ BOS, ASSIGN, QUERY, FIRST_VALUE = 0, 1, 2, 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VariableTracking(Task):
-  """Chains of assignments strewn in noise; the query asks for a chain's value.
+  """Variable tracking: chains of assignments in noise, one of them asked for.
 
   Tokens: 0 BOS, 1 ASSIGN, 2 QUERY, then values, then variables, then noise up
   to the vocabulary's end. A chain gives its first variable a value, and each

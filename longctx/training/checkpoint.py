@@ -32,12 +32,12 @@ ITEMS = ('params', 'opt', 'data', 'meta')
 
 
 class DamagedError(CheckpointError):
-  """This checkpoint cannot be read back as it was written."""
+  """Checkpoint damage: it cannot be read back as it was written."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-  """A verified checkpoint.
+  """Checkpoint that was read back and verified.
 
   Attributes:
     step: updates made when it was written.
@@ -144,7 +144,7 @@ def _check_same_model(
 
 
 class Checkpointer:
-  """Writes and reads one folder of checkpoints."""
+  """Checkpointer, which writes and reads one folder of checkpoints."""
 
   def __init__(
     self,

@@ -1,4 +1,4 @@
-"""What a run is made of: frozen dataclasses, and their way in and out.
+"""Experiment configs: frozen dataclasses, from and to ConfigDicts.
 
 The dataclasses are the single source of truth. A config file starts from
 `to_config_dict(ExperimentConfig(...))`, assigns what it changes, and the entry
@@ -28,7 +28,7 @@ def _at_least(name: str, value: int, smallest: int):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-  """Where examples come from.
+  """Data config: prepared datasets and worker processes.
 
   Attributes:
     directory: a folder written by `python -m longctx.data prepare`; empty
@@ -45,7 +45,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-  """How a run is measured.
+  """Evaluation config: validations on the way and the test at the end.
 
   Attributes:
     every: steps between validations; 0 validates at the end only.
@@ -68,7 +68,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-  """When the state is written.
+  """Checkpoint config: how often the state is written, and kept.
 
   Attributes:
     every: steps between checkpoints; 0 writes at the end only.
@@ -86,7 +86,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-  """What is shown and written on the way.
+  """Logging config: metrics, TensorBoard and the progress bar.
 
   Attributes:
     every: steps averaged into one line of metrics.jsonl.
@@ -104,7 +104,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnalysisConfig:
-  """How closely learning is watched; no parameter depends on it.
+  """Analysis config: how closely learning is watched, at no cost to it.
 
   Tasks are learned in jumps. `longctx.training.phase` tells from the training
   accuracy and the validations when a score bends, and the run looks closely
@@ -139,7 +139,7 @@ class AnalysisConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-  """The mesh of devices and how sequences lie on it.
+  """Mesh config: devices, and how sequences lie on them.
 
   The same losses come out on any mesh, up to the order of sums.
 
@@ -182,7 +182,7 @@ class ParallelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
-  """One experiment: a task, a model and how the one learns the other.
+  """Experiment config: a task, a model and how the one learns the other.
 
   Attributes:
     seed: names the initial parameters and the order of the examples.

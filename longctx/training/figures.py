@@ -1,4 +1,4 @@
-"""Pictures of training runs and of evaluation sweeps."""
+"""Figures (matplotlib) of training runs and of evaluation sweeps."""
 
 import pathlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a run tells about itself: lines, a progress bar, JSON, TensorBoard."""
+"""Metrics of a run: JSON lines, a progress bar, TensorBoard, versions."""
 
 import json
 import os

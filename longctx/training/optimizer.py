@@ -1,4 +1,4 @@
-"""Optimizers, schedules and which parameters decay, from one frozen config."""
+"""Optimizers, learning-rate schedules and weight decay, from one config."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ SCHEDULES = ('constant', 'cosine', 'linear', 'step')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-  """How gradients become updates.
+  """Optimizer config: how gradients become updates.
 
   Attributes:
     name: 'adamw', 'muon' (matrices by Muon, all else by AdamW at the same

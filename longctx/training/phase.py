@@ -27,7 +27,7 @@ Scores = Sequence[float] | np.ndarray
 
 
 class PhaseDetector:
-  """Says when a score bends, from steps and values alone.
+  """Phase-change detector: says when a score bends, from values alone.
 
   A score bends where it leaves its recent level by more than `bend`: where the
   fast and the slow average of the training accuracy differ by more, or two
@@ -113,7 +113,7 @@ class PhaseDetector:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Change:
-  """A jump from one level to another.
+  """Phase change: a jump of a score from one level to another.
 
   Attributes:
     step: where the score is halfway between the levels.

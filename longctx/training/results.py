@@ -1,4 +1,4 @@
-"""What a finished run says of itself, and runs side by side."""
+"""Results of finished runs: results.json, and a table of runs."""
 
 import dataclasses
 import math

@@ -37,7 +37,7 @@ FREE_KEYS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-  """One training: `name` is '' for the only run of an experiment.
+  """Run of an experiment: `name` is '' for its only one.
 
   Attributes:
     placement: where the tokens lie on a mesh; None: on one device.

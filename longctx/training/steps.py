@@ -1,4 +1,4 @@
-"""The compiled parts of training: initial state, one update, one measurement.
+"""Training step, evaluation step and initial state, compiled.
 
 A training state is {'params': ..., 'opt': ...}, pure dicts of arrays outside
 the model; `graph` is the model without them.
@@ -28,7 +28,7 @@ Batch = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-  """Compiled functions.
+  """Compiled training and evaluation steps.
 
   Attributes:
     train: (state, batch, step) -> (state, metrics); the old state is donated.

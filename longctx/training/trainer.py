@@ -1,4 +1,4 @@
-"""Trains the runs of an experiment, each to its own folder.
+"""Training loop: the runs of an experiment, each to its own folder.
 
 A run can be killed at any time: the same command continues from the last
 checkpoint and ends with the parameters of a run that was never stopped, bit for
@@ -57,7 +57,7 @@ def train(runs: list[Run], workdir: pathlib.Path) -> dict[str, Any]:
 
 
 class StopRequest:
-  """Notes SIGTERM and the first SIGINT; a second SIGINT interrupts at once."""
+  """Signal handler: notes SIGTERM and SIGINT; a second SIGINT interrupts."""
 
   def __init__(self):
     self.signum: int | None = None
@@ -99,7 +99,7 @@ def train_run(run: Run, *, stop: StopRequest) -> dict[str, Any]:
 
 
 class Trainer:
-  """The state of one run, and the loop that advances it."""
+  """Training state of one run, and the loop that advances it."""
 
   def __init__(self, run: Run):
     """Restores the run where it was, or makes its initial state."""

@@ -9,7 +9,7 @@ from longctx.evaluation import rewrite
 from longctx.evaluation.rewrite import (
   METHODS,
   Answerer,
-  Question,
+  OpinionQuestion,
   kept,
   parse,
   passed,
@@ -22,7 +22,7 @@ from longctx.tasks.opinions import END, FACT, OPINION, QUERY, SENTENCE
 CONTEXT = np.array(
   [[SENTENCE, 90, 91, 92], [FACT, 12, 30, 50], [OPINION, 12, 30, 51]]
 )
-ASKED = Question(CONTEXT, np.array([12, 30]), 50)
+ASKED = OpinionQuestion(CONTEXT, np.array([12, 30]), 50)
 
 
 def written(*units, tail=(QUERY, 12, 30, END)):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from longctx import tasks
 from longctx.models.transformer import TransformerConfig
 from longctx.plan import hops, plot
-from longctx.plan.planner import Estimate, Memory, Plan, Work
+from longctx.plan.planner import Estimate, Memory, Plan, StepFlops
 from longctx.plan.sweep import (
   Choice,
   Entry,
@@ -112,7 +112,7 @@ def test_a_plan_is_drawn(tmp_path):
         limit=2**32,
       ),
       refusal='',
-      work=Work(1.0, 1.0, again=False),
+      work=StepFlops(1.0, 1.0, again=False),
       wire_bytes={},
       collectives=[],
       attention=[hops.Attended('full', 1, 1.0, 1.0, rings)],

@@ -9,7 +9,7 @@ from longctx.typing import Array, Float
 
 
 class Compression(NamedTuple):
-  """The weights of a compression, which all heads share.
+  """Compression weights, which all heads share.
 
   Attributes:
     embedding: [L, H], added by place within the block of L tokens.
