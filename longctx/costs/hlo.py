@@ -183,8 +183,6 @@ def sent_bytes(
 
   Args:
     instruction: any one; of most, nothing is sent.
-    shapes: by the name of an instruction.
-    devices: of the program.
   """
   kind = instruction.opcode.removesuffix('-start')
   if kind in _UNKNOWN:

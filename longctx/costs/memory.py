@@ -55,9 +55,6 @@ class Buffer:
 def totals(assignment: str) -> dict[str, int]:
   """Bytes of HBM by part, of a program that was laid out.
 
-  Args:
-    assignment: the text of a buffer assignment.
-
   Returns:
     'arguments', 'outputs' that do not take their place, and 'temporaries'.
   """
@@ -80,10 +77,8 @@ def largest(
   """The largest temporaries of a program, and how they were found.
 
   Args:
-    text: of the scheduled program.
     assignment: the text of its buffer assignment; '' if there is none.
     live_ranges: that of its live ranges.
-    most: buffers to return.
   """
   computations, entry = parse(text)
   instructions = {

@@ -34,10 +34,8 @@ class Transfer:
   Attributes:
     name: of the instruction that starts it.
     kind: as in `hlo.KINDS`.
-    operand_bytes: on one device.
     wire_bytes: sent by all devices together, each time.
     times: that it runs in one step; None where the text does not say.
-    in_loop: whether that is in a loop.
     source: where the program comes from, JAX's path of transformations.
     asynchronous: whether it has a start and a done.
     between: what runs from one to the other and takes time: kernels, products,
@@ -110,7 +108,6 @@ def executions(
   """How often the computations that are no fusions run, and if in a loop.
 
   Args:
-    computations: by name.
     entry: the name of the first one.
 
   Returns:
@@ -249,7 +246,6 @@ class Group:
   Attributes:
     kind: as in `hlo.KINDS`.
     part: of the step.
-    in_loop: whether they are sent in a loop.
     count: instructions.
     times: how often each runs; None where the text does not say.
     operand_bytes: of the largest, on one device.

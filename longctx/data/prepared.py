@@ -105,8 +105,6 @@ def prepare(
   its result.
 
   Args:
-    task: the task.
-    seed: of the examples.
     sizes: number of examples by split; a split with 0 is left out.
     directory: data directory; other tasks may lie in it.
 

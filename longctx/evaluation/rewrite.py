@@ -33,7 +33,6 @@ class OpinionQuestion(NamedTuple):
   Attributes:
     units: int32[U, 4], the context.
     about: topic and name.
-    answer: the value.
   """
 
   units: np.ndarray
@@ -161,7 +160,6 @@ class Answerer:
 
   Args:
     model: trained on `tasks.opinions`.
-    task: of the questions.
     step: of the training that made the parameters.
     chunk: tokens of a prompt that are read at once.
   """

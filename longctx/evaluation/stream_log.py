@@ -25,8 +25,6 @@ class StreamLog:
     """Opens it.
 
     Args:
-      workdir: of the run.
-      policy: whose lines they are.
       what: the settings that they depend on: lines of others are dropped, and
         their stream begins anew.
     """

@@ -69,8 +69,6 @@ class LayerRing:
     layer: as the config writes it.
     count: layers that are alike.
     direction: that keys travel in, +1 or -1.
-    forward: without gradients.
-    backward: with them.
   """
 
   layer: str
@@ -217,8 +215,6 @@ def _passes(
   """Forward and backward along one ring pass.
 
   Args:
-    blocks: of the layer.
-    index: of the ring pass.
     token: numbers of a key and a value, of all heads and rows of a device.
     itemsize: bytes of one of them.
     seconds: of a block of all heads and rows, forward and backward.

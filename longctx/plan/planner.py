@@ -30,12 +30,10 @@ class Memory:
 
   Attributes:
     parameters: of which the device holds its shards, like the next two.
-    optimizer: its state.
     batch: tokens, labels, weights.
     padding: what arguments take beyond their numbers.
     outputs: results that do not take the place of arguments.
     temporaries: between arguments and results, at most at one time.
-    code: the program.
     limit: what a program may have.
   """
 
@@ -96,14 +94,6 @@ class Plan:
   """Plan of a training step: memory, FLOPs, traffic and time on a machine.
 
   Attributes:
-    topology: its name.
-    kind: of a device.
-    mesh: devices by axis.
-    scheme: of attention.
-    layout: of sequences.
-    remat: policy.
-    seq_len: tokens of a sequence.
-    batch_size: rows.
     parameters: numbers, of the whole model.
     hop_links: links that a hop of the ring crosses, at most; None where the
       devices have no coordinates.
@@ -112,7 +102,6 @@ class Plan:
     refusal: the compiler's, where the program does not fit.
     wire_bytes: by kind, all devices together.
     collectives: in groups that are alike.
-    attention: of each kind of layer.
     temporaries: the largest.
     temporaries_from: how they were found.
     seconds: that planning took, by part.
@@ -159,7 +148,6 @@ def make_plan(
   """Compiles a training step for a topology and reads what it costs.
 
   Args:
-    config: of one run.
     topology: as in 'v5p:4x4x8'.
     utilization: share of the peak that is assumed for all products.
 

@@ -35,14 +35,10 @@ class Step:
   """Training step, traced and ready to compile.
 
   Attributes:
-    config: of the run.
-    task: of the run.
     model: with the vocabulary resolved.
     module: the model, without values.
-    placement: on the mesh of the machine.
     state: as ShapeDtypeStructs with shardings, as `steps.State`.
     batch: likewise.
-    lowered: the step, as JAX traced it.
   """
 
   config: ExperimentConfig
@@ -60,12 +56,10 @@ class Program:
   """Compiled program of a step: its text and memory.
 
   Attributes:
-    text: of the scheduled program.
     dump: what else it wrote, by the end of the name of a file.
     argument_bytes: of one device, like the next ones.
     output_bytes: of results that do not take the place of arguments.
     temporary_bytes: of what lies between.
-    code_bytes: of the program.
     refusal: why the compiler gave up; '' where it did not.
   """
 

@@ -21,9 +21,6 @@ class Choice:
   """Choice of scheme, layout, remat policy and mesh.
 
   Attributes:
-    scheme: of attention.
-    layout: of sequences.
-    remat: policy.
     mesh: (data, seq, model).
   """
 

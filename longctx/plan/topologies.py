@@ -123,7 +123,6 @@ def meshes(count: int, *, batch: int, heads: int) -> list[tuple[int, int, int]]:
   """(data, seq, model) of meshes that fill `count` devices, longest seq first.
 
   Args:
-    count: devices.
     batch: rows, which data has to divide.
     heads: key heads, which model has to divide.
   """
@@ -172,7 +171,6 @@ def longest_hop(devices: Any, *, wraps: int, axis: int) -> int | None:
 
   Args:
     devices: of the mesh, an array [data, seq, model].
-    wraps: of the chip.
     axis: of the mesh; its ends are neighbours too.
 
   Returns:

@@ -29,8 +29,6 @@ class Case(NamedTuple):
 
   Attributes:
     units: int32[U, 4], the context.
-    topic: of the question.
-    name: of the question.
     value: the answer.
     facts: which units state the fact, each the same.
     views: which units are somebody's view of it, each the same.

@@ -182,8 +182,6 @@ class Checkpointer:
 
     Args:
       step: updates made so far; later than any step already there.
-      params: a tree of arrays.
-      opt: a tree of arrays.
       data: JSON-able state of the data iterator.
       meta: JSON-able, whatever else the caller wants back.
 

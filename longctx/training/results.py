@@ -32,13 +32,9 @@ def summary(
   Args:
     rows: the lines of metrics.jsonl.
     test: loss (nats) and accuracy on the test split.
-    task: of the run, for its chance and ceiling.
     steps: updates made.
     step_tokens: tokens of an update.
-    parameters: their number.
     state_bytes: what decoding keeps of a sequence as long as the task's.
-    seconds: of training.
-    seed: of the run.
 
   Returns:
     Those, and

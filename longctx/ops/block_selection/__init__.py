@@ -173,9 +173,6 @@ def nsa(
     rope_base: rotates a compressed key by its first token's position; None:
       does not.
     q_positions: as in `moba`, like the next ones.
-    k_positions: of the keys.
-    q_segment_ids: of the queries.
-    k_segment_ids: of the keys.
     scale: of the products, in both branches.
     summaries: compressed keys and values that a decoder keeps, as in `moba`,
       of `nsa_summaries`.

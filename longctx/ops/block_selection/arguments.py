@@ -17,9 +17,7 @@ class SelectionArgs(NamedTuple):
     k_positions: None: 0 to S - 1.
     q_segment_ids: given where those of the keys are.
     k_segment_ids: None where all tokens are of one segment.
-    scale: of the logits.
     alibi_slopes: of MoBA alone, like the dropout.
-    dropout: of the weights.
     summaries: of blocks, that a decoder keeps.
   """
 

@@ -251,7 +251,6 @@ def _importance(
     p: weights, in the order of places.
     before: compressed blocks that begin before each block.
     L: tokens of a compressed block.
-    block_size: tokens of a block.
     stride: d, tokens from one compressed block to the next.
   """
   ahead, behind = block_size // stride, L // stride - 1

@@ -29,7 +29,6 @@ def compress(
 
   Args:
     x: blocks of keys or of values, in the dtype to compute in.
-    weights: of the compression.
   """
   embedding, inner, outer = (w.astype(x.dtype) for w in weights)
   x = x + embedding[:, None]

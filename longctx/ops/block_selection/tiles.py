@@ -55,7 +55,6 @@ class QueryTiling:
 
   Attributes:
     aligned: whether blocks are cells; else one may reach into the next cell.
-    scale: of the logits.
   """
 
   B: int
@@ -151,16 +150,12 @@ def attend(
   """Softmax attention of each query to n blocks.
 
   Args:
-    q: queries.
     k: keys, in the order of places.
-    v: values.
     begin: places at which the blocks begin, no two of them in common; -1 for
       none. M = K where the heads of a group share their blocks, or N.
     last: the place of the last key that a query may read.
     block_size: keys of a block.
     aligned: whether all blocks begin at multiples of their size.
-    scale: of the logits.
-    modifiers: for ALiBi and dropout.
 
   Returns:
     out and lse, in the dtype of the sums.
