@@ -189,10 +189,7 @@ def sent_bytes(
     raise NotImplementedError(f'no rule for the bytes of {kind}')
   if kind not in KINDS:
     return {}
-  operand = sum(
-    shape_bytes(shapes[name])
-    for name in re.findall(r'%([\w.\-]+)', instruction.operands)
-  )
+  operand = operand_bytes(instruction, shapes)
   if kind == 'collective-permute':
     pairs = re.search(
       r'source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}', instruction.attributes
@@ -201,6 +198,12 @@ def sent_bytes(
     return {kind: operand * sum(source != target for source, target in pairs)}
   size, groups = _groups(instruction.attributes, devices)
   return {kind: _SENT[kind](operand, size, groups)}
+
+
+def operand_bytes(instruction: Instruction, shapes: dict[str, str]) -> int:
+  """Bytes of what an instruction reads, on one device."""
+  operands = re.findall(r'%([\w.\-]+)', instruction.operands)
+  return sum(shape_bytes(shapes[name]) for name in operands)
 
 
 def _called_bytes(instruction, computations, count):
@@ -216,18 +219,28 @@ def _called_bytes(instruction, computations, count):
     times = trips(instruction, computations)
     return {kind: times * sent for kind, sent in body.items()}
   if instruction.opcode == 'conditional':
-    names = re.search(r'branch_computations=\{(.*?)\}', attributes)
-    if names:
-      names = re.findall(r'[\w.\-]+', names[1])
-    else:
-      names = [
-        attribute(f'{branch}_computation', attributes)
-        for branch in ('true', 'false')
-      ]
-    return max(map(count, names), key=lambda branch: sum(branch.values()))
+    branches = map(count, branch_names(instruction))
+    return max(branches, key=lambda branch: sum(branch.values()))
   if instruction.opcode.removesuffix('-start') in ('call', 'fusion', 'async'):
     return count(attribute('(?:calls|to_apply)', attributes))
   return {}
+
+
+def branch_names(conditional: Instruction) -> list[str]:
+  """The computations that a conditional chooses from."""
+  attributes = conditional.attributes
+  if names := re.search(r'branch_computations=\{(.*?)\}', attributes):
+    return re.findall(r'[\w.\-]+', names[1])
+  return [
+    attribute(f'{branch}_computation', attributes)
+    for branch in ('true', 'false')
+  ]
+
+
+def source(instruction: Instruction) -> str:
+  """JAX's path of transformations to an instruction, '' where it has none."""
+  found = re.search(r'op_name="([^"]*)"', instruction.attributes)
+  return found[1] if found else ''
 
 
 def attribute(name: str, attributes: str) -> str:

@@ -8,7 +8,7 @@ import dataclasses
 import re
 from collections import Counter
 
-from longctx.costs.hlo import parse, shape_bytes
+from longctx.costs.hlo import parse, shape_bytes, source
 
 # allocation 7: size 262144, color 1, parameter 0, shape |f32[4]| at ...
 _ALLOCATION = re.compile(
@@ -116,13 +116,12 @@ def largest(
   files = _files(text)
   together: dict[tuple[str, str], list[tuple[str, int, str]]] = {}
   for name, size, shape in alive:
-    attributes = instructions[name].attributes if name in instructions else ''
-    source = re.search(r'op_name="([^"]*)"', attributes)
-    frame = re.search(r'stack_frame_id=(\d+)', attributes)
-    source = source[1] if source else ''
+    made_by = instructions.get(name)
+    path = source(made_by) if made_by else ''
+    frame = made_by and re.search(r'stack_frame_id=(\d+)', made_by.attributes)
     line = files.get(int(frame[1]), '') if frame else ''
     plain = re.sub(r'\{.*', '', shape)
-    key = plain, source or re.sub(r'[.\d]+$', '', name)
+    key = plain, path or re.sub(r'[.\d]+$', '', name)
     together.setdefault(key, []).append((name, size, line))
   found = [
     Buffer(

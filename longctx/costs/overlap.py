@@ -14,11 +14,13 @@ from longctx.costs.hlo import (
   SCATTER,
   Instruction,
   attribute,
+  branch_names,
   continues,
   num_devices,
+  operand_bytes,
   parse,
   sent_bytes,
-  shape_bytes,
+  source,
   trips,
 )
 
@@ -83,18 +85,17 @@ def transfers(hlo_text: str) -> list[Transfer]:
       ((kind, sent),) = sent_bytes(collective, shapes, devices).items()
       if fused_in.startswith(SCATTER):
         kind, sent = 'reduce-scatter', sent // 2
-      operands = re.findall(r'%([\w.\-]+)', collective.operands)
       done = _done(instruction, computations[name], index)
       between = computations[name][index + 1 : done] if done else ()
       found.append(
         Transfer(
           instruction.name,
           kind,
-          sum(shape_bytes(shapes[operand]) for operand in operands),
+          operand_bytes(collective, shapes),
           sent,
           times,
           in_loop,
-          _source(instruction) or _source(collective),
+          source(instruction) or source(collective),
           done is not None,
           _work(between, computations),
         )
@@ -125,17 +126,7 @@ def executions(
         loop = known_trips(instruction, computations)
         count = None if None in (loop, times) else times * loop
       elif instruction.opcode == 'conditional':
-        branches = re.search(
-          r'branch_computations=\{(.*?)\}', instruction.attributes
-        )
-        called = (
-          re.findall(r'[\w.\-]+', branches[1])
-          if branches
-          else [
-            attribute(f'{branch}_computation', instruction.attributes)
-            for branch in ('true', 'false')
-          ]
-        )
+        called = branch_names(instruction)
       elif instruction.opcode == 'call':
         called = [attribute('to_apply', instruction.attributes)]
       else:
@@ -204,7 +195,7 @@ def _work(
       'custom_call_target="__(cublas|cudnn)', instruction.attributes
     ):
       # What GPUs leave to their libraries.
-      found.append(f'product {last_name(_source(instruction))}'.strip())
+      found.append(f'product {last_name(source(instruction))}'.strip())
     elif opcode == 'while':
       count = known_trips(instruction, computations)
       often = 'a number of' if count is None else count
@@ -212,7 +203,7 @@ def _work(
     elif opcode in ('dot', 'convolution') or (
       opcode == 'fusion' and _multiplies(instruction, computations)
     ):
-      found.append(f'product {last_name(_source(instruction))}'.strip())
+      found.append(f'product {last_name(source(instruction))}'.strip())
   return tuple(found)
 
 
@@ -225,13 +216,8 @@ def _multiplies(fusion: Instruction, computations: Computations) -> bool:
 
 def kernel_name(call: Instruction) -> str:
   """The name of a Pallas kernel."""
-  name = re.search(r'([\w.\-]+)/pallas_call', _source(call))
+  name = re.search(r'([\w.\-]+)/pallas_call', source(call))
   return name[1] if name else re.sub(r'(\.\d+)+$', '', call.name)
-
-
-def _source(instruction: Instruction) -> str:
-  found = re.search(r'op_name="([^"]*)"', instruction.attributes)
-  return found[1] if found else ''
 
 
 def last_name(source: str) -> str:

@@ -35,6 +35,7 @@ from longctx.decoding import cache as cache_lib
 from longctx.evaluation import sweep
 from longctx.evaluation.stream_log import StreamLog
 from longctx.models.transformer import TransformerConfig
+from longctx.tasks.checks import at_least
 from longctx.training import figures, metrics, steps
 
 # What stands in for a layer `full`; None leaves it.
@@ -77,9 +78,8 @@ class StreamConfig:
   split: str = 'test'
 
   def __post_init__(self):
-    for name in ('tokens', 'slots', 'rows', 'chunk', 'bucket', 'recomputed'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+    sizes = ('tokens', 'slots', 'rows', 'chunk', 'bucket', 'recomputed')
+    at_least(self, 1, *sizes)
     if unknown := set(self.policies) - set(POLICIES):
       raise ValueError(
         f'unknown policy {min(unknown)!r}; known: {", ".join(POLICIES)}'

@@ -26,6 +26,7 @@ from longctx.evaluation.rewrite import (
   OpinionQuestion,
   questions,
 )
+from longctx.tasks.checks import at_least
 from longctx.tasks.opinions import CONDITIONS, UNIT, Opinions
 from longctx.training import figures, metrics
 
@@ -85,19 +86,8 @@ class S2AConfig:
         raise ValueError(
           f'unknown {name} {unknown[0]!r}; known: {", ".join(known)}'
         )
-    for name, least in dict(
-      sentences=0,
-      keep=0,
-      mentions=1,
-      opinions=1,
-      count=1,
-      batch_size=1,
-      chunk=1,
-    ).items():
-      if getattr(self, name) < least:
-        raise ValueError(
-          f'{name}={getattr(self, name)} must be at least {least}'
-        )
+    at_least(self, 0, 'sentences', 'keep')
+    at_least(self, 1, 'mentions', 'opinions', 'count', 'batch_size', 'chunk')
     if self.count > self.batch_size and self.count % self.batch_size:
       raise ValueError(
         f'count={self.count} must be a multiple of batch_size='

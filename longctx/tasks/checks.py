@@ -17,10 +17,14 @@ def not_negative(fields: Any, *names: str) -> None:
     raise ValueError(f'{_values(fields, names)} must not be negative')
 
 
-def one_of(fields: Any, name: str, known: Collection[str]) -> None:
+def one_of(
+  fields: Any, name: str, known: Collection[str], *, prefix: str = ''
+) -> None:
   """Refuses a field that is none of some names."""
   if (value := getattr(fields, name)) not in known:
-    raise ValueError(f'unknown {name}={value!r}; known: {", ".join(known)}')
+    raise ValueError(
+      f'unknown {prefix}{name}={value!r}; known: {", ".join(known)}'
+    )
 
 
 def large_enough(fields: Any, name: str, least: int, *others: str) -> None:

@@ -18,12 +18,8 @@ from ml_collections import config_dict
 from longctx import parallel, tasks
 from longctx.models.transformer import TransformerConfig
 from longctx.parallel.layout import LAYOUTS
+from longctx.tasks.checks import at_least, one_of
 from longctx.training.optimizer import OptimizerConfig
-
-
-def _at_least(name: str, value: int, smallest: int):
-  if value < smallest:
-    raise ValueError(f'{name}={value} must be at least {smallest}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +36,7 @@ class DataConfig:
   workers: int = 0
 
   def __post_init__(self):
-    _at_least('data.workers', self.workers, 0)
+    at_least(self, 0, 'workers', prefix='data.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,10 +56,8 @@ class EvalConfig:
   test_batches: int = 16
 
   def __post_init__(self):
-    _at_least('eval.every', self.every, 0)
-    _at_least('eval.batches', self.batches, 1)
-    _at_least('eval.batch_size', self.batch_size, 0)
-    _at_least('eval.test_batches', self.test_batches, 1)
+    at_least(self, 0, 'every', 'batch_size', prefix='eval.')
+    at_least(self, 1, 'batches', 'test_batches', prefix='eval.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,8 +74,8 @@ class CheckpointConfig:
   keep: int = 2
 
   def __post_init__(self):
-    _at_least('checkpoint.every', self.every, 0)
-    _at_least('checkpoint.keep', self.keep, 1)
+    at_least(self, 0, 'every', prefix='checkpoint.')
+    at_least(self, 1, 'keep', prefix='checkpoint.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +93,7 @@ class LogConfig:
   progress: bool = True
 
   def __post_init__(self):
-    _at_least('log.every', self.every, 1)
+    at_least(self, 1, 'every', prefix='log.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,9 +124,8 @@ class AnalysisConfig:
   ablate: bool = True
 
   def __post_init__(self):
-    _at_least('analysis.every', self.every, 0)
-    _at_least('analysis.rows', self.rows, 1)
-    _at_least('analysis.dense_every', self.dense_every, 0)
+    at_least(self, 0, 'every', 'dense_every', prefix='analysis.')
+    at_least(self, 1, 'rows', prefix='analysis.')
     if not 0 < self.bend < 1:
       raise ValueError(f'analysis.bend={self.bend} must lie between 0 and 1')
 
@@ -163,17 +156,9 @@ class ParallelConfig:
   fsdp: bool = False
 
   def __post_init__(self):
-    for name in ('data', 'seq', 'model'):
-      _at_least(f'parallel.{name}', getattr(self, name), 1)
-    if self.scheme not in parallel.SCHEMES:
-      raise ValueError(
-        f'unknown parallel.scheme={self.scheme!r}; known: '
-        f'{", ".join(parallel.SCHEMES)}'
-      )
-    if self.layout not in LAYOUTS:
-      raise ValueError(
-        f'unknown parallel.layout={self.layout!r}; known: {", ".join(LAYOUTS)}'
-      )
+    at_least(self, 1, 'data', 'seq', 'model', prefix='parallel.')
+    one_of(self, 'scheme', parallel.SCHEMES, prefix='parallel.')
+    one_of(self, 'layout', LAYOUTS, prefix='parallel.')
 
   @property
   def devices(self) -> int:
@@ -214,9 +199,8 @@ class ExperimentConfig:
   runs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    _at_least('seed', self.seed, 0)
-    _at_least('steps', self.steps, 1)
-    _at_least('batch_size', self.batch_size, 1)
+    at_least(self, 0, 'seed')
+    at_least(self, 1, 'steps', 'batch_size')
     if self.batch_size % self.optimizer.accumulation:
       raise ValueError(
         f'batch_size={self.batch_size} must be a multiple of '

@@ -8,6 +8,8 @@ import jax
 import optax
 from optax import contrib
 
+from longctx.tasks.checks import at_least
+
 SCHEDULES = ('constant', 'cosine', 'linear', 'step')
 
 
@@ -66,10 +68,7 @@ class OptimizerConfig:
         raise ValueError(
           f'optimizer.{key}={getattr(self, key)} must not be negative'
         )
-    if self.accumulation < 1:
-      raise ValueError(
-        f'optimizer.accumulation={self.accumulation} must be at least 1'
-      )
+    at_least(self, 1, 'accumulation', prefix='optimizer.')
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -131,14 +130,12 @@ def muon_axes(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def _adamw(config, schedule):
-  return optax.adamw(
-    schedule,
-    b1=config.b1,
-    b2=config.b2,
-    eps=config.eps,
-    weight_decay=config.weight_decay,
-    mask=decay_mask,
+def _decayed(rule):
+  """A rule for updates, with decoupled weight decay and the learning rate."""
+  return lambda config, schedule: optax.chain(
+    rule(config),
+    optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+    optax.scale_by_learning_rate(schedule),
   )
 
 
@@ -156,27 +153,15 @@ def _muon(config, schedule):
   )
 
 
-def _radam(config, schedule):
-  return optax.chain(
-    optax.scale_by_radam(b1=config.b1, b2=config.b2, eps=config.eps),
-    optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
-    optax.scale_by_learning_rate(schedule),
-  )
-
-
-def _sgd(config, schedule):
-  return optax.chain(
-    optax.trace(decay=config.b1),
-    optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
-    optax.scale_by_learning_rate(schedule),
-  )
+def _adam_options(config):
+  return {'b1': config.b1, 'b2': config.b2, 'eps': config.eps}
 
 
 OPTIMIZERS = {
-  'adamw': _adamw,
+  'adamw': _decayed(lambda c: optax.scale_by_adam(**_adam_options(c))),
   'muon': _muon,
-  'radam': _radam,
-  'sgd': _sgd,
+  'radam': _decayed(lambda c: optax.scale_by_radam(**_adam_options(c))),
+  'sgd': _decayed(lambda c: optax.trace(decay=c.b1)),
 }
 
 

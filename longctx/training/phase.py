@@ -19,6 +19,11 @@ PATIENCE = 100
 STRAY = 5
 # Evaluations that a change is looked for in: memory grows with their square.
 MOST = 500
+# Fields of a detector, without the underscore.
+REMEMBERED = (
+  *('steps', 'slow_steps', 'fast', 'slow', 'variance'),
+  *('last', 'score', 'bent_at', 'before'),
+)
 # The smallest jump that is called a change.
 MINIMUM = 0.1
 
@@ -94,20 +99,10 @@ class PhaseDetector:
 
   def state(self) -> dict[str, Any]:
     """All that it remembers, as JSON."""
-    return {
-      'steps': self._steps,
-      'slow_steps': self._slow_steps,
-      'fast': self._fast,
-      'slow': self._slow,
-      'variance': self._variance,
-      'last': self._last,
-      'score': self._score,
-      'bent_at': self._bent_at,
-      'before': self._before,
-    }
+    return {key: getattr(self, f'_{key}') for key in REMEMBERED}
 
   def set_state(self, state: dict[str, Any]):
-    for key in self.state():
+    for key in REMEMBERED:
       setattr(self, f'_{key}', state[key])
 
 

@@ -98,12 +98,10 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
   cells = [['run', *(titles.get(c, c.replace('_', ' ')) for c in columns)]]
   for name, row in results.items():
     values = ((row.get(column), how) for column, how in columns.items())
-    cells.append(
-      [
-        name or 'train',
-        *('-' if value is None else f'{value:{how}}' for value, how in values),
-      ]
+    shown = (
+      '-' if value is None else f'{value:{how}}' for value, how in values
     )
+    cells.append([name or 'train', *shown])
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   return '\n'.join(
     '  '.join(
