@@ -78,7 +78,12 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize('mesh', MESHES, ids=str)
+@pytest.mark.parametrize(
+  'mesh',
+  # The last one has every axis and shards the parameters too.
+  [*(pytest.param(m, marks=pytest.mark.slow) for m in MESHES[:-1]), MESHES[-1]],
+  ids=str,
+)
 def test_every_mesh_trains_to_the_same_loss_with_dropout(mesh):
   np.testing.assert_allclose(
     losses(SOFTMAX, **mesh), losses(SOFTMAX), rtol=1e-5
@@ -86,7 +91,12 @@ def test_every_mesh_trains_to_the_same_loss_with_dropout(mesh):
 
 
 @pytest.mark.parametrize(
-  'mesh', [dict(seq=8), dict(data=2, seq=2, model=2)], ids=str
+  'mesh',
+  [
+    pytest.param(dict(seq=8), marks=pytest.mark.slow),
+    dict(data=2, seq=2, model=2),
+  ],
+  ids=str,
 )
 def test_recurrent_layers_train_to_the_same_loss_on_a_mesh(mesh):
   layers = ('linear', 'full')
@@ -221,7 +231,9 @@ def sibling_losses(tmp_path_factory):
   return logged_losses(workdir)
 
 
-@pytest.mark.parametrize('processes', [2, 4])
+@pytest.mark.parametrize(
+  'processes', [2, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_several_processes_train_to_the_same_loss(
   processes, sibling_losses, tmp_path
 ):
