@@ -27,9 +27,10 @@ from longctx.analysis.maps import pooled_maps
 from longctx.analysis.report import report
 from longctx.cli import flags as cli
 from longctx.evaluation import sweep as evaluate
-from longctx.evaluation.sweep import Sweep, Trained
+from longctx.evaluation.sweep import Sweep
 from longctx.parallel import Placement
 from longctx.training import metrics, runs
+from longctx.training.runs import Run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class Job:
     numbers: the JSON file.
   """
 
-  run: Trained
+  run: Run
   task: tasks.Task
   placement: Placement | None
   trained: evaluate.Parameters
@@ -102,7 +103,7 @@ def analyse(job: Job, *, rows: int, split: str, command: str):
   metrics.say(f'report: {job.page}')
 
 
-def _layers(run: Trained, model: Any) -> list[dict[str, Any]]:
+def _layers(run: Run, model: Any) -> list[dict[str, Any]]:
   return [
     {
       'name': name,

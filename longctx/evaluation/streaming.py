@@ -37,6 +37,7 @@ from longctx.evaluation.stream_log import StreamLog
 from longctx.models.transformer import TransformerConfig
 from longctx.tasks.checks import at_least
 from longctx.training import figures, metrics, steps
+from longctx.training.runs import Run
 
 # What stands in for a layer `full`; None leaves it.
 POLICIES = {
@@ -136,7 +137,7 @@ def with_policy(
   return dataclasses.replace(model, layers=layers)
 
 
-def check(run: sweep.Trained, config: StreamConfig) -> None:
+def check(run: Run, config: StreamConfig) -> None:
   """Makes the caches of every policy without computing.
 
   Raises:
@@ -162,7 +163,7 @@ def check(run: sweep.Trained, config: StreamConfig) -> None:
 
 
 def evaluate_stream(
-  run: sweep.Trained, config: StreamConfig
+  run: Run, config: StreamConfig
 ) -> dict[str, list[dict[str, Any]]]:
   """Reads the stream under every policy.
 
@@ -194,7 +195,7 @@ def evaluate_stream(
   return found
 
 
-def _end(run: sweep.Trained, policy: str, config: StreamConfig) -> int:
+def _end(run: Run, policy: str, config: StreamConfig) -> int:
   """Where a policy's stream ends, in whole chunks."""
   chunks = -(-config.tokens // config.chunk)
   if policy == 'dense':
@@ -283,7 +284,7 @@ def _recompute(run, learned, tokens, policy, config) -> list[dict[str, Any]]:
 
 
 def _open_log(
-  run: sweep.Trained, policy: str, config: StreamConfig, step: int
+  run: Run, policy: str, config: StreamConfig, step: int
 ) -> StreamLog:
   """The log of a policy, which goes on where its settings are the same."""
   what = dataclasses.asdict(config)

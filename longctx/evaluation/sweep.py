@@ -13,24 +13,13 @@ from flax import nnx
 from longctx import tasks
 from longctx.data.pipeline import make_iterator
 from longctx.models import gate
-from longctx.models.transformer import TransformerConfig, validate
+from longctx.models.transformer import validate
 from longctx.training import config as config_lib
 from longctx.training import figures, metrics, steps
 from longctx.training.checkpoint import Checkpointer
 from longctx.training.config import ExperimentConfig
 from longctx.training.errors import CheckpointError
-from longctx.training.runs import make_placement, resolve_model
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Trained:
-  """Trained run, finished or not, read back from its folder."""
-
-  name: str
-  config: ExperimentConfig
-  task: tasks.Task
-  model: TransformerConfig
-  workdir: pathlib.Path
+from longctx.training.runs import Run, make_placement, resolve_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +53,7 @@ def parse_sweep(text: str) -> Sweep:
   return Sweep(parameter=parameter, values=parsed)
 
 
-def open_workdir(workdir: pathlib.Path) -> list[Trained]:
+def open_workdir(workdir: pathlib.Path) -> list[Run]:
   """The runs of a workdir: itself, or its named runs.
 
   Raises:
@@ -87,12 +76,12 @@ def open_workdir(workdir: pathlib.Path) -> list[Trained]:
     task = tasks.make_task(**one.task)
     model = resolve_model(one.model, task)
     found.append(
-      Trained(name=name, config=one, task=task, model=model, workdir=folder)
+      Run(name=name, config=one, task=task, model=model, workdir=folder)
     )
   return found
 
 
-def choose(runs: list[Trained], name: str) -> Trained:
+def choose(runs: list[Run], name: str) -> Run:
   """The run of that name; of a single run, '' is enough.
 
   Raises:
@@ -107,7 +96,7 @@ def choose(runs: list[Trained], name: str) -> Trained:
 
 
 def swept_tasks(
-  run: Trained, sweep: Sweep, *, batch_size: int = 0
+  run: Run, sweep: Sweep, *, batch_size: int = 0
 ) -> list[tasks.Task]:
   """The task at each value, each checked against the trained model.
 
@@ -145,7 +134,7 @@ def swept_tasks(
 
 
 def evaluate(
-  runs: list[Trained],
+  runs: list[Run],
   workdir: pathlib.Path,
   *,
   sweep: Sweep,
@@ -223,14 +212,14 @@ def merge_lines(
 
 
 class Parameters(NamedTuple):
-  """Trained parameters: `nnx.merge(graph, params)` is the model."""
+  """Run parameters: `nnx.merge(graph, params)` is the model."""
 
   graph: nnx.GraphDef
   params: Any
   step: int
 
 
-def restore(run: Trained, step: int | None = None) -> Parameters:
+def restore(run: Run, step: int | None = None) -> Parameters:
   """Reads a checkpoint of a run, the last one where no step is given.
 
   Raises:
@@ -250,7 +239,7 @@ def restore(run: Trained, step: int | None = None) -> Parameters:
 class _Measure:
   """Measurement of one run, by its trained parameters."""
 
-  def __init__(self, run: Trained):
+  def __init__(self, run: Run):
     self._run = run
     self._graph, self._params, self._step = restore(run)
     self._evaluate = {}

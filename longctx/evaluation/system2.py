@@ -29,6 +29,7 @@ from longctx.evaluation.rewrite import (
 from longctx.tasks.checks import at_least
 from longctx.tasks.opinions import CONDITIONS, UNIT, Opinions
 from longctx.training import figures, metrics
+from longctx.training.runs import Run
 
 WITHOUT_GATE = tuple(name for name in METHODS if name != 'gate')
 
@@ -96,7 +97,7 @@ class S2AConfig:
 
 
 def task_of(
-  run: sweep.Trained, config: S2AConfig, condition: str, distractors: int
+  run: Run, config: S2AConfig, condition: str, distractors: int
 ) -> Opinions:
   """The task that is asked.
 
@@ -124,7 +125,7 @@ def task_of(
   )
 
 
-def check(runs: list[sweep.Trained], config: S2AConfig):
+def check(runs: list[Run], config: S2AConfig):
   """Raises ValueError where a run cannot be asked."""
   for run in runs:
     for n in config.distractors:
@@ -132,7 +133,7 @@ def check(runs: list[sweep.Trained], config: S2AConfig):
 
 
 def measure(
-  runs: list[sweep.Trained], workdir: pathlib.Path, config: S2AConfig
+  runs: list[Run], workdir: pathlib.Path, config: S2AConfig
 ) -> list[dict[str, Any]]:
   """Asks every run, and writes s2a.jsonl and figures/s2a.png.
 

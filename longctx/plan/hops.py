@@ -9,6 +9,7 @@ backward their gradients beside them, in float32.
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -63,16 +64,8 @@ class Pass:
 
 @dataclasses.dataclass(frozen=True)
 class LayerRing:
-  """Ring attention of layers that are alike.
+  """Ring attention of a layer; keys travel in direction +1 or -1."""
 
-  Attributes:
-    layer: as the config writes it.
-    count: layers that are alike.
-    direction: that keys travel in, +1 or -1.
-  """
-
-  layer: str
-  count: int
   direction: int
   forward: Pass
   backward: Pass
@@ -160,15 +153,7 @@ def _attended(
     seconds = tuple(
       rows * heads * blocks.block_area * 2 * n / rate for n in products
     )
-    rings = tuple(
-      LayerRing(
-        layer,
-        count,
-        ring_pass.direction,
-        *_passes(blocks.hops, i, token, itemsize, seconds, chip),
-      )
-      for i, ring_pass in enumerate(blocks.hops.schedule.passes)
-    )
+    rings = tuple(_rings(blocks.hops, token, itemsize, seconds, chip))
   return Attended(layer, count, forward, backward, rings)
 
 
@@ -177,8 +162,8 @@ class _Blocks:
   """Attention scores computed on the busiest device, and per block."""
 
   area: float
-  block_area: int
-  hops: HopBlocks | None
+  block_area: int = 0
+  hops: HopBlocks | None = None
 
 
 def _blocks(scheme: str, mask: Mask, step: Step, sizes: BlockSizes) -> _Blocks:
@@ -195,47 +180,42 @@ def _blocks(scheme: str, mask: Mask, step: Step, sizes: BlockSizes) -> _Blocks:
   T = layout.seq_len
   mask = without_padding(mask, layout)
   if scheme == 'ulysses':
-    return _Blocks(float(mask.num_allowed(T, T)), 0, None)
+    return _Blocks(float(mask.num_allowed(T, T)))
   edges = np.arange(0, T + 1, max(1, T // (2 * layout.num_shards)))
   pairs = mask.count(np.append(edges[:-1], T), np.array([0, T])).sum(1)
   shards = layout.places[edges[:-1]] // layout.shard_len
   if layout.name == 'striped':
-    return _Blocks(pairs.sum() / layout.num_shards, 0, None)
-  return _Blocks(float(np.bincount(shards, pairs).max()), 0, None)
+    return _Blocks(pairs.sum() / layout.num_shards)
+  return _Blocks(float(np.bincount(shards, pairs).max()))
 
 
-def _passes(
+def _rings(
   blocks: HopBlocks,
-  index: int,
   token: int,
   itemsize: int,
   seconds: tuple[float, float],
   chip: Chip,
-) -> tuple[Pass, Pass]:
-  """Forward and backward along one ring pass.
+) -> Iterator[LayerRing]:
+  """A ring for each direction in which keys travel.
 
   Args:
+    blocks: of the layer.
     token: numbers of a key and a value, of all heads and rows of a device.
     itemsize: bytes of one of them.
     seconds: of a block of all heads and rows, forward and backward.
     chip: whose link it is.
   """
-  ring_pass = blocks.schedule.passes[index]
-  # The last hop sends nothing meanwhile.
-  busiest = blocks.hops[index].max(1)
-  least = int(busiest[:-1].min()) if ring_pass.hops > 1 else int(busiest[-1])
-  # The first hop of a ring pass leaves before a device turns to its own keys.
   own = int(blocks.own.max())
-  if ring_pass.hops == 1:
-    least = own
-  forward_bytes = ring_pass.length * token * itemsize
-  gradients = ring_pass.length * token * SUM
-  passes = []
-  for sent, each in (
-    (forward_bytes, seconds[0]),
-    (forward_bytes + (gradients if ring_pass.hops > 1 else 0), seconds[1]),
+  for ring_pass, counts in zip(
+    blocks.schedule.passes, blocks.hops, strict=True
   ):
-    passes.append(
+    # The last hop sends nothing meanwhile. The first one of every pass leaves
+    # before a device turns to its own keys.
+    several = ring_pass.hops > 1
+    least = int(counts.max(1)[:-1].min()) if several else own
+    keys = ring_pass.length * token * itemsize
+    gradients = ring_pass.length * token * SUM if several else 0
+    passes = (
       Pass(
         ring_pass.hops,
         sent,
@@ -243,5 +223,6 @@ def _passes(
         least * each,
         own * each,
       )
+      for sent, each in zip((keys, keys + gradients), seconds, strict=True)
     )
-  return tuple(passes)
+    yield LayerRing(ring_pass.direction, *passes)

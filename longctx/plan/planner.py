@@ -263,7 +263,7 @@ def _estimate(
   for kind in attention:
     for ring in kind.rings:
       passes = [*[ring.forward] * (1 + work.again), ring.backward]
-      times = ring.count * step.config.optimizer.accumulation
+      times = kind.count * step.config.optimizer.accumulation
       exposed += times * sum(
         one.hops * max(0.0, one.transfer_seconds - one.compute_seconds)
         for one in passes

@@ -66,13 +66,13 @@ def _memory(axis: Any, plan: Plan):
 
 def _timeline(axis: Any, plan: Plan):
   """The first hops of the longest ring, computing above sending."""
-  rings = [ring for kind in plan.attention for ring in kind.rings]
+  rings = [(kind.layer, r) for kind in plan.attention for r in kind.rings]
   axis.grid(axis='y', visible=False)
   if not rings:
     axis.set_axis_off()
     axis.text(0.5, 0.5, f'no ring: {plan.scheme}', ha='center', va='center')
     return
-  ring = max(rings, key=lambda ring: ring.forward.hops)
+  layer, ring = max(rings, key=lambda one: one[1].forward.hops)
   rows = (('forward', ring.forward, 0.0), ('backward', ring.backward, 2.6))
   end = 0.0
   for name, one, top in rows:
@@ -86,7 +86,7 @@ def _timeline(axis: Any, plan: Plan):
   axis.set_xlabel('milliseconds, by formula')
   shown = min(DRAWN, ring.forward.hops)
   axis.set_title(
-    f'{ring.layer}: the first {shown} of {ring.forward.hops} hops', fontsize=10
+    f'{layer}: the first {shown} of {ring.forward.hops} hops', fontsize=10
   )
   figures.legend_below(axis.figure, axis)
 

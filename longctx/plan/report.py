@@ -11,24 +11,15 @@ from longctx.plan.planner import Plan
 
 def to_json(plan: Plan) -> dict[str, Any]:
   """All fields of a plan and what follows from them, for `json.dumps`."""
-  memory = {
-    **dataclasses.asdict(plan.memory),
-    'total': plan.memory.total,
-  }
+  memory = {**dataclasses.asdict(plan.memory), 'total': plan.memory.total}
   attention = []
   for kind in plan.attention:
     rings = []
     for ring in kind.rings:
       passes = {
-        name: {
-          **dataclasses.asdict(one),
-          'ratio': one.ratio,
-          'hidden': one.hidden,
-        }
-        for name, one in (
-          ('forward', ring.forward),
-          ('backward', ring.backward),
-        )
+        name: dataclasses.asdict(one)
+        | {'ratio': one.ratio, 'hidden': one.hidden}
+        for name, one in _passes(ring)
       }
       rings.append({'direction': ring.direction, **passes})
     attention.append({**dataclasses.asdict(kind), 'rings': rings})
@@ -153,8 +144,12 @@ def _attention(plan: Plan) -> Iterator[str]:
       yield f'    no ring: {plan.scheme} over {plan.mesh["seq"]} devices'
 
 
+def _passes(ring: LayerRing) -> tuple[tuple[str, Pass], ...]:
+  return ('forward', ring.forward), ('backward', ring.backward)
+
+
 def _ring(ring: LayerRing, ways: str = '') -> Iterator[str]:
-  for name, one in (('forward', ring.forward), ('backward', ring.backward)):
+  for name, one in _passes(ring):
     yield f'    {name:<8} {_hops(one)}{ways}'
 
 
@@ -173,11 +168,8 @@ def _collectives(plan: Plan) -> Iterator[str]:
     f'{kind} {size(sent)}' for kind, sent in plan.wire_bytes.items() if sent
   )
   yield f'on all wires, per step: {wire or "nothing"}'
-  permutes = [g for g in plan.collectives if g.kind == 'collective-permute']
-  others = [g for g in plan.collectives if g.kind != 'collective-permute']
-  for group in permutes:
-    yield f'  {_group(group)}'
-  for group in others:
+  permute = lambda group: group.kind == 'collective-permute'
+  for group in sorted(plan.collectives, key=permute, reverse=True):
     yield f'  {_group(group)}'
 
 

@@ -12,6 +12,7 @@ import pathlib
 
 from longctx.evaluation import sweep
 from longctx.training import metrics
+from longctx.training.runs import Run
 from studies.retrieval import law
 from studies.retrieval.config import PAIRS
 
@@ -36,7 +37,7 @@ def main():
   metrics.write_json(args.workdir / 'capacity.json', found)
 
 
-def exact(run: sweep.Trained) -> sweep.Trained:
+def exact(run: Run) -> Run:
   """The run, asked for num_pairs and not for up to so many."""
   task = {**run.config.task, 'min_pairs': 0}
   config = dataclasses.replace(run.config, task=task)

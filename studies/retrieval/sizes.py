@@ -18,6 +18,7 @@ from longctx import tasks
 from longctx.data.pipeline import make_iterator
 from longctx.evaluation import sweep
 from longctx.training import metrics, steps
+from longctx.training.runs import Run
 from studies.retrieval.config import LOADS
 
 
@@ -41,13 +42,11 @@ def main():
   metrics.write_json(args.workdir / 'sizes.json', found)
 
 
-def results(run: sweep.Trained) -> dict:
+def results(run: Run) -> dict:
   return json.loads((run.workdir / 'results.json').read_text())
 
 
-def accuracies(
-  run: sweep.Trained, loads: list[int], *, batches: int
-) -> list[float]:
+def accuracies(run: Run, loads: list[int], *, batches: int) -> list[float]:
   """Share of the queries answered at each number of pairs, test split.
 
   All loads have one program: `evaluate.evaluate` would compile one for each

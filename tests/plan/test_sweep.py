@@ -86,7 +86,7 @@ def test_sweep_stops_at_its_bound_and_asks_once_for_each_refusal():
 
 def test_a_plan_is_drawn(tmp_path):
   one = hops.Pass(3, 10, 1e-3, 2e-3, 2e-3)
-  ring = hops.LayerRing('full', 1, 1, one, one)
+  ring = hops.LayerRing(1, one, one)
   for rings in ((ring,), ()):
     plan = Plan(
       topology='v5e:2x4',
