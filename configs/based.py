@@ -9,7 +9,7 @@ feature dimension, 8, 16 or 24 there; the state grows with its square.
 
   python train.py --config=configs/based.py
   python train.py --config=configs/based.py:8 --workdir=runs/based-8
-  python eval.py --workdir=runs/based --sweep=num_pairs=8,16,32,64
+  python eval.py sweep --workdir=runs/based --task.num_pairs=8,16,32,64
 
 Expected: no figure has been measured for this config yet. Published (a figure,
 no table): accuracy grows with the bytes of the state, across classes of models.

@@ -6,7 +6,7 @@ in results.json, since a token is a byte.
 
   python train.py --config=configs/bytes_lm.py
   python train.py --config=configs/bytes_lm.py:linear
-  python eval.py --workdir=runs/bytes_lm --sweep=seq_len=128,256,512
+  python eval.py sweep --workdir=runs/bytes_lm --task.seq_len=128,256,512
 
 Expected, measured at commit 8d6447d on two shared CPU cores (AMD EPYC): 1.93
 bits per byte on held-out files, 5.8 CPU minutes; one seed.

@@ -6,7 +6,7 @@ suddenly; one layer without a short convolution cannot.
 
   python train.py --config=configs/induction.py
   python train.py --config=configs/induction.py:1        # one layer
-  python eval.py --workdir=runs/induction --sweep=seq_len=64,128,256
+  python eval.py sweep --workdir=runs/induction --task.seq_len=64,128,256
 
 What the heads do, while they learn it and afterwards:
 

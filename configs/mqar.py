@@ -7,7 +7,7 @@ convolution, as in Zoology (Arora et al., 2023, arXiv:2312.04927) and Based
   python train.py --config=configs/mqar.py               # full
   python train.py --config=configs/mqar.py:linear
   python train.py --config=configs/mqar.py:sliding_window\(window=16\)
-  python eval.py --workdir=runs/mqar --sweep=num_pairs=4,8,16,32
+  python eval.py sweep --workdir=runs/mqar --task.num_pairs=4,8,16,32
 
 Expected: no figure has been measured for this config yet. Published (figures,
 no table): attention solves every length at every width; models with a fixed

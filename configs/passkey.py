@@ -5,8 +5,8 @@ tokens instead of English, trained from scratch. The argument names the variant.
 
   python train.py --config=configs/passkey.py            # full
   python train.py --config=configs/passkey.py:sliding_window\(window=32\)
-  python eval.py --workdir=runs/passkey --sweep=depth=0.0,0.25,0.5,0.75,1.0
-  python eval.py --workdir=runs/passkey --sweep=seq_len=128,256,512,1024
+  python eval.py sweep --workdir=runs/passkey --task.depth=0.0,0.25,0.5,0.75,1.0
+  python eval.py sweep --workdir=runs/passkey --task.seq_len=128,256,512,1024
 
 Expected: no figure has been measured for this config yet.
 """

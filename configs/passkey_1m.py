@@ -19,8 +19,8 @@ attention is the last layer, its queries are computed at the eight answers
 alone, and a million tokens cost O(T); a full layer below would cost O(T²).
 
   python train.py --config=configs/passkey_1m.py
-  python eval.py --workdir=runs/passkey_1m \
-    --sweep=seq_len=1024,4096,16384,65536,262144,1048576 \
+  python eval.py sweep --workdir=runs/passkey_1m \
+    --task.seq_len=1024,4096,16384,65536,262144,1048576 \
     --batches=32 --batch_size=1
 
 Expected accuracy, chance 0.062, one seed, measured at commit 7f60af1 on two

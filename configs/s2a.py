@@ -9,7 +9,7 @@ model without one.
 
   python train.py --config=configs/s2a.py
   python train.py --config=configs/s2a.py:gate
-  python eval.py --workdir=runs/s2a --mode=s2a --distractors=0,8,64,256
+  python eval.py s2a --workdir=runs/s2a --distractors=0,8,64,256
 
 Paper: Weston and Sukhbaatar, 2023 (arXiv:2311.11829). What comes out is in
 studies/s2a.

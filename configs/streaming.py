@@ -4,7 +4,7 @@ Text is that of configs/bytes_lm.py. studies/streaming measures what the model
 loses without its first tokens, and why that is nothing at this size.
 
   python train.py --config=configs/streaming.py
-  python eval.py --workdir=runs/streaming --mode=stream --tokens=2048 \
+  python eval.py stream --workdir=runs/streaming --tokens=2048 \
     --dense_tokens=2048 --recomputed=2048 --rows=8 --bucket=2048 \
     --policies=dense,recompute,window,sinks,sinks_text
 

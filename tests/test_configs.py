@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from longctx.cli import flags
+from longctx.cli.config_file import load_config_file
 from longctx.training import runs, steps
 from longctx.training.config import ExperimentConfig, from_config_dict
 from tests.training.test_trainer import ROOT
@@ -27,7 +27,7 @@ SMALL = {'ring_1m': 'ring_1m:sibling', 'zoo': 'zoo:full'}
 def load(spec):
   name, colon, argument = SMALL.get(spec, spec).partition(':')
   path = ROOT / 'configs' / f'{name}.py'
-  config = flags.load_config_file(f'{path}{colon}{argument}')
+  config = load_config_file(f'{path}{colon}{argument}')
   if name in FEWER_LAYERS:
     config.model.layers = config.model.layers[:1]
   return from_config_dict(ExperimentConfig, config)

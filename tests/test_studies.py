@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from longctx.cli import flags
+from longctx.cli import config_file
 from longctx.training import metrics
 from studies import all as all_studies
 from studies import claims, jobs, report
@@ -195,9 +195,9 @@ def test_jobs_of_a_study_have_configs_that_load(name, quick, monkeypatch):
   names = [job.run for job in made]
   assert len(set(names)) == len(names)
   for job in made:
-    config = flags.load_config_file(job.config)
+    config = config_file.load_config_file(job.config)
     train = job.commands('w')[0]
-    flags.check_overrides(config, [sys.executable, *train])
+    config_file.check_overrides(config, [sys.executable, *train])
 
 
 # Of the zoo the lines of each seed were not kept when it was measured.

@@ -8,12 +8,11 @@ beside it analysis.json with the numbers; with several runs, a page in the
 folder of each.
 """
 
-import argparse
 import dataclasses
 import json
 import pathlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,7 +24,6 @@ from longctx import tasks
 from longctx.analysis.analyzer import Analyzer
 from longctx.analysis.maps import pooled_maps
 from longctx.analysis.report import report
-from longctx.cli import flags as cli
 from longctx.evaluation import sweep as evaluate
 from longctx.evaluation.sweep import Sweep
 from longctx.parallel import Placement
@@ -118,7 +116,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
   return json.loads(path.read_text()) if path.exists() else {}
 
 
-def prepare(args: argparse.Namespace) -> list[Job]:
+def find_jobs(args) -> list[Job]:
   """The runs that flags ask for, checked.
 
   Raises:
@@ -157,43 +155,19 @@ def prepare(args: argparse.Namespace) -> list[Job]:
   return jobs
 
 
+def prepare(args) -> Callable[[], None]:
+  """Checks the flags, opens the runs and reads their parameters."""
+  command = shlex.join(['python', '-m', 'longctx.analysis', *args.argv])
+  jobs = find_jobs(args)
+
+  def work():
+    for job in jobs:
+      analyse(job, rows=args.rows, split=args.split, command=command)
+
+  return work
+
+
 def _length(seq_len: int | None) -> Sweep:
   if seq_len is None:
     return evaluate.parse_sweep('')
   return Sweep(parameter='seq_len', values=(seq_len,))
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-  """Reads the command line."""
-  parser = argparse.ArgumentParser(
-    prog='python -m longctx.analysis',
-    description='Measure what the heads of a trained model do.',
-    allow_abbrev=False,
-  )
-  parser.add_argument('--workdir', type=pathlib.Path, required=True)
-  parser.add_argument('--run', default='', help='of a workdir; default: all')
-  parser.add_argument('--rows', type=int, default=8, help='to look at')
-  parser.add_argument('--split', choices=tasks.SPLITS, default='validation')
-  parser.add_argument(
-    '--seq_len', type=int, help='of the task; default: as trained'
-  )
-  parser.add_argument(
-    '--step', type=int, help='of the checkpoint; default: the last'
-  )
-  parser.add_argument(
-    '--out',
-    type=pathlib.Path,
-    help='the page; default: DIR/analysis/report.html',
-  )
-  return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str]):
-  """Runs the command line."""
-  args = parse(argv)
-  command = shlex.join(['python', '-m', 'longctx.analysis', *argv])
-  with cli.before_compiling():
-    jobs = prepare(args)
-  with cli.while_running():
-    for job in jobs:
-      analyse(job, rows=args.rows, split=args.split, command=command)

@@ -1,4 +1,4 @@
-"""Command lines that end with one clear line when the user slipped.
+"""Command-line parser, and errors that end in one clear line.
 
 Exit codes: 2 for a command line, config or workdir that cannot work (nothing
 was compiled), 1 for a run that diverged or whose checkpoints are damaged,
@@ -6,18 +6,18 @@ was compiled), 1 for a run that diverged or whose checkpoints are damaged,
 keeps its traceback.
 """
 
+import argparse
+import ast
 import contextlib
-import importlib.util
-import inspect
-import pathlib
+import difflib
+import importlib
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from absl import app, flags
-from ml_collections import config_dict, config_flags
+from absl import flags as absl_flags
 
-from longctx.training.config import unknown_key
+from longctx.cli import fields
+from longctx.cli.commands import COMMANDS, REQUIRED, Command, Flag
 from longctx.training.errors import (
   CheckpointError,
   NotFiniteError,
@@ -46,7 +46,7 @@ def before_compiling() -> Iterator[None]:
     NotImplementedError,
     OSError,
     CheckpointError,
-    flags.Error,
+    absl_flags.Error,
   ) as error:
     _exit(error, 2)
 
@@ -62,108 +62,142 @@ def while_running() -> Iterator[None]:
     _exit(error, 1)
 
 
-def parse_flags(
-  argv: list[str], *, flag_values: flags.FlagValues = flags.FLAGS
-):
-  """Parses the command line into absl's flags.
+def main(argv: list[str]) -> int:
+  """Runs the command that is named, or lists them."""
+  name, rest = ' '.join(argv[:2]), argv[2:]
+  if name not in COMMANDS:
+    name, rest = ' '.join(argv[:1]), argv[1:]
+  if name in COMMANDS:
+    run(name, rest)
+    return 0
+  asked = name in ('', '-h', '--help')
+  out = sys.stdout if asked else sys.stderr
+  if not asked:
+    print(f'error: unknown command {name!r}', file=out)
+  print('usage: python -m longctx COMMAND ..., each with a --help\n', file=out)
+  for key, command in COMMANDS.items():
+    print(f'  {key:<13}{command.text}', file=out)
+  return 0 if asked else 2
+
+
+def run(name: str, argv: Sequence[str]):
+  """Runs one of COMMANDS."""
+  with before_compiling():
+    args = parse(name, argv)
+    module = importlib.import_module(f'longctx.cli.{COMMANDS[name].module}')
+    work = module.prepare(args)
+  with while_running():
+    work()
+
+
+def parse(name: str, argv: Sequence[str]) -> argparse.Namespace:
+  """Reads the command line of one of COMMANDS.
 
   Raises:
-    ValueError, flags.Error: with a message fit for one line.
+    ValueError: with a message fit for one line.
   """
-  app.define_help_flags()
-  rest = flag_values(argv)[1:]
-  if rest:
+  command = COMMANDS[name]
+  parser = _parser(name)
+  args, rest = parser.parse_known_args(argv)
+  known = [f'--{flag.name}' for flag in command.flags]
+  for word in rest:
+    key, _, field = word.partition('.')
+    if word[:1] != '-' or (field and key.lstrip('-') in _heads(command)):
+      continue
+    close = difflib.get_close_matches(word.partition('=')[0], known, n=1)
     raise ValueError(
-      f'unexpected argument {rest[0]!r}: write --name=value, and '
-      '--config.key=value to change the config'
+      f'unknown flag {word}; '
+      + (f'did you mean {close[0]}?' if close else '--help has all')
     )
+  if rest and rest[0][:1] != '-':
+    modes = [key.split()[1] for key in COMMANDS if key.startswith(f'{name} ')]
+    if modes:
+      raise ValueError(f'unknown mode {rest[0]!r}; known: {", ".join(modes)}')
+    raise ValueError(
+      f'unexpected argument {rest[0]!r}: write --name=value'
+      + ''.join(f', or --{prefix}.key=value' for prefix in command.prefixes)
+    )
+  for flag in command.flags:
+    if getattr(args, flag.name, None) is REQUIRED:
+      raise ValueError(f'--{flag.name}={flag.metavar} is missing: {flag.text}')
+  args.overrides, args.argv = rest, list(argv)
+  return args
 
 
-def parse_config_flags(
-  argv: list[str], *, flag_values: flags.FlagValues = flags.FLAGS
-) -> tuple[str, config_dict.ConfigDict]:
-  """Parses --config=file.py[:argument], its overrides and all other flags.
+def _heads(command: Command) -> set[str]:
+  return {*command.prefixes, *(f'no{prefix}' for prefix in command.prefixes)}
 
-  config_flags would load the file itself, but reports a missing one or a
-  misspelt key in dozens of lines; so it is given the loaded config.
 
-  Returns:
-    ('file.py[:argument]', the config with its overrides).
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str):
+    raise ValueError(message.removeprefix('argument '))
 
-  Raises:
-    ValueError, OSError, flags.Error: with a message fit for one line.
-  """
-  spec, rest = _take(argv, 'config')
-  wants_help = any(word.lstrip('-').startswith('help') for word in argv)
-  if not spec and not wants_help:
-    raise ValueError('--config=FILE is missing, e.g. configs/quickstart.py')
-  config = load_config_file(spec) if spec else config_dict.ConfigDict()
-  check_overrides(config, rest)
-  config_flags.DEFINE_config_dict(
-    'config', config, 'file.py[:argument]', flag_values, sys_argv=rest
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+  def __init__(self, prog: str):
+    super().__init__(prog, max_help_position=28, width=80)
+
+  def _format_action_invocation(self, action: argparse.Action) -> str:
+    if not action.option_strings or action.nargs == 0:
+      return super()._format_action_invocation(action)
+    return f'{action.option_strings[0]}={action.metavar}'
+
+
+class _Help(argparse.Action):
+  """--help, which goes on with the keys of the config that is named."""
+
+  def __call__(self, parser, namespace, values, option_string=None):
+    parser.print_help()
+    if parser.get_default('config') is REQUIRED:
+      loaded = {}
+      if namespace.config is not REQUIRED:
+        config_file = importlib.import_module('longctx.cli.config_file')
+        loaded = config_file.load(namespace.config).to_dict()
+      source = f'what {namespace.config} sets' if loaded else 'the defaults'
+      print(f'\nkeys, --config.model.d_model=128, with {source}:')
+      keys = fields.read('longctx.training.config', 'ExperimentConfig')
+      print(*fields.table(keys, loaded), sep='\n')
+    parser.exit()
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+  command = COMMANDS[name]
+  doc = ast.get_docstring(
+    ast.parse(fields.source(f'longctx.cli.{command.module}'))
   )
-  parse_flags(rest, flag_values=flag_values)
-  return spec, flag_values['config'].value
+  parser = _Parser(
+    prog=command.prog,
+    usage=' '.join([command.prog, *command.positional, _usage(command)]),
+    description=doc,
+    formatter_class=_Formatter,
+    allow_abbrev=False,
+    add_help=False,
+  )
+  for word in command.positional:
+    parser.add_argument('word', choices=[word], help=argparse.SUPPRESS)
+  flags = parser.add_argument_group('flags')
+  for flag in command.flags:
+    _add(flags, flag)
+  flags.add_argument('--help', '-h', nargs=0, action=_Help, help='Show this.')
+  return parser
 
 
-def _take(argv: list[str], name: str) -> tuple[str, list[str]]:
-  """The value of --name=value or --name value, and the line without it."""
-  for index, word in enumerate(argv[1:], 1):
-    flag, equals, value = word.lstrip('-').partition('=')
-    if word.startswith('-') and flag == name:
-      end = index + 1 if equals else index + 2
-      value = value if equals else ''.join(argv[index + 1 : end])
-      return value, argv[:index] + argv[end:]
-  return '', argv
+def _add(group: argparse._ArgumentGroup, flag: Flag):
+  options = dict(default=flag.default, help=flag.text.replace('%', '%%'))
+  if flag.kind is bool:
+    options = dict(action='store_true', help=flag.text)
+  else:
+    options |= dict(type=flag.kind, metavar=flag.metavar)
+    if '|' in flag.metavar:
+      options['choices'] = flag.metavar.split('|')
+  group.add_argument(f'--{flag.name}', **options)
 
 
-def load_config_file(spec: str) -> config_dict.ConfigDict:
-  """Runs get_config() of 'file.py' or 'file.py:argument'.
-
-  Raises:
-    ValueError: it takes no such argument, or is no config.
-    OSError: there is no such file.
-  """
-  path, colon, argument = spec.partition(':')
-  if not pathlib.Path(path).is_file():
-    raise FileNotFoundError(2, 'there is no such config file', path)
-  module_spec = importlib.util.spec_from_file_location('longctx_config', path)
-  if module_spec is None:
-    raise ValueError(f'--config={path} must be a Python file')
-  module = importlib.util.module_from_spec(module_spec)
-  module_spec.loader.exec_module(module)
-  if not hasattr(module, 'get_config'):
-    raise ValueError(f'{path} must define get_config()')
-  accepts = inspect.signature(module.get_config).parameters
-  if colon and not accepts:
-    raise ValueError(f'{path} takes no argument, got {argument!r}')
-  return module.get_config(*([argument] if colon else []))
-
-
-def check_overrides(config: config_dict.ConfigDict, argv: list[str]):
-  """Refuses a `--config.key` that the config lacks, naming the closest."""
-  for word in argv:
-    flag = word.lstrip('-').partition('=')[0]
-    if not word.startswith('-') or '.' not in flag:
-      continue
-    head, *keys = flag.split('.')
-    if head not in ('config', 'noconfig'):
-      continue
-    group: Any = config
-    for depth, key in enumerate(keys):
-      if not isinstance(group, config_dict.ConfigDict):
-        raise ValueError(
-          f'config key {".".join(keys[:depth])} is a value, not a group: '
-          f'{".".join(keys)} does not exist'
-        )
-      if key not in group:
-        path = '.'.join(keys[: depth + 1])
-        raise ValueError(unknown_key(path, list(group.keys())))
-      group = group[key]
-
-
-def default_workdir(spec: str) -> pathlib.Path:
-  """runs/<config>, or runs/<config>-<argument>, beside nothing else."""
-  path, _, argument = spec.partition(':')
-  name = pathlib.Path(path).stem + (f'-{argument}' if argument else '')
-  return pathlib.Path('runs') / name
+def _usage(command: Command) -> str:
+  needed = [
+    f'--{flag.name}={flag.metavar}'
+    for flag in command.flags
+    if flag.default is REQUIRED
+  ]
+  keys = [f'[--{prefix}.KEY=VALUE ...]' for prefix in command.prefixes]
+  return ' '.join([*needed, '[--FLAG=VALUE ...]', *keys])

@@ -5,74 +5,58 @@ r"""Text generation by a trained model of bytes, printed as it is drawn.
       --max_new=2000 --temperature=0.8 --top_p=0.95 --seed=1 < prompt.txt
 """
 
-import argparse
-import pathlib
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import jax
 from flax import nnx
 
 from longctx import parallel
-from longctx.cli import flags as cli
 from longctx.decoding.sampler import Generator, Prompts, Sampling
 from longctx.evaluation import sweep as evaluate
 from longctx.tasks.bytes_lm import BOS, BytesLM
 from longctx.training import metrics
 
 
-def main(argv: Sequence[str]):
-  """Runs the command line."""
-  parser = argparse.ArgumentParser(
-    prog='python -m longctx.generate',
-    description='Continue a text by a trained model of bytes.',
-    allow_abbrev=False,
-  )
-  parser.add_argument('--workdir', type=pathlib.Path, required=True)
-  parser.add_argument('--run', default='', help='where a workdir has several')
-  parser.add_argument('--prompt', help='default: read from the input')
-  parser.add_argument('--max_new', type=int, default=500, help='bytes to draw')
-  parser.add_argument('--temperature', type=float, default=1.0)
-  parser.add_argument('--top_k', type=int, default=0)
-  parser.add_argument('--top_p', type=float, default=1.0)
-  parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument(
-    '--devices', type=int, default=1, help='to spread the cache over'
-  )
-  args = parser.parse_args(argv)
-  with cli.before_compiling():
-    run = evaluate.choose(evaluate.open_workdir(args.workdir), args.run)
-    if not isinstance(run.task, BytesLM):
-      raise ValueError(
-        f'{run.workdir} was trained on {run.config.task["name"]}, and text is '
-        'written by a model of bytes_lm'
-      )
-    text = sys.stdin.read() if args.prompt is None else args.prompt
-    if not text:
-      raise ValueError('the prompt is empty: give --prompt a text')
-    if args.max_new < 1:
-      raise ValueError(f'--max_new={args.max_new} must be at least 1')
-    if args.devices < 1:
-      raise ValueError(f'--devices={args.devices} must be at least 1')
-    prompts = Prompts.of([[BOS, *text.encode()]])
-    if note := parallel.ensure_devices(args.devices):
-      metrics.say(note)
-    mesh = None
-    if args.devices != 1:
-      mesh = parallel.make_mesh(seq=args.devices)
-    sampling = Sampling(
-      temperature=args.temperature, top_k=args.top_k, top_p=args.top_p
+def prepare(args) -> Callable[[], None]:
+  """Reads the model and the prompt."""
+  run = evaluate.choose(evaluate.open_workdir(args.workdir), args.run)
+  if not isinstance(run.task, BytesLM):
+    raise ValueError(
+      f'{run.workdir} was trained on {run.config.task["name"]}, and text is '
+      'written by a model of bytes_lm'
     )
-    graph, params, step = evaluate.restore(run)
-    generator = Generator(
-      nnx.merge(graph, params),
-      capacity=int(prompts.lengths[0]) + args.max_new,
-      sampling=sampling,
-      stop_tokens=(BOS,),
-      step=step,
-      mesh=mesh,
-    )
-    stream = generator.start(prompts)
+  text = sys.stdin.read() if args.prompt is None else args.prompt
+  if not text:
+    raise ValueError('the prompt is empty: give --prompt a text')
+  if args.max_new < 1:
+    raise ValueError(f'--max_new={args.max_new} must be at least 1')
+  if args.devices < 1:
+    raise ValueError(f'--devices={args.devices} must be at least 1')
+  prompts = Prompts.of([[BOS, *text.encode()]])
+  if note := parallel.ensure_devices(args.devices):
+    metrics.say(note)
+  mesh = None
+  if args.devices != 1:
+    mesh = parallel.make_mesh(seq=args.devices)
+  sampling = Sampling(
+    temperature=args.temperature, top_k=args.top_k, top_p=args.top_p
+  )
+  graph, params, step = evaluate.restore(run)
+  generator = Generator(
+    nnx.merge(graph, params),
+    capacity=int(prompts.lengths[0]) + args.max_new,
+    sampling=sampling,
+    stop_tokens=(BOS,),
+    step=step,
+    mesh=mesh,
+  )
+  stream = generator.start(prompts)
+  return functools.partial(_write, generator, stream, text, args)
+
+
+def _write(generator, stream, text, args):
   out = sys.stdout.buffer
   out.write(text.encode())
   key = jax.random.key(args.seed)

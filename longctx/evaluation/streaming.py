@@ -55,19 +55,19 @@ class StreamConfig:
   """Streaming evaluation config: tokens, policies and cache size.
 
   Attributes:
-    tokens: of the stream.
-    policies: names in POLICIES.
-    slots: keys that a layer keeps.
-    sinks: of these, how many are the first tokens.
-    rows: streams side by side, at other places of the text.
-    chunk: tokens read at once, which changes no figure.
-    bucket: tokens of a bucket of positions; the first ones are smaller.
-    dense_tokens: end of the dense policy; 0 takes twice the trained length.
-    recomputed: tokens scored in each bucket by `recompute`.
-    split: of the task.
+    tokens: Read this many tokens of the stream.
+    policies: Read it once for each of these policies, names in POLICIES.
+    slots: Let a layer keep this many keys.
+    sinks: Let this many of these be the first tokens.
+    rows: Read this many streams side by side, at other places of the text.
+    chunk: Read this many tokens at once, which changes no figure.
+    bucket: Write a line for this many positions; the first are fewer.
+    dense_tokens: End the dense policy here; 0 takes twice the trained length.
+    recomputed: Score this many tokens of each bucket under `recompute`.
+    split: Take the text of this split.
   """
 
-  tokens: int
+  tokens: int = 65536
   policies: tuple[str, ...] = ('window', 'sinks')
   slots: int = 256
   sinks: int = 4

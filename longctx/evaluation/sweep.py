@@ -49,7 +49,7 @@ def parse_sweep(text: str) -> Sweep:
   except json.JSONDecodeError:
     parsed = tuple(values.split(','))
   if not (parameter and equals and parsed):
-    raise ValueError(f'--sweep={text} must be like --sweep=seq_len=64,128,256')
+    raise ValueError(f'--task.{text} must be like --task.seq_len=64,128,256')
   return Sweep(parameter=parameter, values=parsed)
 
 
@@ -112,7 +112,7 @@ def swept_tasks(
   if not sweep.parameter:
     return [run.task]
   if sweep.parameter == 'name':
-    raise ValueError('--sweep changes a field of the task, not the task')
+    raise ValueError('a sweep changes a field of the task, not the task')
   found = []
   for value in sweep.values:
     fields = {**run.config.task, sweep.parameter: value}

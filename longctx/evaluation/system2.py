@@ -1,6 +1,6 @@
 """System 2 Attention, measured: answers where opinions contradict facts.
 
-    python eval.py --workdir=runs/s2a --mode=s2a --questions=256 \
+    python eval.py s2a --workdir=runs/s2a --questions=256 \
       --conditions=none,suggest_wrong --distractors=0,8,64,256
 
 A run with a gate answers by itself, one that learned to rewrite by every method
@@ -54,16 +54,19 @@ class S2AConfig:
   """System 2 Attention evaluation config: questions and methods.
 
   Attributes:
-    conditions: of `tasks.opinions`.
-    distractors: numbers of facts of other topics.
-    sentences: of a context, besides facts and opinions.
-    mentions: times that the fact is stated.
-    opinions: times that the opinion is.
-    count: questions for each condition and number.
-    batch_size: of them, answered at a time.
-    chunk: tokens of a prompt that are read at once.
-    methods: of `longctx.evaluation.rewrite`, for runs that learned to rewrite.
-    keep: spans that may pass a gate; 0: as many as in training.
+    conditions: Ask under these conditions of `tasks.opinions`; all of them by
+      default.
+    distractors: Put this many facts of other topics into a context, each number
+      in turn.
+    sentences: Put this many sentences that mean nothing into a context.
+    mentions: State the fact this often.
+    opinions: State the opinion this often.
+    questions: Ask this many questions for each condition and number.
+    batch_size: Answer this many at a time.
+    chunk: Read this many tokens of a prompt at once.
+    methods: Answer by these methods of `longctx.evaluation.rewrite`, where a
+      run learned to rewrite; by all of them by default.
+    keep: Let this many spans pass a gate; 0: as many as in training.
   """
 
   conditions: tuple[str, ...] = CONDITIONS[1:]
@@ -71,9 +74,9 @@ class S2AConfig:
   sentences: int = 8
   mentions: int = 1
   opinions: int = 1
-  count: int = 256
+  questions: int = 256
   batch_size: int = 64
-  chunk: int = 64
+  chunk: int = 128
   methods: tuple[str, ...] = WITHOUT_GATE
   keep: int = 0
 
@@ -88,10 +91,12 @@ class S2AConfig:
           f'unknown {name} {unknown[0]!r}; known: {", ".join(known)}'
         )
     at_least(self, 0, 'sentences', 'keep')
-    at_least(self, 1, 'mentions', 'opinions', 'count', 'batch_size', 'chunk')
-    if self.count > self.batch_size and self.count % self.batch_size:
+    at_least(
+      self, 1, 'mentions', 'opinions', 'questions', 'batch_size', 'chunk'
+    )
+    if self.questions > self.batch_size and self.questions % self.batch_size:
       raise ValueError(
-        f'count={self.count} must be a multiple of batch_size='
+        f'questions={self.questions} must be a multiple of batch_size='
         f'{self.batch_size}: another batch would compile, and count as time'
       )
 
@@ -106,8 +111,8 @@ def task_of(
   """
   if not isinstance(run.task, Opinions):
     raise ValueError(
-      f'{run.workdir} was trained on {run.config.task["name"]}, and --mode=s2a '
-      'asks questions of opinions'
+      f'{run.workdir} was trained on {run.config.task["name"]}, and eval.py '
+      's2a asks questions of opinions'
     )
   units = distractors + run.task.num_in_topic + config.sentences
   units += config.mentions + config.opinions
@@ -161,7 +166,7 @@ def measure(
     for n in config.distractors:
       for condition in config.conditions:
         task = task_of(run, config, condition, n)
-        asked = questions(task, seed=run.config.seed, count=config.count)
+        asked = questions(task, seed=run.config.seed, count=config.questions)
         answerer = Answerer(model, task, step=step, chunk=config.chunk)
         found = [
           {

@@ -24,10 +24,16 @@ class OptimizerConfig:
     learning_rate: the peak, reached after `warmup_steps`.
     schedule: 'constant', 'cosine' and 'linear' (down to `final_factor` of the
       peak at the last step) or 'step' (to `final_factor` at `step_at`).
+    warmup_steps: updates in which the learning rate rises to its peak.
+    final_factor: share of the peak at the end.
+    step_at: update from which 'step' takes that share.
     weight_decay: decoupled, times the learning rate. It applies to weight
       matrices alone: norms, biases and per-head scalars are not shrunk, since
       that changes a scale rather than a capacity, nor are embeddings, whose
       rare rows would fade between their few gradients.
+    b1: decay of the first moment, or the momentum.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment.
     clip_norm: largest global norm of a gradient; 0 does not clip.
     accumulation: forward passes that one update is split into.
   """

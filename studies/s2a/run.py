@@ -22,8 +22,8 @@ LONG = 16120
 def jobs(seed: int, quick: bool) -> list[Job]:
   ask = lambda *more: (
     'eval.py',
+    's2a',
     '--workdir={workdir}',
-    '--mode=s2a',
     *more,
   )
   if quick:

@@ -3,7 +3,7 @@
     python -m studies.streaming.measure --workdir=DIR --tokens=2048
 
 A short stream under every policy, each token of it scored, and with
---stream_tokens an endless one under `sinks`. `eval.py --mode=stream` keeps the
+--stream_tokens an endless one under `sinks`. `eval.py stream` keeps the
 lines of one stream per policy, so those of the short one are set aside in
 short.jsonl. Stopped and started again it continues.
 """
@@ -27,7 +27,7 @@ def main():
   parser.add_argument('--rows', type=int, default=8, help='of the short one')
   parser.add_argument('--stream_tokens', type=int, default=0, help='endless')
   args = parser.parse_args()
-  stream = [sys.executable, 'eval.py', '--mode=stream']
+  stream = [sys.executable, 'eval.py', 'stream']
   stream += [f'--workdir={args.workdir}']
   tokens = args.tokens
   short = [f'--policies={",".join(POLICIES)}', f'--rows={args.rows}']

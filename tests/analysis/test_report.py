@@ -22,7 +22,7 @@ from longctx.analysis import (
 from longctx.analysis.glossary import SCORES
 from longctx.attention import AttentionConfig, make_attention
 from longctx.attention.context import Context
-from longctx.cli import analyze
+from longctx.cli import analyze, flags
 from longctx.parallel import Placement
 from longctx.parallel.layout import SequenceLayout
 from longctx.training import runs, trainer
@@ -67,7 +67,7 @@ def workdir(tmp_path_factory):
 @pytest.fixture(scope='module')
 def written(workdir):
   """(text of the page, numbers)."""
-  analyze.main([f'--workdir={workdir}', '--rows=2'])
+  flags.run('analysis', [f'--workdir={workdir}', '--rows=2'])
   folder = workdir / 'analysis'
   numbers = json.loads((folder / 'analysis.json').read_text())
   return (folder / 'report.html').read_text(), numbers
@@ -126,8 +126,9 @@ def test_numbers_say_what_was_measured(written, workdir):
 
 
 def test_another_length_and_an_older_checkpoint(workdir):
-  flags = ['--seq_len=24', '--step=10', f'--out={workdir}/other/page.html']
-  (job,) = analyze.prepare(analyze.parse([f'--workdir={workdir}', *flags]))
+  argv = ['--seq_len=24', '--step=10', f'--out={workdir}/other/page.html']
+  args = flags.parse('analysis', [f'--workdir={workdir}', *argv])
+  (job,) = analyze.find_jobs(args)
   assert (job.task.seq_len, job.trained.step) == (24, 10)
   assert job.numbers == workdir / 'other' / 'page.json'
 
@@ -286,7 +287,7 @@ def test_timeline_has_the_phase_change_and_the_scores_over_steps(written):
 )
 def test_command_ends_with_one_line(workdir, options, message, capsys):
   with pytest.raises(SystemExit) as end:
-    analyze.main([f'--workdir={workdir}', *options])
+    flags.run('analysis', [f'--workdir={workdir}', *options])
   assert end.value.code == 2
   error = capsys.readouterr().err
   assert error.startswith('error: ') and message in error

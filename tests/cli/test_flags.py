@@ -5,9 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from absl import flags
 
-from longctx.cli import flags as cli
+from longctx.cli import config_file, flags
+from longctx.cli import train as command
+from longctx.cli.commands import COMMANDS
 from longctx.training import runs
 from longctx.training.config import ExperimentConfig, from_config_dict
 from tests.tiny import tiny_config
@@ -19,19 +20,17 @@ CONFIG = f'--config={DEFAULT}'
 
 def prepare(argv, tmp_path):
   """What train.py does before it compiles, in this process."""
-  values = flags.FlagValues()
-  flags.DEFINE_string('workdir', str(tmp_path), '', flag_values=values)
-  with cli.before_compiling():
-    _, config = cli.parse_config_flags(['train.py', *argv], flag_values=values)
-    config = from_config_dict(ExperimentConfig, config)
-    runs.prepare(config, tmp_path)
-  return config
+  with flags.before_compiling():
+    args = flags.parse('train', [f'--workdir={tmp_path}', *argv])
+    command.prepare(args)
+  config = config_file.load(args.config, args.overrides)
+  return from_config_dict(ExperimentConfig, config)
 
 
 @pytest.mark.parametrize(
   ('argv', 'message'),
   [
-    ([], '--config=FILE is missing'),
+    ([], '--config=FILE[:ARGUMENT] is missing'),
     (['--config=no.py'], 'no.py: there is no such config file'),
     (
       [CONFIG, '--config.stps=3'],
@@ -44,8 +43,15 @@ def prepare(argv, tmp_path):
     ([CONFIG, '--config.steps.x=3'], 'steps is a value, not a group'),
     ([CONFIG, '--config.steps=abc'], '--config.steps=abc: invalid literal'),
     ([CONFIG, '--config.steps'], 'Missing value for flag --config.steps'),
-    ([CONFIG, '--stpes=3'], "Unknown command line flag 'stpes'"),
+    ([CONFIG, '--wrkdir=3'], 'unknown flag --wrkdir=3; did you mean --workdir'),
+    ([CONFIG, '--nonsense=3'], 'unknown flag --nonsense=3; --help has all'),
     ([CONFIG, 'steps=3'], "unexpected argument 'steps=3'"),
+    ([CONFIG, '--config.steps=3', 'x'], "unexpected argument 'x'"),
+    ([CONFIG, '--num_processes=0'], '--num_processes: 0 must be at least 1'),
+    (
+      [CONFIG, '--num_processes=x'],
+      "--num_processes: invalid integer value: 'x'",
+    ),
     ([f'{CONFIG}:mqra'], "unknown task 'mqra'; known: "),
     ([CONFIG, '--config.task.name=mqra'], "unknown task 'mqra'; known: "),
     (
@@ -82,6 +88,108 @@ def test_slip_is_one_clear_line_and_exit_code_2(
   assert error.count('\n') == 1
 
 
+@pytest.mark.parametrize(
+  ('name', 'argv', 'message'),
+  [
+    ('eval', ['swep'], "unknown mode 'swep'; known: sweep, stream, s2a"),
+    ('eval', ['--mode=s2a'], 'unknown flag --mode=s2a'),
+    ('eval', ['--workdir=x', '--batches=0'], '--batches: 0 must be at least 1'),
+    ('eval sweep', ['--seq_len=3'], 'unknown flag --seq_len=3'),
+    ('eval stream', ['--slots=x', '--workdir=x'], '--slots: invalid int value'),
+    (
+      'eval s2a',
+      ['--distractors=1,x'],
+      '--distractors: invalid integers value',
+    ),
+    ('eval stream', [], '--workdir=DIR is missing: Take the runs in this'),
+    ('data', ['prepare', '--data_dir=x', 'y'], "unexpected argument 'y'"),
+    ('analysis', ['--split=x'], "--split: invalid choice: 'x'"),
+    ('plan', [CONFIG], '--topology=GENERATION:SHAPE is missing'),
+  ],
+)
+def test_slip_is_found_without_jax(name, argv, message):
+  # `parse` itself imports none: see the test of --help.
+  with pytest.raises(ValueError) as error:
+    flags.parse(name, argv)
+  assert message in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+def test_flags_of_modes_are_the_fields_of_their_configs():
+  argv = ['--workdir=w', '--policies=dense,sinks', '--slots', '8']
+  args = vars(flags.parse('eval stream', argv))
+  assert (args['policies'], args['slots']) == (('dense', 'sinks'), 8)
+  assert 'chunk' not in args
+  args = flags.parse(
+    'eval s2a', ['--workdir=w', '--distractors=0,8', '--run=a,b']
+  )
+  assert (args.distractors, args.run) == ((0, 8), ('a', 'b'))
+  args = flags.parse('eval sweep', ['--workdir=w', '--task.seq_len=8,16'])
+  assert args.overrides == ['--task.seq_len=8,16']
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_flags_say_in_a_sentence_what_they_do(name, capsys):
+  for flag in COMMANDS[name].flags:
+    assert flag.text[0].isupper() and flag.text.endswith('.'), flag.name
+    assert len(flag.text.split()) >= 4, flag.name
+  with pytest.raises(SystemExit) as stop:
+    flags.parse(name, ['--help'])
+  assert stop.value.code == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert max(map(len, lines[1:])) <= 80
+  for flag in COMMANDS[name].flags:
+    assert any(line.startswith(f'  --{flag.name}') for line in lines)
+  # The docstring of the command's module shows how it is called.
+  assert COMMANDS[name].prog in ' '.join(lines[1:])
+
+
+PROGRAM = """
+import runpy, sys
+sys.argv = ['train.py', '--help']
+try:
+  runpy.run_path(sys.argv[0], run_name='__main__')
+except SystemExit as stop:
+  assert stop.code == 0
+assert not {'jax', 'numpy', 'ml_collections'} & {*sys.modules}
+"""
+
+
+def test_help_has_every_key_of_the_config_and_needs_no_jax():
+  done = subprocess.run(
+    [sys.executable, '-c', PROGRAM], capture_output=True, text=True, cwd=ROOT
+  )
+  assert done.returncode == 0, done.stderr
+  lines = done.stdout.splitlines()
+
+  def check(group, indent):
+    for key, value in group.items():
+      head = f'{indent}{key}'
+      at = [i for i, line in enumerate(lines) if line.startswith(head)]
+      at = [i for i in at if lines[i][len(head) :][:1] in ('', ' ', '=')]
+      assert at, f'{head!r} is missing'
+      for i in at:
+        text = lines[i][28:] if len(lines[i]) > 28 else lines[i + 1][28:]
+        assert text.strip(), f'{head!r} has no line: {lines[i]!r}'
+      if isinstance(value, dict) and key not in ('task', 'runs'):
+        check(value, f'{indent}  ')
+
+  defaults = runs.config_lib.to_config_dict(ExperimentConfig())
+  check(defaults.to_dict(), '  ')
+  assert '    d_model=64              width D of the residual stream.' in lines
+  assert "    name='adamw'" in done.stdout
+
+
+def test_help_with_a_config_shows_what_it_sets(capsys):
+  path = ROOT / 'configs' / 'mqar.py'
+  with pytest.raises(SystemExit):
+    flags.parse('train', [f'--config={path}', '--help'])
+  text = capsys.readouterr().out
+  config = config_file.load(str(path))
+  assert f'  steps={config.steps} ' in text
+  assert f'    num_pairs={config.task.num_pairs}' in text
+
+
 def test_workdir_that_is_a_file_is_one_line(tmp_path, capsys):
   path = tmp_path / 'taken'
   path.write_text('')
@@ -103,15 +211,17 @@ def test_overrides_reach_the_config(tmp_path):
   argv = [
     CONFIG,
     '--config.steps=7',
-    '--config.model.head_dim=8',
+    *('--config.model.head_dim', '8'),
     '--config.model.layers=full,sliding_window(window=4)',
     '--config.optimizer.learning_rate=1',
+    '--noconfig.log.progress',
   ]
   config = prepare(argv, tmp_path)
   assert config.steps == 7
   assert config.model.head_dim == 8
   assert config.model.layers == ('full', 'sliding_window(window=4)')
   assert config.optimizer.learning_rate == 1.0
+  assert not config.log.progress
 
 
 def test_bug_in_a_config_file_keeps_its_traceback(tmp_path):
@@ -130,8 +240,10 @@ def test_argument_for_a_config_that_takes_none_is_refused(tmp_path, capsys):
 
 
 def test_workdir_is_named_after_config_and_argument():
-  assert str(cli.default_workdir('configs/mqar.py')) == 'runs/mqar'
-  assert str(cli.default_workdir('configs/mqar.py:full')) == 'runs/mqar-full'
+  assert str(command.default_workdir('configs/mqar.py')) == 'runs/mqar'
+  assert (
+    str(command.default_workdir('configs/mqar.py:full')) == 'runs/mqar-full'
+  )
 
 
 @pytest.mark.parametrize(
@@ -139,7 +251,7 @@ def test_workdir_is_named_after_config_and_argument():
   [
     ('train.py', [CONFIG, '--config.model.dmodel=3'], 'did you mean'),
     ('eval.py', ['--workdir=/nowhere'], 'no workdir of train.py'),
-    ('eval.py', [], '--workdir=DIR is missing'),
+    ('eval.py', ['sweep'], '--workdir=DIR is missing'),
   ],
 )
 def test_script_itself_ends_with_one_line(script, argv, message, tmp_path):
@@ -157,13 +269,11 @@ def test_script_itself_ends_with_one_line(script, argv, message, tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_eval_of_a_run_without_a_checkpoint_is_one_line(tmp_path):
+def test_eval_of_a_run_without_a_checkpoint_is_one_line(tmp_path, capsys):
   runs.prepare(tiny_config(), tmp_path)
-  done = subprocess.run(
-    [sys.executable, str(ROOT / 'eval.py'), f'--workdir={tmp_path}'],
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 2
-  assert 'no checkpoint in' in done.stderr
-  assert done.stderr.count('\n') == 1
+  with pytest.raises(SystemExit) as stop:
+    flags.run('eval', [f'--workdir={tmp_path}'])
+  assert stop.value.code == 2
+  error = capsys.readouterr().err
+  assert 'no checkpoint in' in error
+  assert error.count('\n') == 1

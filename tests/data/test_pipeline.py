@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from longctx.cli import prepare
+from longctx.cli import flags
 from longctx.data.pipeline import make_iterator
 from longctx.tasks import make_task
 
@@ -159,7 +159,11 @@ def test_bad_argument_is_an_error(kwargs, message):
 
 
 def command(directory, *arguments):
-  return prepare.main(['prepare', f'--data_dir={directory}', *arguments])
+  try:
+    flags.run('data', ['prepare', f'--data_dir={directory}', *arguments])
+  except SystemExit as stop:
+    return stop.code
+  return 0
 
 
 def test_command_prepares_a_task_with_its_fields(tmp_path, capsys):
@@ -181,8 +185,6 @@ def get_config(pairs='4'):
 """
 
 
-# ml_collections loads config files through a deprecated importlib function.
-@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
 def test_command_prepares_what_a_config_reads(tmp_path, capsys):
   path = tmp_path / 'config.py'
   path.write_text(CONFIG)
@@ -206,10 +208,10 @@ def test_command_prepares_what_a_config_reads(tmp_path, capsys):
   [
     (['--task=mqar', '--task.num_pair=2'], "did you mean 'num_pairs'"),
     (['--task=mqar', '--task.num_pairs=x'], 'must be of type int'),
-    (['--task=mqar', '--num_pairs=2'], 'unknown argument'),
+    (['--task=mqar', '--num_pairs=2'], 'unknown flag --num_pairs=2'),
     (['--task=nope', '--num_train=1'], "unknown task 'nope'"),
     (['--task=mqar'], 'nothing to prepare'),
-    (['--config=/no/such/config.py'], 'there is no config file'),
+    (['--config=/no/such/config.py'], 'there is no such config file'),
     ([], 'give either --config=FILE or --task=NAME'),
   ],
 )

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from longctx import parallel
-from longctx.cli.generate import main
+from longctx.cli import flags
 from longctx.decoding.sampler import (
   GREEDY,
   Generator,
@@ -173,12 +173,12 @@ def test_command_continues_a_text(workdir, capfdbinary):
   command = [f'--workdir={workdir}', '--prompt=ab', '--max_new=5']
   written = []
   for seed in (0, 0, 1):
-    main([*command, f'--seed={seed}'])
+    flags.run('generate', [*command, f'--seed={seed}'])
     written.append(capfdbinary.readouterr().out)
   assert written[0] == written[1] != written[2]
   assert all(text.startswith(b'ab') for text in written)
   assert len(written[0]) == 2 + 5 + 1
-  main([*command, '--devices=2'])
+  flags.run('generate', [*command, '--devices=2'])
   assert capfdbinary.readouterr().out == written[0]
 
 
@@ -196,7 +196,7 @@ def test_command_continues_a_text(workdir, capfdbinary):
 )
 def test_command_ends_with_one_line(workdir, options, message, capsys):
   with pytest.raises(SystemExit) as end:
-    main([f'--workdir={workdir}', *options])
+    flags.run('generate', [f'--workdir={workdir}', *options])
   assert end.value.code == 2
   error = capsys.readouterr().err
   assert error.startswith('error: ') and message in error

@@ -6,19 +6,17 @@ import subprocess
 import sys
 
 import pytest
-from absl import flags
 
 from longctx import tasks
-from longctx.cli import flags as cli
+from longctx.cli import flags
+from longctx.cli import plan as command
 from longctx.costs import memory
 from longctx.models.transformer import TransformerConfig
 from longctx.plan import report, topologies
 from longctx.plan.planner import make_plan
-from longctx.plan.program import find_run
 from longctx.training.config import (
   ExperimentConfig,
   ParallelConfig,
-  from_config_dict,
 )
 from tests import needs
 from tests.training.test_trainer import ROOT
@@ -167,10 +165,8 @@ def test_without_an_assignment_the_largest_results_are_listed():
 
 def planned(argv):
   """What the command does before it compiles, in this process."""
-  values = flags.FlagValues()
-  with cli.before_compiling():
-    _, config = cli.parse_config_flags(['plan', *argv[1:]], flag_values=values)
-    make_plan(find_run(from_config_dict(ExperimentConfig, config), ''), argv[0])
+  with flags.before_compiling():
+    command.prepare(flags.parse('plan', [f'--topology={argv[0]}', *argv[1:]]))
 
 
 @needs.tpu_compiler

@@ -1,0 +1,43 @@
+r"""Trains what a config file describes, or continues where it was stopped.
+
+python train.py --config=configs/mqar.py
+python train.py --config=configs/mqar.py:linear --workdir=/data/mqar \
+  --config.steps=500 --config.optimizer.learning_rate=3e-3
+
+Several processes, one per host, each with the same command but for its number:
+
+python train.py --config=configs/ring_1m.py:pod --coordinator=auto
+python train.py --config=configs/ring_1m.py:sibling \
+  --coordinator=localhost:1234 --num_processes=2 --process_id=0
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable
+
+from longctx.cli import config_file
+from longctx.training import runs, trainer
+from longctx.training.config import ExperimentConfig, from_config_dict
+
+
+def prepare(args) -> Callable[[], object]:
+  """Checks everything that can be checked before anything compiles."""
+  config = config_file.load(args.config, args.overrides)
+  config = from_config_dict(ExperimentConfig, config)
+  workdir = args.workdir or default_workdir(args.config)
+  runs.start_devices(
+    config,
+    coordinator=args.coordinator,
+    num_processes=args.num_processes,
+    process_id=args.process_id,
+  )
+  return functools.partial(
+    trainer.train, runs.prepare(config, workdir), workdir
+  )
+
+
+def default_workdir(spec: str) -> pathlib.Path:
+  """runs/<config>, or runs/<config>-<argument>, beside nothing else."""
+  path, _, argument = spec.partition(':')
+  name = pathlib.Path(path).stem + (f'-{argument}' if argument else '')
+  return pathlib.Path('runs') / name
