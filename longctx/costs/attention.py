@@ -24,36 +24,6 @@ from longctx.typing import Int
 WORD = 4
 
 
-def executed_blocks(
-  mask: Mask,
-  layout: SequenceLayout,
-  block_q: int,
-  block_k: int,
-  *,
-  fold: int = 1,
-) -> Int[np.ndarray, ' R']:
-  """Blocks of scores that each device of a ring computes, in either pass.
-
-  At natural positions and without segments, by the rule of the work list: the
-  blocks whose ranges of positions may hold an allowed pair, of its own keys, of
-  those that are broadcast and of those that arrive at every hop. Times
-  `block_q block_k` it is the area of scores, and times 4 H that in FLOPs of a
-  head's forward pass.
-
-  Args:
-    mask: who reads whom.
-    layout: of the tokens.
-    block_q: queries per block; cut to what a part has, like the next one.
-    block_k: keys per block.
-    fold: devices along the second axis of 'ring+ulysses'; then each of them
-      computes that many blocks for its share of the heads.
-
-  Returns:
-    int64[R], R being the devices of the ring.
-  """
-  return hop_blocks(mask, layout, block_q, block_k, fold=fold).total
-
-
 @dataclasses.dataclass(frozen=True)
 class HopBlocks:
   """Attention blocks that each of R devices computes, by ring hop.
@@ -81,7 +51,22 @@ def hop_blocks(
   *,
   fold: int = 1,
 ) -> HopBlocks:
-  """`executed_blocks` by hops; arguments are the same."""
+  """Blocks of scores that each device of a ring computes, in either pass.
+
+  At natural positions and without segments, by the rule of the work list: the
+  blocks whose ranges of positions may hold an allowed pair, of its own keys, of
+  those that are broadcast and of those that arrive at every hop. Times
+  `block_q block_k` their number is the area of scores, and times 4 H that in
+  FLOPs of a head's forward pass.
+
+  Args:
+    mask: who reads whom.
+    layout: of the tokens.
+    block_q: queries per block; cut to what a part has, like the next one.
+    block_k: keys per block.
+    fold: devices along the second axis of 'ring+ulysses'; then each of them
+      computes that many blocks for its share of the heads.
+  """
   ring = Ring(layout, fold)
   schedule = make_schedule(without_padding(mask, layout), ring)
   R = ring.size

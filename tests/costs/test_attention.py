@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longctx import parallel
-from longctx.costs.attention import executed_blocks, wire_bytes
+from longctx.costs.attention import hop_blocks, wire_bytes
 from longctx.costs.hlo import collective_bytes
 from longctx.masks import (
   Beyond,
@@ -322,7 +322,7 @@ def test_executed_blocks_are_those_on_the_work_lists(
   forward, backward = counted_blocks(
     monkeypatch, MASKS[case], layout, BlockSizes(5, 4, 5, 4), fold
   )
-  predicted = executed_blocks(MASKS[case], layout, 5, 4, fold=fold)
+  predicted = hop_blocks(MASKS[case], layout, 5, 4, fold=fold).total
   np.testing.assert_array_equal(forward, predicted)
   np.testing.assert_array_equal(backward, predicted)
 
@@ -332,7 +332,8 @@ def test_executed_blocks_are_those_on_the_work_lists(
   [('contiguous', 1.868), ('zigzag', 1.0), ('striped', 1.0)],
 )
 def test_who_computes_how_much_of_a_causal_mask(name, imbalance):
-  blocks = executed_blocks(Causal(), SequenceLayout(name, 65_536, 8), 512, 512)
+  layout = SequenceLayout(name, 65_536, 8)
+  blocks = hop_blocks(Causal(), layout, 512, 512).total
   assert round(blocks.max() / blocks.mean(), 3) == imbalance
   # What has to be computed, and nothing for the pairs that are masked out.
   least = 128 * 129 / 2
@@ -342,13 +343,13 @@ def test_who_computes_how_much_of_a_causal_mask(name, imbalance):
 def test_contiguous_shards_approach_twice_the_mean_less_one_over_devices():
   for R in (2, 8):
     layout = SequenceLayout('contiguous', 65_536, R)
-    blocks = executed_blocks(Causal(), layout, 16, 16)
+    blocks = hop_blocks(Causal(), layout, 16, 16).total
     assert abs(blocks.max() / blocks.mean() - (2 - 1 / R)) < 1e-3
 
 
 def test_a_device_of_its_own_sends_nothing_and_computes_the_lower_half():
   layout = SequenceLayout('zigzag', 64, 1)
-  assert executed_blocks(Causal(), layout, 16, 16).tolist() == [10]
+  assert hop_blocks(Causal(), layout, 16, 16).total.tolist() == [10]
   mesh = jax.sharding.AbstractMesh((1,), ('seq',))
   sent = wire_bytes('ring', B, N, K, H, mesh=mesh, layout=layout)
   assert sent == {}
