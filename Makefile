@@ -1,5 +1,6 @@
-# make train | test | test-all | capabilities | lint | format | clean. Each makes its environment first,
-# when it is missing or older than what it is made from.
+# make train | test | test-all | docs | capabilities | lint | format | clean.
+# Each makes its environment first, when it is missing or older than what it is
+# made from.
 #
 #   make test PYTHON=python3.12       another interpreter, in its own .venv-*
 #   make train ARGS='--config.seed=1' more arguments for the command
@@ -14,7 +15,7 @@ ARGS ?=
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 
-.PHONY: help train test test-all capabilities lint format clean
+.PHONY: help train test test-all docs capabilities lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,7 +23,8 @@ help:
 
 # The stamp's name holds what an environment cannot survive: another build of
 # Python, or a checkout that moved. (`python3` may mean another one tomorrow.)
-NEEDS_VENV := $(filter train test test-all capabilities lint format,$(MAKECMDGOALS))
+NEEDS_VENV := $(filter train test test-all docs capabilities lint format,\
+  $(MAKECMDGOALS))
 ifneq ($(NEEDS_VENV),)
 IDENTITY := $(shell $(PYTHON) -c 'import hashlib, os, sys; \
   key = repr((sys.version, sys.base_prefix, os.getcwd())).encode(); \
@@ -60,6 +62,11 @@ test-all: test
 
 capabilities: $(INSTALLED)
 	$(BIN)/python -m tests.attention.capabilities -n auto $(ARGS)
+
+# Notebooks are run, and warnings are errors; the site is site/index.html.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet $(ARGS)
+	@echo "Open site/index.html."
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
