@@ -24,7 +24,7 @@ from longctx import tasks
 from longctx.analysis.analyzer import Analyzer
 from longctx.analysis.maps import pooled_maps
 from longctx.analysis.report import report
-from longctx.evaluation import sweep as evaluate
+from longctx.evaluation import sweep
 from longctx.evaluation.sweep import Sweep
 from longctx.parallel import Placement
 from longctx.training import metrics, runs
@@ -46,7 +46,7 @@ class Job:
   run: Run
   task: tasks.Task
   placement: Placement | None
-  trained: evaluate.Parameters
+  trained: sweep.Parameters
   page: pathlib.Path
   numbers: pathlib.Path
 
@@ -126,8 +126,8 @@ def find_jobs(args) -> list[Job]:
   """
   if args.rows < 1:
     raise ValueError(f'--rows={args.rows} must be at least 1')
-  opened = evaluate.open_workdir(args.workdir)
-  chosen = [evaluate.choose(opened, args.run)] if args.run else opened
+  opened = sweep.open_workdir(args.workdir)
+  chosen = [sweep.choose(opened, args.run)] if args.run else opened
   if args.out and len(chosen) > 1:
     names = ', '.join(run.name for run in chosen)
     raise ValueError(f'--out names one file: choose a --run of {names}')
@@ -137,7 +137,7 @@ def find_jobs(args) -> list[Job]:
   runs.start_devices(most.config)
   jobs = []
   for run in chosen:
-    (task,) = evaluate.swept_tasks(run, _length(args.seq_len))
+    (task,) = sweep.swept_tasks(run, _length(args.seq_len))
     page = args.out or run.workdir / 'analysis' / 'report.html'
     page.parent.mkdir(parents=True, exist_ok=True)
     # With --out, several pages may lie in a folder.
@@ -147,7 +147,7 @@ def find_jobs(args) -> list[Job]:
         run=run,
         task=task,
         placement=runs.make_placement(run.config.parallel, task.seq_len),
-        trained=evaluate.restore(run, args.step),
+        trained=sweep.restore(run, args.step),
         page=page,
         numbers=page.with_name(f'{numbers}.json'),
       )
@@ -169,5 +169,5 @@ def prepare(args) -> Callable[[], None]:
 
 def _length(seq_len: int | None) -> Sweep:
   if seq_len is None:
-    return evaluate.parse_sweep('')
+    return sweep.parse_sweep('')
   return Sweep(parameter='seq_len', values=(seq_len,))

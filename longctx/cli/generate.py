@@ -14,14 +14,14 @@ from flax import nnx
 
 from longctx import parallel
 from longctx.decoding.sampler import Generator, Prompts, Sampling
-from longctx.evaluation import sweep as evaluate
+from longctx.evaluation import sweep
 from longctx.tasks.bytes_lm import BOS, BytesLM
 from longctx.training import metrics
 
 
 def prepare(args) -> Callable[[], None]:
   """Reads the model and the prompt."""
-  run = evaluate.choose(evaluate.open_workdir(args.workdir), args.run)
+  run = sweep.choose(sweep.open_workdir(args.workdir), args.run)
   if not isinstance(run.task, BytesLM):
     raise ValueError(
       f'{run.workdir} was trained on {run.config.task["name"]}, and text is '
@@ -43,7 +43,7 @@ def prepare(args) -> Callable[[], None]:
   sampling = Sampling(
     temperature=args.temperature, top_k=args.top_k, top_p=args.top_p
   )
-  graph, params, step = evaluate.restore(run)
+  graph, params, step = sweep.restore(run)
   generator = Generator(
     nnx.merge(graph, params),
     capacity=int(prompts.lengths[0]) + args.max_new,

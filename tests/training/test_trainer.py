@@ -17,19 +17,14 @@ import numpy as np
 import pytest
 
 from longctx.training import config as config_lib
-from longctx.training import (
-  figures,
-  metrics,
-  phase,
-  runs,
-  steps,
-)
+from longctx.training import figures, metrics, phase, runs, steps, trainer
 from longctx.training import results as results_lib
-from longctx.training import (
-  trainer as train,
-)
 from longctx.training.config import ExperimentConfig
-from longctx.training.errors import CheckpointError
+from longctx.training.errors import (
+  CheckpointError,
+  NotFiniteError,
+  StoppedError,
+)
 from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -37,7 +32,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def run_to_end(config, workdir):
   prepared = runs.prepare(config, workdir)
-  return train.train(prepared, workdir)
+  return trainer.train(prepared, workdir)
 
 
 def final_leaves(workdir):
@@ -95,11 +90,11 @@ def test_same_command_on_a_finished_run_trains_nothing(finished, capsys):
   assert 'already finished' in capsys.readouterr().err
 
 
-class StopAt(train.StopRequest):
+class StopAt(trainer.StopRequest):
   """A stop request that comes with the training step `at`."""
 
-  def __init__(self, trainer, at):
-    self._trainer, self._at = trainer, at
+  def __init__(self, running, at):
+    self._trainer, self._at = running, at
 
   @property
   def signum(self):
@@ -112,10 +107,10 @@ def test_stopped_and_continued_run_equals_an_uninterrupted_one(
 ):
   # 7 lies within a logged interval: its sums must be carried over too.
   (run,) = runs.prepare(tiny_config(), tmp_path)
-  trainer = train.Trainer(run)
-  with pytest.raises(train.StoppedError, match=f'saved step {at} of 12'):
-    trainer.run(StopAt(trainer, at))
-  trainer.close()
+  running = trainer.Trainer(run)
+  with pytest.raises(StoppedError, match=f'saved step {at} of 12'):
+    running.run(StopAt(running, at))
+  running.close()
   # A crash in between leaves lines of steps that will be made again.
   with (tmp_path / 'metrics.jsonl').open('a') as file:
     file.write(json.dumps({'step': 11, 'split': 'train'}) + '\n{"step": 1')
@@ -128,10 +123,10 @@ def test_damaged_last_checkpoint_costs_steps_and_changes_nothing(
   finished, tmp_path, capsys
 ):
   (run,) = runs.prepare(tiny_config(), tmp_path)
-  trainer = train.Trainer(run)
-  with pytest.raises(train.StoppedError):
-    trainer.run(StopAt(trainer, 8))
-  trainer.close()
+  running = trainer.Trainer(run)
+  with pytest.raises(StoppedError):
+    running.run(StopAt(running, 8))
+  running.close()
   for path in (tmp_path / 'checkpoints' / '8' / 'params').rglob('*'):
     if path.is_file():
       path.write_bytes(path.read_bytes()[::-1])
@@ -231,8 +226,8 @@ def test_diverged_run_names_the_step_and_keeps_the_last_good_checkpoint(
 ):
   config = tiny_config(checkpoint={'every': 2, 'keep': 2})
   (run,) = runs.prepare(config, tmp_path)
-  trainer = train.Trainer(run)
-  update = trainer.functions.train
+  running = trainer.Trainer(run)
+  update = running.functions.train
 
   def breaks_at_6(state, batch, step):
     state, values = update(state, batch, step)
@@ -240,12 +235,12 @@ def test_diverged_run_names_the_step_and_keeps_the_last_good_checkpoint(
       values['loss'] = values['loss'] * jnp.nan
     return state, values
 
-  trainer.functions = dataclasses.replace(trainer.functions, train=breaks_at_6)
+  running.functions = dataclasses.replace(running.functions, train=breaks_at_6)
   with pytest.raises(
-    train.NotFiniteError, match='loss is nan at step 6; checkpoint 4 is the'
+    NotFiniteError, match='loss is nan at step 6; checkpoint 4 is the'
   ):
-    trainer.run(train.StopRequest())
-  trainer.close()
+    running.run(trainer.StopRequest())
+  running.close()
   assert sorted(p.name for p in (tmp_path / 'checkpoints').glob('[0-9]*')) == [
     '2',
     '4',
@@ -258,7 +253,7 @@ def test_parameters_that_overflow_are_never_saved(tmp_path):
     steps=1,
     optimizer={'name': 'sgd', 'learning_rate': 3e38, 'weight_decay': 1e3},
   )
-  with pytest.raises(train.NotFiniteError, match='after step 1; there is no'):
+  with pytest.raises(NotFiniteError, match='after step 1; there is no'):
     run_to_end(config, tmp_path)
 
 
@@ -296,22 +291,22 @@ def test_accumulation_minimises_the_same_loss_as_one_batch():
 
 def test_workdir_written_before_there_was_analysis_continues(tmp_path):
   (run,) = runs.prepare(tiny_config(), tmp_path)
-  trainer = train.Trainer(run)
-  trainer.checkpointer.save(
+  running = trainer.Trainer(run)
+  running.checkpointer.save(
     3,
-    **trainer.state,
-    data=trainer.batches.get_state(),
-    meta={'meter': trainer.meter.state(), 'seconds': 1.0},
+    **running.state,
+    data=running.batches.get_state(),
+    meta={'meter': running.meter.state(), 'seconds': 1.0},
   )
-  trainer.close()
+  running.close()
   stored = json.loads((tmp_path / 'config.json').read_text())
   del stored['analysis']
   (tmp_path / 'config.json').write_text(json.dumps(stored))
   # Watching more closely is no other run.
   (run,) = runs.prepare(tiny_config(analysis={'dense_every': 5}), tmp_path)
-  trainer = train.Trainer(run)
-  trainer.close()
-  assert trainer.step == 3
+  running = trainer.Trainer(run)
+  running.close()
+  assert running.step == 3
 
 
 @pytest.mark.parametrize(
@@ -402,7 +397,7 @@ def test_bend_makes_a_run_look_closely_and_changes_no_bit_however_it_ends(
 ):
   monkeypatch.setattr(phase, 'PATIENCE', 3)
   monkeypatch.setattr(phase, 'PhaseDetector', BendsAtTwo)
-  monkeypatch.setattr(train, 'Analyzer', Counts)
+  monkeypatch.setattr(trainer, 'Analyzer', Counts)
   config = tiny_config(
     # No score of so few steps bends of itself.
     analysis={'every': 8, 'dense_every': 1, 'bend': 0.99},
@@ -431,10 +426,10 @@ def test_bend_makes_a_run_look_closely_and_changes_no_bit_however_it_ends(
   assert final_leaves(whole) == final_leaves(finished[0])
   # Within the dense part: what was seen of the bend is carried over.
   (run,) = runs.prepare(config, stopped)
-  trainer = train.Trainer(run)
-  with pytest.raises(train.StoppedError, match='saved step 4 of 12'):
-    trainer.run(StopAt(trainer, 4))
-  trainer.close()
+  running = trainer.Trainer(run)
+  with pytest.raises(StoppedError, match='saved step 4 of 12'):
+    running.run(StopAt(running, 4))
+  running.close()
   run_to_end(config, stopped)
   assert final_leaves(stopped) == final_leaves(whole)
   assert logged(stopped) == logged(whole)
