@@ -1,8 +1,8 @@
-"""One folder per published claim: what is trained, measured and found.
+"""Studies: a folder per published claim, its trainings, figures and results.
 
     python -m studies.retrieval.run              # three seeds, the full study
     python -m studies.retrieval.run --quick      # one seed, does it run
-    python -m studies.retrieval.plot             # the figure again
+    python -m studies.plot retrieval             # its figure again
     python -m studies.all --quick                # all of them; ends with 1 if
                                                  # a claim fails
     python -m studies.report                     # REPORT.md from results.json
@@ -12,15 +12,18 @@ To add a study, make `studies/<name>/` with
 - `__init__.py`, empty, and `config.py` where no file of configs/ will do;
 - `run.py`: a docstring with the command; `jobs(seed, quick)`, a list of
   `Job`s, each one training by train.py and the commands that measure it;
-  `measure(job, workdir)`, the dict that those left behind; `CLAIMS`, each with
-  its figure as a function of the rows of one seed and its bar; and
+  `measure(job, workdir)`, the dict that those left behind; a line per claim,
+  of a figure and its bar, those of `QUICK` being held to with --quick too; and
 
+      accuracy = of('accuracy')
+      CLAIMS = {'attention answers': accuracy('full') >= 0.99}
       STUDY = Study(name=…, jobs=jobs, measure=measure, claims=CLAIMS, show=…)
       if __name__ == '__main__':
         main(STUDY)
 
 - `plot.py`: `show(rows, folder)`, which draws results.jsonl into a PNG by
-  `longctx.training.figures`;
+  `longctx.training.figures`, each mechanism as in the other studies, with a
+  legend that names all of it and a title that says task and model;
 - `README.md`: the figure, what it says and what not, command, commit and
   hardware.
 
@@ -28,5 +31,5 @@ Running it writes `results.jsonl`, one line per training with seed, command,
 commit and hardware, and `results.json`, one entry per claim: the median over
 seeds, their range, the bar and whether the median meets it. A study is stopped
 and started again by the same command. With --quick all files go to
-runs/quick/<name>, and only claims that say `quick=True` are checked.
+runs/quick/<name>, and only the claims of `QUICK` are checked.
 """

@@ -1,6 +1,14 @@
-"""What a study asserts, held against what its runs measured."""
+"""Claims of a study: a figure of each seed, whose median meets a bar.
+
+accuracy = of('accuracy')
+CLAIMS = {
+  'attention answers': accuracy('full') >= 0.99,
+  'and beats a window': accuracy('full') - accuracy('window') >= 0.1,
+}
+"""
 
 import dataclasses
+import operator
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -9,60 +17,98 @@ from typing import Any
 Rows = Mapping[str, Mapping[str, Any]]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Claim:
-  """What a study asserts: a figure of each seed, whose median meets a bar.
+@dataclasses.dataclass(frozen=True)
+class Figure:
+  """A figure of a seed's runs; a comparison with a number makes it a claim.
 
   Attributes:
-    text: what is claimed; the bar stands beside it.
-    figure: of the rows of one seed; None where the run never got there, which
+    read: of the rows of one seed; None where the run never got there, which
       counts as worse than any number.
-    at_least: smallest median for which the claim holds.
-    at_most: largest one; exactly one of both is given.
-    quick: whether the claim is to hold with --quick too.
   """
 
-  text: str
-  figure: Callable[[Rows], float | None]
-  at_least: float | None = None
-  at_most: float | None = None
-  quick: bool = False
+  read: Callable[[Rows], float | None]
 
-  def __post_init__(self):
-    if (self.at_least is None) == (self.at_most is None):
-      raise ValueError(
-        f'{self.text!r} needs either at_least or at_most, got '
-        f'{self.at_least=} and {self.at_most=}'
-      )
+  def __call__(self, rows: Rows) -> float | None:
+    return self.read(rows)
 
-  @property
-  def bar(self) -> str:
-    if self.at_least is not None:
-      return f'>= {self.at_least:g}'
-    return f'<= {self.at_most:g}'
+  def __sub__(self, other: 'Figure') -> 'Figure':
+    return self._with(other, operator.sub)
+
+  def __truediv__(self, other: 'Figure') -> 'Figure':
+    return self._with(other, operator.truediv)
+
+  def _with(self, other: 'Figure', combine: Callable) -> 'Figure':
+    def read(rows):
+      pair = self(rows), other(rows)
+      return None if None in pair else combine(*pair)
+
+    return Figure(read)
+
+  def __ge__(self, least: float) -> 'Claim':
+    return Claim(self, '>=', least)
+
+  def __le__(self, most: float) -> 'Claim':
+    return Claim(self, '<=', most)
+
+
+def of(key: str, prefix: str = '') -> Callable[[str], Figure]:
+  """run -> the figure that its row has under a name."""
+  return of_run(lambda row: row[key], prefix)
+
+
+def of_run(
+  read: Callable[[Mapping[str, Any]], float | None], prefix: str = ''
+) -> Callable[[str], Figure]:
+  """run -> the figure that a function makes of its row."""
+  return lambda run: Figure(lambda rows: read(rows[prefix + run]))
+
+
+def largest(figures: Iterable[Figure]) -> Figure:
+  """The best of several runs."""
+  figures = list(figures)
+  return Figure(lambda rows: max(figure(rows) for figure in figures))
+
+
+def least(figures: Iterable[Figure]) -> Figure:
+  """The worst of several runs."""
+  figures = list(figures)
+  return Figure(lambda rows: min(figure(rows) for figure in figures))
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """A figure and the bar that its median over seeds is to meet.
+
+  Attributes:
+    figure: of the rows of one seed.
+    sign: '>=' or '<='.
+    bar: the smallest or the largest median for which the claim holds.
+  """
+
+  figure: Figure
+  sign: str
+  bar: float
 
   def holds(self, figure: float | None) -> bool:
-    if figure is None:
-      return False
-    if self.at_least is not None:
-      return figure >= self.at_least
-    return figure <= self.at_most
+    compare = operator.ge if self.sign == '>=' else operator.le
+    return figure is not None and compare(figure, self.bar)
 
 
 def conclude(
-  claims: Iterable[Claim],
+  claims: Mapping[str, Claim],
   rows: Sequence[Mapping[str, Any]],
   *,
   command: str,
-  quick: bool = False,
 ) -> list[dict[str, Any]]:
   """One entry per claim: what results.json holds.
 
   Args:
-    claims: of the study.
+    claims: by what they say.
     rows: the lines of results.jsonl.
     command: that repeats all of it.
-    quick: whether the size is reduced: only claims made for it are concluded.
+
+  Raises:
+    ValueError: a claim is no more than a figure.
   """
   seeds = list(dict.fromkeys(row['seed'] for row in rows))
   by_seed = [
@@ -75,13 +121,13 @@ def conclude(
     'hardware': ', '.join(dict.fromkeys(row['hardware'] for row in rows)),
   }
   entries = []
-  for claim in claims:
-    if quick and not claim.quick:
-      continue
-    least = claim.at_least is not None
-    found = spread([claim.figure(one) for one in by_seed], high_is_good=least)
-    entry = {'claim': claim.text, 'figure': found['median']}
-    entry |= {'low': found['low'], 'high': found['high'], 'bar': claim.bar}
+  for text, claim in claims.items():
+    if not isinstance(claim, Claim):
+      raise ValueError(f'{text!r} needs a bar: compare it by >= or <=')
+    found = spread(map(claim.figure, by_seed), high_is_good=claim.sign == '>=')
+    entry = {'claim': text, 'figure': found['median']}
+    entry |= {'low': found['low'], 'high': found['high']}
+    entry |= {'bar': f'{claim.sign} {claim.bar:g}'}
     entry |= {'ok': claim.holds(found['median'])}
     entries.append(entry | shared)
   return entries
@@ -113,23 +159,32 @@ def number(value: float | None) -> str:
   return f'{value:.3f}' if value == 0 or abs(value) >= 0.01 else f'{value:.1g}'
 
 
-def ranged(values: Sequence[float]) -> str:
-  """The median and the range, as in a cell of a table."""
-  middle = statistics.median(values)
-  return f'{middle:.3f} ({min(values):.3f} to {max(values):.3f})'
+def ranged(values: Iterable[float | None], digits: int = 3) -> str:
+  """The median and the range of what there is, as in a cell of a table."""
+  found = [value for value in values if value is not None]
+  if not found:
+    return '–'
+  middle, low, high = (
+    f'{value:.{digits}f}'
+    for value in (statistics.median(found), min(found), max(found))
+  )
+  return f'{middle} ({low} to {high})'
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+  """A table of cells."""
+  lines = [f'| {" | ".join(map(str, row))} |' for row in (head, *rows)]
+  return '\n'.join([lines[0], '|---' * len(head) + '|', *lines[1:]]) + '\n'
 
 
 def table(claims: Sequence[Mapping[str, Any]]) -> str:
   """The claims as Markdown."""
-  lines = ['| claim | figure | range | bar | ok |', '|---|---|---|---|---|']
+  rows = []
   for entry in claims:
+    middle, low, high = (number(entry[k]) for k in ('figure', 'low', 'high'))
     ok = 'yes' if entry['ok'] else '**no**'
-    low, high = number(entry['low']), number(entry['high'])
-    lines.append(
-      f'| {entry["claim"]} | {number(entry["figure"])} | {low} to {high} | '
-      f'{entry["bar"]} | {ok} |'
-    )
-  return '\n'.join(lines) + '\n'
+    rows.append([entry['claim'], middle, f'{low} to {high}', entry['bar'], ok])
+  return markdown(('claim', 'figure', 'range', 'bar', 'ok'), rows)
 
 
 def failed(claims: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

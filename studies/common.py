@@ -1,4 +1,4 @@
-"""Runs a study from its command line.
+"""Study runner: trains, measures, concludes and draws from a command line.
 
 `studies/__init__.py` says what a study is made of.
 """
@@ -8,14 +8,15 @@ import dataclasses
 import json
 import pathlib
 import shlex
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from longctx.training import metrics
-from studies.claims import Claim, conclude, number, spread, table
+from studies.claims import Claim, conclude, table
 from studies.jobs import ROOT, Job, folder_of, run_all
 
-__all__ = ['ROOT', 'Claim', 'Job', 'Study', 'main', 'number', 'spread']
+Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class Study:
     jobs: (seed, quick) -> its trainings.
     measure: (job, workdir) -> what is known of a finished one, for JSON; a list
       where it trained several runs, each with its own `run`.
-    claims: what is asserted of the rows.
+    claims: what is asserted of the rows, by what it says.
+    quick: the claims that are to hold with --quick too.
     show: (rows, folder) -> writes pictures and tables.
   """
 
@@ -36,10 +38,16 @@ class Study:
   doc: str
   jobs: Callable[[int, bool], list[Job]]
   measure: Callable[[Job, pathlib.Path], dict[str, Any] | list[dict[str, Any]]]
-  claims: tuple[Claim, ...]
-  show: Callable[[Sequence[Mapping[str, Any]], pathlib.Path], None] | None = (
-    None
-  )
+  claims: Mapping[str, Claim] = dataclasses.field(default_factory=dict)
+  quick: Mapping[str, Claim] = dataclasses.field(default_factory=dict)
+  show: Callable[[Rows, pathlib.Path], None] | None = None
+
+  def conclude(
+    self, rows: Rows, *, command: str, quick: bool = False
+  ) -> list[dict[str, Any]]:
+    """What results.json holds of these rows."""
+    claims = self.quick if quick else {**self.quick, **self.claims}
+    return conclude(claims, rows, command=command)
 
   @property
   def folder(self) -> pathlib.Path:
@@ -77,7 +85,7 @@ def main(study: Study, argv: list[str] | None = None) -> list[dict[str, Any]]:
   run_all(jobs, args.workdir, processes=args.processes, title=study.name)
   rows = [row for job in jobs for row in collect(study, job, args.workdir)]
   command = f'python -m studies.{study.name}.run' + ' --quick' * args.quick
-  claims = conclude(study.claims, rows, command=command, quick=args.quick)
+  claims = study.conclude(rows, command=command, quick=args.quick)
   args.out.mkdir(parents=True, exist_ok=True)
   metrics.write_lines(args.out / 'results.jsonl', rows)
   metrics.write_json(args.out / 'results.json', claims)
@@ -102,3 +110,47 @@ def collect(
   found = study.measure(job, folder)
   found = found if isinstance(found, list) else [found]
   return [{'run': job.run, 'seed': job.seed, **one, **shared} for one in found]
+
+
+def read(workdir: pathlib.Path, name: str = 'results.json') -> Any:
+  """What a training or its measurement left behind."""
+  return json.loads((workdir / name).read_text())
+
+
+def by_run(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
+  """The rows of all seeds by run, in their order."""
+  found = {}
+  for row in rows:
+    found.setdefault(row['run'], []).append(row)
+  return found
+
+
+def middles(rows: Rows, key: str) -> list[float]:
+  """Medians over seeds, place by place, of what each row has a list of."""
+  places = zip(*(row[key] for row in rows), strict=True)
+  return [statistics.median(values) for values in places]
+
+
+def write_measured(
+  measure: Callable[..., Any],
+  doc: str,
+  *,
+  name: str = 'measured.json',
+  **integers: int,
+):
+  """Runs the command line of a measurement, which writes JSON.
+
+  Args:
+    measure: (workdir, integers by name) -> what is written.
+    doc: shown by --help.
+    name: of the file, in the workdir.
+    **integers: further flags and their defaults.
+  """
+  parser = argparse.ArgumentParser(
+    description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  for flag, default in integers.items():
+    parser.add_argument(f'--{flag}', type=int, default=default)
+  args = vars(parser.parse_args())
+  metrics.write_json(args['workdir'] / name, measure(**args))

@@ -1,16 +1,18 @@
 """Studies: medians, claims and the report, from measurements made up here."""
 
+import dataclasses
 import json
 import pathlib
 import sys
 
 import pytest
 
+from longctx.attention import VARIANTS
 from longctx.cli import config_file
-from longctx.training import metrics
+from longctx.training import figures, metrics
 from studies import all as all_studies
 from studies import claims, jobs, report
-from studies.claims import Claim
+from studies.claims import Figure
 from studies.common import Job, Study, main
 from studies.copying import bound
 from studies.retrieval import config as retrieval_config
@@ -32,8 +34,7 @@ def row(seed, accuracy, run='full'):
   }
 
 
-def accuracy(rows):
-  return rows['full']['accuracy']
+accuracy = claims.of('accuracy')('full')
 
 
 @pytest.mark.parametrize(
@@ -56,11 +57,11 @@ def test_spread_is_median_and_range_with_missing_worst(
 def test_claim_is_ok_where_the_median_meets_the_bar():
   rows = [row(0, 0.2), row(1, 0.99), row(2, 1.0)]
   found = claims.conclude(
-    [
-      Claim(text='it answers', figure=accuracy, at_least=0.9),
-      Claim(text='it does not', figure=accuracy, at_most=0.5),
-      Claim(text='it never got there', figure=lambda r: None, at_least=0),
-    ],
+    {
+      'it answers': accuracy >= 0.9,
+      'it does not': accuracy <= 0.5,
+      'it never got there': Figure(lambda rows: None) - accuracy >= 0,
+    },
     rows,
     command='python -m studies.one.run',
   )
@@ -75,18 +76,27 @@ def test_claim_is_ok_where_the_median_meets_the_bar():
   )
 
 
-def test_quick_checks_only_claims_made_for_it():
-  made = [
-    Claim(text='always', figure=accuracy, at_least=0.9, quick=True),
-    Claim(text='in full', figure=lambda r: r['linear'], at_least=0.9),
-  ]
-  found = claims.conclude(made, [row(0, 0.1)], command='', quick=True)
-  assert [entry['claim'] for entry in found] == ['always']
+def test_quick_checks_only_claims_made_for_it(tmp_path):
+  study = dataclasses.replace(
+    fake_study(tmp_path),
+    quick={'always': accuracy >= 0.9},
+    claims={'in full': accuracy / accuracy <= 1},
+  )
+  for quick, expected in ((True, ['always']), (False, ['always', 'in full'])):
+    found = study.conclude([row(0, 0.1)], command='', quick=quick)
+    assert [entry['claim'] for entry in found] == expected
 
 
-def test_claim_has_one_bar():
-  with pytest.raises(ValueError, match='either at_least or at_most'):
-    Claim(text='vague', figure=accuracy)
+def test_claim_has_a_bar():
+  with pytest.raises(ValueError, match="'vague' needs a bar"):
+    claims.conclude({'vague': accuracy}, [row(0, 0.1)], command='')
+
+
+def test_best_and_worst_of_runs_are_claimed_together():
+  runs = {'a': {'accuracy': 0.25}, 'b': {'accuracy': 1.0}}
+  both = list(map(claims.of('accuracy'), runs))
+  assert claims.largest(both)(runs) == 1.0
+  assert (claims.largest(both) - claims.least(both))(runs) == 0.75
 
 
 def fake_study(folder, *, bar=0.9):
@@ -122,7 +132,7 @@ def fake_study(folder, *, bar=0.9):
     doc='',
     jobs=make,
     measure=measure,
-    claims=(Claim(text='it answers', figure=accuracy, at_least=bar),),
+    claims={'it answers': accuracy >= bar},
   )
 
 
@@ -207,8 +217,60 @@ def test_results_of_a_study_are_those_of_its_lines(name):
   study = all_studies.load(name)
   rows = metrics.read_lines(study.folder / 'results.jsonl')
   found = json.loads((study.folder / 'results.json').read_text())
-  again = claims.conclude(study.claims, rows, command=found[0]['command'])
+  again = study.conclude(rows, command=found[0]['command'])
   assert json.loads(json.dumps(again)) == found
+
+
+@pytest.mark.parametrize('name', STUDIES)
+def test_figure_of_a_study_names_and_tells_apart_whatever_it_draws(
+  name, tmp_path, monkeypatch
+):
+  drawn = []
+  monkeypatch.setattr(
+    figures, 'save', lambda figure, path: drawn.append(figure)
+  )
+  study = all_studies.load(name)
+  variants = (ROOT / 'studies/zoo/variants.json').read_text()
+  (tmp_path / 'variants.json').write_text(variants)
+  lines = study.folder / 'results.jsonl'
+  study.show(metrics.read_lines(lines) if lines.exists() else [], tmp_path)
+  tables = [folder / 'table.md' for folder in (tmp_path, study.folder)]
+  assert tables[0].read_text() == tables[1].read_text()
+  (figure,) = drawn
+  assert figure.get_suptitle()
+  (legend,) = figure.legends
+  named = [text.get_text() for text in legend.get_texts()]
+  assert len(set(named)) == len(named)
+  looks = {}
+  for axis in figure.axes:
+    assert axis.get_xlabel() or axis.get_xticklabels()[0].get_text()
+    for line in axis.get_lines():
+      if line.get_label() in named:
+        look = line.get_color(), line.get_marker(), line.get_linestyle()
+        looks.setdefault(line.get_label(), set()).add(look)
+      else:
+        # What has no label continues a line that has one: marks of its seeds.
+        look = line.get_color(), line.get_marker()
+        assert look in {(c, m) for c, m, _ in set().union(*looks.values())}
+    if axis.collections:
+      assert any('range' in text for text in named)
+  # A mechanism is a line in one plot and marks in another.
+  assert all(len({(c, m) for c, m, _ in at}) == 1 for at in looks.values())
+  joined = [look for at in looks.values() for look in at]
+  assert len(set(joined)) == len(joined)
+
+
+def test_every_name_has_a_style_of_its_own_and_a_mechanism_keeps_it():
+  names = [*sorted(VARIANTS), *(f'run {n}' for n in range(30))]
+  styles = figures.styles(names)
+  assert len({(s['color'], s['marker']) for s in styles.values()}) == len(names)
+  assert figures.styles(['window', 'deltanet-tiny', 'linear']) == {
+    'window': styles['sliding_window'],
+    'deltanet-tiny': styles['deltanet'],
+    'linear': styles['linear'],
+  }
+  two = figures.styles(['linear-tiny', 'linear'])
+  assert two['linear'] == styles['linear'] != two['linear-tiny']
 
 
 def test_report_at_the_top_level_is_the_current_one():

@@ -190,7 +190,12 @@ def evaluate_stream(
     found[policy] = measure(run, learned, tokens, policy, config)
     metrics.say(_line(policy, found[policy], config))
   path = run.workdir / 'figures' / 'stream.png'
-  figures.stream(path, found, trained_at=run.task.seq_len)
+  figures.stream(
+    path,
+    {policy: [rows] for policy, rows in found.items()},
+    trained_at=run.task.seq_len,
+    title=figures.describe(run.config.task, [run.model]),
+  )
   metrics.say(f'figure: {path}')
   return found
 

@@ -181,6 +181,7 @@ def evaluate(
       {run.name: [r for r in rows if r['run'] == run.name] for run in runs},
       parameter=sweep.parameter,
       trained_at=runs[0].config.task[sweep.parameter],
+      title=figures.describe(runs[0].config.task, (run.model for run in runs)),
     )
     metrics.say(f'figure: {path}')
   return rows

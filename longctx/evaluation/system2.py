@@ -188,7 +188,8 @@ def measure(
           metrics.say(_line(row))
   sweep.merge_lines(workdir / 's2a.jsonl', rows, FIELDS)
   path = workdir / 'figures' / 's2a.png'
-  draw(rows, path)
+  title = figures.describe(runs[0].config.task, (run.model for run in runs))
+  draw(rows, path, title=title)
   metrics.say(f'figure: {path}')
   return rows
 
@@ -236,37 +237,26 @@ def _line(row: dict[str, Any]) -> str:
   )
 
 
-def draw(rows: list[dict[str, Any]], path: pathlib.Path):
+def draw(rows: list[dict[str, Any]], path: pathlib.Path, *, title: str = ''):
   """Accuracy against distractors, a plot per condition."""
   conditions = list(dict.fromkeys(row['condition'] for row in rows))
-  figure, plots = figures.axes(len(conditions))
-  lines = list(dict.fromkeys((row['run'], row['method']) for row in rows))
-  for axis, condition in zip(np.ravel(plots), conditions, strict=True):
-    for index, (run, method) in enumerate(lines):
-      of_line = [
-        row
-        for row in rows
-        if (row['run'], row['method'], row['condition'])
-        == (run, method, condition)
-      ]
-      axis.errorbar(
-        [row['distractors'] for row in of_line],
-        [row['accuracy'] for row in of_line],
-        yerr=[
-          [max(row['accuracy'] - row['low'], 0) for row in of_line],
-          [max(row['high'] - row['accuracy'], 0) for row in of_line],
-        ],
-        color=figures.COLORS[index % len(figures.COLORS)],
-        marker='o',
-        ms=3,
-        label=method if method != 'baseline' else run or method,
-      )
+  figure, plots = figures.axes(len(conditions), title=title)
+  of = lambda row: ': '.join(filter(None, (row['run'], row['method'])))
+  styles = figures.styles(map(of, rows))
+  for axis, condition in zip(plots, conditions, strict=True):
+    axis.set_xscale('symlog', base=2, linthresh=1)
+    for name, style in styles.items():
+      mine = [r for r in rows if (of(r), r['condition']) == (name, condition)]
+      counts = [row['distractors'] for row in mine]
+      axis.plot(counts, [r['accuracy'] for r in mine], label=name, **style)
+      low, high = ([row[key] for row in mine] for key in ('low', 'high'))
+      axis.vlines(counts, low, high, color=style['color'], lw=1)
     axis.set(
-      title=condition,
+      title=f'opinions: {condition.replace("_", " ")}',
       xlabel='distractors',
       ylabel='accuracy',
       ylim=(-0.03, 1.03),
     )
-    axis.set_xscale('symlog', base=2, linthresh=1)
-  figures.legend_below(figure, np.ravel(plots)[0])
+  figures.name_range(plots[0], '95% interval', bars=True)
+  figures.legend_below(figure)
   figures.save(figure, path)

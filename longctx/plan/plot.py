@@ -88,7 +88,7 @@ def _timeline(axis: Any, plan: Plan):
   axis.set_title(
     f'{layer}: the first {shown} of {ring.forward.hops} hops', fontsize=10
   )
-  figures.legend_below(axis.figure, axis)
+  figures.legend_below(axis.figure)
 
 
 def _hops(axis: Any, one: Pass, top: float, *, label: bool) -> float:

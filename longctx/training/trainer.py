@@ -49,7 +49,10 @@ def train(runs: list[Run], workdir: pathlib.Path) -> dict[str, Any]:
   if len(runs) > 1:
     metrics.write_json(workdir / 'results.json', results)
     figures.training(
-      workdir / 'figures' / 'training.png', curves, results=results
+      workdir / 'figures' / 'training.png',
+      curves,
+      results=results,
+      title=figures.describe(runs[0].config.task, (run.model for run in runs)),
     )
   print(results_lib.table(results))
   print(f'figures: {workdir / "figures"}')
@@ -411,6 +414,7 @@ class Trainer:
       self.workdir / 'figures' / 'training.png',
       {self.name: rows},
       results={self.name: results},
+      title=figures.describe(self.config.task, [self.model.config]),
     )
     return results
 

@@ -7,7 +7,6 @@ true ones before it; then greedy decoding copies it, and else it does not.
 Writes copies.json.
 """
 
-import argparse
 import math
 import pathlib
 
@@ -19,43 +18,36 @@ from longctx import tasks
 from longctx.data.pipeline import make_iterator
 from longctx.evaluation import sweep
 from longctx.training import metrics
+from studies.common import write_measured
 
 LENGTHS = (2, 5, 10, 20, 35, 50, 100, 200, 500, 1000)
 TOKENS = 32768
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--workdir', type=pathlib.Path, required=True)
-  parser.add_argument('--strings', type=int, default=64, help='of a length')
-  parser.add_argument('--longest', type=int, default=LENGTHS[-1])
-  args = parser.parse_args()
+def measure(workdir: pathlib.Path, strings: int, longest: int) -> dict:
   found = {}
-  for run in sweep.open_workdir(args.workdir):
+  for run in sweep.open_workdir(workdir):
     graph, params, _ = sweep.restore(run)
     copied = jax.jit(
       lambda params, tokens, graph=graph: nnx.merge(graph, params)(
         tokens
       ).argmax(axis=-1)
     )
-    rows = [
-      measure(copied, params, run, length, args.strings)
-      for length in LENGTHS
-      if length <= args.longest
-    ]
+    lengths = [length for length in LENGTHS if length <= longest]
+    rows = [shares(copied, params, run, length, strings) for length in lengths]
     model = nnx.merge(graph, params)
     found[run.name] = {
-      'lengths': [row['length'] for row in rows],
-      'strings': args.strings,
+      'lengths': lengths,
+      'strings': strings,
       'letters_right': [row['letters'] for row in rows],
       'strings_right': [row['whole'] for row in rows],
-      'state_bytes': [model.state_bytes(2 * row['length'] + 1) for row in rows],
+      'state_bytes': [model.state_bytes(2 * length + 1) for length in lengths],
     }
     metrics.say(f'{run.name}: {found[run.name]["letters_right"]}')
-  metrics.write_json(args.workdir / 'copies.json', found)
+  return found
 
 
-def measure(copied, params, run, length: int, strings: int) -> dict:
+def shares(copied, params, run, length: int, strings: int) -> dict:
   """Shares of letters and of strings that come out right."""
   task = tasks.make_task(
     'copying',
@@ -80,11 +72,12 @@ def measure(copied, params, run, length: int, strings: int) -> dict:
   batches.close()
   right = np.concatenate(right)[:strings]
   return {
-    'length': length,
     'letters': float(right.mean()),
     'whole': float(right.all(axis=1).mean()),
   }
 
 
 if __name__ == '__main__':
-  main()
+  write_measured(
+    measure, __doc__, name='copies.json', strings=64, longest=LENGTHS[-1]
+  )

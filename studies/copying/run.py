@@ -8,10 +8,10 @@ of up to 50 of 26 letters, tested on up to 1,000. One training per seed, of all
 runs of config.py.
 """
 
-import json
 import pathlib
 
-from studies.common import Claim, Job, Study, main
+from studies.claims import Figure, largest, of_run
+from studies.common import Job, Study, main, read
 from studies.copying import plot
 from studies.copying.bound import effective_bits, least_error
 from studies.copying.config import FIXED_STATE
@@ -34,7 +34,7 @@ def jobs(seed: int, quick: bool) -> list[Job]:
 
 
 def measure(job: Job, workdir: pathlib.Path) -> list[dict]:
-  found = json.loads((workdir / 'copies.json').read_text())
+  found = read(workdir, 'copies.json')
   rows = []
   for name, one in found.items():
     row = {'run': name, **one}
@@ -50,30 +50,21 @@ def measure(job: Job, workdir: pathlib.Path) -> list[dict]:
   return rows
 
 
-def letters(name: str, length: int):
+def letters(name: str, length: int, key: str = 'letters_right') -> Figure:
   """Share of letters that come out right."""
-
-  def figure(rows):
-    row = rows[name]
-    return row['letters_right'][row['lengths'].index(length)]
-
-  return figure
+  return of_run(lambda row: row[key][row['lengths'].index(length)])(name)
 
 
-def strings(name: str, length: int):
+def strings(name: str, length: int) -> Figure:
   """Share of whole strings that come out right."""
-
-  def figure(rows):
-    row = rows[name]
-    return row['strings_right'][row['lengths'].index(length)]
-
-  return figure
+  return letters(name, length, 'strings_right')
 
 
-def best(figure, names, length: int):
-  return lambda rows: max(figure(name, length)(rows) for name in names)
+def best(figure, names, length: int) -> Figure:
+  return largest(figure(name, length) for name in names)
 
 
+@Figure
 def above_bound(rows) -> float:
   """The smallest distance of a measured error from its bound."""
   return min(
@@ -85,6 +76,7 @@ def above_bound(rows) -> float:
   )
 
 
+@Figure
 def bits_per_bit(rows) -> float:
   """State bits for each bit shown to be used; the best of the models."""
   return min(
@@ -93,72 +85,25 @@ def bits_per_bit(rows) -> float:
   )
 
 
+FULL = 'no_positions'
 SCALABLE = ('no_positions', 'scaled')
-
-CLAIMS = (
-  Claim(
-    text='full attention without positions copies 50 letters, by letter',
-    figure=letters('no_positions', 50),
-    at_least=0.99,
-    quick=True,
-  ),
-  Claim(
-    text='full attention without positions copies 200 letters, by letter',
-    figure=letters('no_positions', 200),
-    at_least=0.9,
-    quick=True,
-  ),
-  Claim(
-    text='attention without positions copies 1,000 letters, by letter',
-    figure=best(letters, SCALABLE, 1000),
-    at_least=0.9,
-  ),
-  Claim(
-    text='attention without positions copies 200 letters, whole strings',
-    figure=best(strings, SCALABLE, 200),
-    at_least=0.9,
-  ),
-  Claim(
-    text='attention with RoPE copies 50 letters as well, by letter',
-    figure=letters('rope', 50),
-    at_least=0.95,
-  ),
-  Claim(
-    text='attention with RoPE does not copy 200 letters, by letter',
-    figure=letters('rope', 200),
-    at_most=0.5,
-  ),
-  Claim(
-    text='a window of 64 copies 50 letters, by letter',
-    figure=letters('window', 50),
-    at_least=0.95,
-  ),
-  Claim(
-    text='DeltaNet copies 35 letters, by letter',
-    figure=letters('deltanet', 35),
-    at_least=0.85,
-  ),
-  Claim(
-    text='no model of fixed state copies 200 letters, best one, by letter',
-    figure=best(letters, FIXED_STATE, 200),
-    at_most=0.5,
-  ),
-  Claim(
-    text='no model of fixed state copies 100 letters, best one, whole strings',
-    figure=best(strings, FIXED_STATE, 100),
-    at_most=0.01,
-  ),
-  Claim(
-    text='whole-string errors above the bound, as is proven, the closest one',
-    figure=above_bound,
-    at_least=0.0,
-  ),
-  Claim(
-    text='state bits per bit that copying shows to be used, the fewest',
-    figure=bits_per_bit,
-    at_least=1.0,
-  ),
-)
+# By letter, in context, where whole strings are not meant.
+QUICK = {
+  'attention without positions copies 50 letters': letters(FULL, 50) >= 0.99,
+  'attention without positions copies 200 letters': letters(FULL, 200) >= 0.9,
+}
+CLAIMS = {
+  'without positions: 1,000 letters': best(letters, SCALABLE, 1000) >= 0.9,
+  'without positions: strings of 200': best(strings, SCALABLE, 200) >= 0.9,
+  'attention with RoPE copies 50 letters too': letters('rope', 50) >= 0.95,
+  'attention with RoPE does not copy 200': letters('rope', 200) <= 0.5,
+  'a window of 64 copies 50 letters': letters('window', 50) >= 0.95,
+  'DeltaNet copies 35 letters': letters('deltanet', 35) >= 0.85,
+  'no fixed state copies 200 letters': best(letters, FIXED_STATE, 200) <= 0.5,
+  'no fixed state: strings of 100': best(strings, FIXED_STATE, 100) <= 0.01,
+  'whole-string errors above the proven bound, the closest': above_bound >= 0,
+  'state bits per bit that copying shows to be used': bits_per_bit >= 1.0,
+}
 
 STUDY = Study(
   name='copying',
@@ -166,6 +111,7 @@ STUDY = Study(
   jobs=jobs,
   measure=measure,
   claims=CLAIMS,
+  quick=QUICK,
   show=plot.show,
 )
 

@@ -5,12 +5,11 @@
 Writes measured.json.
 """
 
-import argparse
 import pathlib
 
 from longctx.analysis.analyzer import Analyzer
 from longctx.evaluation import sweep
-from longctx.training import metrics
+from studies.common import write_measured
 
 ROWS = 64
 
@@ -25,12 +24,5 @@ def measure(workdir: pathlib.Path) -> dict:
   return {**found, 'ablation': analyzer.ablate(params, step)}
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--workdir', type=pathlib.Path, required=True)
-  workdir = parser.parse_args().workdir
-  metrics.write_json(workdir / 'measured.json', measure(workdir))
-
-
 if __name__ == '__main__':
-  main()
+  write_measured(measure, __doc__)

@@ -1,78 +1,62 @@
-"""Draws when models learn to copy, and what their heads match.
-
-python -m studies.induction.plot
-"""
+"""When models learn to copy, and what their induction heads match."""
 
 import pathlib
 
-from longctx.training import figures, metrics
-from studies.claims import ranged
+from longctx.training import figures
+from studies.claims import markdown, ranged
+from studies.common import by_run
 
-HERE = pathlib.Path(__file__).parent
-MAIN = ('two_layers', 'one_layer', 'one_layer-convolution')
+TITLE = (
+  'Repeated permutations of 64 symbols, 64 tokens; attention alone, width 64, '
+  '4 heads'
+)
 
 
 def show(rows, folder: pathlib.Path):
   """Writes induction.png and table.md."""
-  names = list(dict.fromkeys(row['run'] for row in rows))
-  figure, (curves, scores) = figures.axes(2)
-  for index, name in enumerate(names):
-    color = figures.COLORS[index % len(figures.COLORS)]
-    style = '-' if index < len(figures.COLORS) else '--'
-    for number, row in enumerate(r for r in rows if r['run'] == name):
-      steps, accuracies = zip(*row['curve'], strict=True)
-      label = name if number == 0 else None
-      curves.plot(steps, accuracies, color=color, ls=style, lw=1.2, label=label)
-      scores.plot(
-        _best(row, 'prefix_matching'),
-        row['accuracy'],
-        ls='none',
-        marker='osv^D*PXhd'[index % 10],
-        color=color,
-      )
-  curves.set_xlabel('step')
-  curves.set_ylabel('accuracy of scored tokens')
-  scores.set_xlabel('prefix matching of the best head')
-  scores.set_ylabel('accuracy of scored tokens')
-  figures.legend_below(figure, curves)
+  runs = by_run(rows)
+  figure, (curves, scores) = figures.axes(2, title=TITLE)
+  for name, style in figures.styles(runs).items():
+    steps = [step for step, _ in runs[name][0]['curve']]
+    seeds = [[value for _, value in row['curve']] for row in runs[name]]
+    line = {**style, 'label': name, 'markevery': 4}
+    figures.over_seeds(curves, steps, zip(*seeds, strict=True), line)
+    matching = [best(row, 'prefix_matching') for row in runs[name]]
+    points = {**style, 'ls': '', 'ms': 7, 'alpha': 0.7}
+    scores.plot(matching, [row['accuracy'] for row in runs[name]], **points)
+  figures.name_range(curves, 'range over seeds; to the right one mark a seed')
+  curves.set(xlabel='step', ylabel='accuracy of scored tokens')
+  scores.set(
+    xlabel='prefix matching of the best head',
+    ylabel='accuracy of scored tokens',
+    xlim=(-0.03, 1.03),
+    ylim=curves.get_ylim(),
+  )
+  figures.legend_below(figure)
   figures.save(figure, folder / 'induction.png')
-  (folder / 'table.md').write_text(table(rows, names))
+  (folder / 'table.md').write_text(table(runs))
 
 
-def _best(row, score: str) -> float:
+def best(row, score: str) -> float:
+  """The largest score of any head."""
   return max(value for layer in row[score] for value in layer or [0.0])
 
 
-def table(rows, names) -> str:
+SHOWN = {
+  'accuracy': lambda row: row['accuracy'],
+  'prefix matching': lambda row: best(row, 'prefix_matching'),
+  'previous token': lambda row: best(row, 'previous_token'),
+  'in-context score': lambda row: row['icl_score'],
+  'without induction heads': lambda row: (
+    row['ablation'].get('induction', {}).get('accuracy')
+  ),
+}
+
+
+def table(runs) -> str:
   """Markdown: medians and ranges."""
-  lines = [
-    '| model | accuracy | prefix matching | previous token | '
-    'in-context score | without induction heads |',
-    '|---|---|---|---|---|---|',
+  rows = [
+    [f'`{name}`', *(ranged(map(shown, found)) for shown in SHOWN.values())]
+    for name, found in runs.items()
   ]
-  figures_of = (
-    lambda row: row['accuracy'],
-    lambda row: _best(row, 'prefix_matching'),
-    lambda row: _best(row, 'previous_token'),
-    lambda row: row['icl_score'],
-    lambda row: row['ablation'].get('induction', {}).get('accuracy'),
-  )
-  for name in names:
-    cells = []
-    for figure in figures_of:
-      values = [figure(row) for row in rows if row['run'] == name]
-      values = [value for value in values if value is not None]
-      if not values:
-        cells.append('–')
-        continue
-      cells.append(ranged(values))
-    lines.append(f'| `{name}` | {" | ".join(cells)} |')
-  return '\n'.join(lines) + '\n'
-
-
-def main():
-  show(metrics.read_lines(HERE / 'results.jsonl'), HERE)
-
-
-if __name__ == '__main__':
-  main()
+  return markdown(('model', *SHOWN), rows)

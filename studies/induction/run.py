@@ -9,12 +9,12 @@ is looked for in layers of other kinds. One to two minutes each on one CPU core.
 --quick trains the first three from one seed.
 """
 
-import json
-
 from longctx.training import metrics
 from longctx.training.phase import jump_within
-from studies.common import Claim, Job, Study, main
-from studies.induction.plot import show
+from studies.claims import of, of_run
+from studies.common import Job, Study, main, read
+from studies.induction import plot
+from studies.induction.plot import best
 
 # Name -> layers, and changes of configs/induction.py.
 MODELS = {
@@ -61,8 +61,7 @@ def _job(name, layers, seed, changes) -> Job:
 
 
 def measure(job, workdir) -> dict:
-  results = json.loads((workdir / 'results.json').read_text())
-  found = json.loads((workdir / 'measured.json').read_text())
+  results, found = read(workdir), read(workdir, 'measured.json')
   curve = [
     (row['step'], row['accuracy'])
     for row in metrics.read_lines(workdir / 'metrics.jsonl')
@@ -79,85 +78,47 @@ def measure(job, workdir) -> dict:
   }
 
 
-def best(row, score: str) -> float:
-  """The largest score of any head."""
-  return max(value for layer in row[score] for value in layer or [0.0])
+accuracy, icl_score = of('accuracy'), of('icl_score')
+matching = of_run(lambda row: best(row, 'prefix_matching'))
 
 
+@of_run
 def by_600(row) -> float:
   """Accuracy at the last validation up to step 600."""
   return [accuracy for step, accuracy in row['curve'] if step <= 600][-1]
 
 
+@of_run
 def jump(row) -> float:
   """The largest rise in accuracy within 100 steps."""
   steps, accuracies = zip(*row['curve'], strict=True)
   return jump_within(steps, accuracies, 100)
 
 
-def without_found(row) -> float | None:
+@of_run
+def ablated(row) -> float:
   """Accuracy without the heads whose prefix matching is above 0.3."""
   return row['ablation'].get('induction', {}).get('accuracy', 1.0)
 
 
-CLAIMS = (
-  Claim(
-    text='two layers: accuracy on repeats by step 600',
-    figure=lambda rows: by_600(rows['two_layers']),
-    at_least=0.99,
-    quick=True,
-  ),
-  Claim(
-    text='two layers: prefix matching of the best head',
-    figure=lambda rows: best(rows['two_layers'], 'prefix_matching'),
-    at_least=0.6,
-    quick=True,
-  ),
-  Claim(
-    text='two layers: largest rise in accuracy within 100 steps',
-    figure=lambda rows: jump(rows['two_layers']),
-    at_least=0.5,
-    quick=True,
-  ),
-  Claim(
-    text='two layers: accuracy without the induction heads found',
-    figure=lambda rows: without_found(rows['two_layers']),
-    at_most=0.2,
-    quick=True,
-  ),
-  Claim(
-    text='one layer: accuracy',
-    figure=lambda rows: rows['one_layer']['accuracy'],
-    at_most=0.15,
-    quick=True,
-  ),
-  Claim(
-    text='one layer behind a short convolution: accuracy',
-    figure=lambda rows: rows['one_layer-convolution']['accuracy'],
-    at_least=0.99,
-    quick=True,
-  ),
-  Claim(
-    text='one layer, all scored: in-context-learning score, without a copy',
-    figure=lambda rows: rows['one_layer-all_scored']['icl_score'],
-    at_most=-0.5,
-    quick=True,
-  ),
-  Claim(
-    text='one layer, all scored: accuracy',
-    figure=lambda rows: rows['one_layer-all_scored']['accuracy'],
-    at_most=0.15,
-    quick=True,
-  ),
-)
+QUICK = {
+  'two layers: accuracy on repeats by step 600': by_600('two_layers') >= 0.99,
+  'two layers: best prefix matching of a head': matching('two_layers') >= 0.6,
+  'two layers: largest rise within 100 steps': jump('two_layers') >= 0.5,
+  'two layers, without their induction heads': ablated('two_layers') <= 0.2,
+  'one layer: accuracy': accuracy('one_layer') <= 0.15,
+  'one layer, convolution: accuracy': accuracy('one_layer-convolution') >= 0.99,
+  'one layer, all scored: ICL score': icl_score('one_layer-all_scored') <= -0.5,
+  'one layer, all scored: accuracy': accuracy('one_layer-all_scored') <= 0.15,
+}
 
 STUDY = Study(
   name='induction',
   doc=__doc__,
   jobs=jobs,
   measure=measure,
-  claims=CLAIMS,
-  show=show,
+  quick=QUICK,
+  show=plot.show,
 )
 
 if __name__ == '__main__':

@@ -6,35 +6,29 @@ Writes capacity.json: accuracy of each run at PAIRS, and what
 `studies.retrieval.law` predicts from as many random keys.
 """
 
-import argparse
 import dataclasses
 import pathlib
 
 from longctx.evaluation import sweep
-from longctx.training import metrics
 from longctx.training.runs import Run
+from studies.common import write_measured
 from studies.retrieval import law
 from studies.retrieval.config import PAIRS
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--workdir', type=pathlib.Path, required=True)
-  parser.add_argument('--seed', type=int, default=0, help='of the prediction')
-  parser.add_argument('--batches', type=int, default=8)
-  args = parser.parse_args()
-  runs = [exact(run) for run in sweep.open_workdir(args.workdir)]
+def measure(workdir: pathlib.Path, seed: int, batches: int) -> dict:
+  runs = [exact(run) for run in sweep.open_workdir(workdir)]
   pairs = sweep.Sweep(parameter='num_pairs', values=PAIRS)
-  rows = sweep.evaluate(runs, args.workdir, sweep=pairs, batches=args.batches)
+  rows = sweep.evaluate(runs, workdir, sweep=pairs, batches=batches)
   found = {}
   for run in runs:
     lines = [row for row in rows if row['run'] == run.name]
     found[run.name] = {
       'pairs': PAIRS,
       'accuracy': [row['accuracy'] for row in lines],
-      'predicted': law.predicted(run.name, seed=args.seed),
+      'predicted': law.predicted(run.name, seed=seed),
     }
-  metrics.write_json(args.workdir / 'capacity.json', found)
+  return found
 
 
 def exact(run: Run) -> Run:
@@ -45,4 +39,4 @@ def exact(run: Run) -> Run:
 
 
 if __name__ == '__main__':
-  main()
+  write_measured(measure, __doc__, name='capacity.json', seed=0, batches=8)

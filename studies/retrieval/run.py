@@ -13,16 +13,16 @@ On an accelerator `sizes` is launches, not arithmetic: run it with --processes
 and XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """
 
-import json
 import pathlib
 
 import numpy as np
 
 from longctx.analysis.capacity import capacity, most_recalled
 from longctx.training import metrics
-from studies.common import Claim, Job, Study, main
+from studies.claims import Figure, of, of_run
+from studies.common import Job, Study, main, read
 from studies.retrieval import plot
-from studies.retrieval.config import BEST, SIZES
+from studies.retrieval.config import BEST, CURVES, SIZES
 
 CONFIG = 'studies/retrieval/config.py'
 # Points of accuracy, as a share.
@@ -30,7 +30,7 @@ TOLERANCE = 0.05
 
 
 # Enough to see that it runs.
-QUICK = {'steps': 20, 'task.num_pairs': 4, 'eval.batches': 1}
+SMALL = {'steps': 20, 'task.num_pairs': 4, 'eval.batches': 1}
 
 
 def jobs(seed: int, quick: bool) -> list[Job]:
@@ -48,7 +48,7 @@ def jobs(seed: int, quick: bool) -> list[Job]:
         config=f'{CONFIG}:capacity/identity 8x32',
         then=((*measure, '--batches=2'),),
       ),
-      of_size('identity 4x16', seed, '--batches=2', overrides=QUICK),
+      of_size('identity 4x16', seed, '--batches=2', overrides=SMALL),
     ]
   return [
     Job(run='curves', seed=seed, config=f'{CONFIG}:curves'),
@@ -79,14 +79,14 @@ def of_size(name: str, seed: int, *more: str, overrides=None) -> Job:
 def measure(job: Job, workdir: pathlib.Path) -> dict | list[dict]:
   if job.run.startswith('sizes '):
     return size(job.run.removeprefix('sizes '), workdir)
-  config = json.loads((workdir / 'config.json').read_text())
+  config = read(workdir, 'config.json')
   if job.run == 'curves':
     return [curve(name, workdir / name) for name in config['runs']]
-  found = json.loads((workdir / 'capacity.json').read_text())
+  found = read(workdir, 'capacity.json')
   return [
     {
       'run': f'capacity/{name}',
-      'state_bytes': results(workdir / name)['state_bytes'],
+      'state_bytes': read(workdir / name)['state_bytes'],
       'capacity': capacity(one['pairs'], one['accuracy']),
       **one,
     }
@@ -96,7 +96,7 @@ def measure(job: Job, workdir: pathlib.Path) -> dict | list[dict]:
 
 def size(name: str, workdir: pathlib.Path) -> dict:
   """What a memory recalls, by both definitions of the README."""
-  found = json.loads((workdir / 'sizes.json').read_text())
+  found = read(workdir, 'sizes.json')
   pairs, accuracy = found['pairs'], found['accuracy']
   return {
     'run': f'sizes/{name}',
@@ -106,15 +106,11 @@ def size(name: str, workdir: pathlib.Path) -> dict:
   }
 
 
-def results(workdir: pathlib.Path) -> dict:
-  return json.loads((workdir / 'results.json').read_text())
-
-
 def curve(name: str, workdir: pathlib.Path) -> dict:
   """Validation accuracy along the training, and that of the test split."""
   lines = metrics.read_lines(workdir / 'metrics.jsonl')
   lines = [row for row in lines if row['split'] == 'validation']
-  found = results(workdir)
+  found = read(workdir)
   return {
     'run': f'curves/{name}',
     'steps': [row['step'] for row in lines],
@@ -124,12 +120,7 @@ def curve(name: str, workdir: pathlib.Path) -> dict:
   }
 
 
-def accuracy(name: str):
-  return lambda rows: rows[f'curves/{name}']['accuracy']
-
-
-def difference(one: str, other: str):
-  return lambda rows: accuracy(one)(rows) - accuracy(other)(rows)
+accuracy = of('accuracy', 'curves/')
 
 
 def of_experiment(rows, experiment: str) -> list[dict]:
@@ -148,7 +139,7 @@ def rank_correlation(x, y) -> float:
   return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
 
 
-def follows_bytes(key: str):
+def follows_bytes(key: str) -> Figure:
   """Rank correlation of a figure of all memories of `sizes` with state bytes.
 
   Of ranks, which a logarithm does not change.
@@ -160,89 +151,46 @@ def follows_bytes(key: str):
       [row['state_bytes'] for row in found], [row[key] for row in found]
     )
 
-  return figure
+  return Figure(figure)
 
 
-def with_rule(rows) -> list[dict]:
-  """Memories of `capacity` that the law has a prediction for."""
-  return [row for row in of_experiment(rows, 'capacity') if row['predicted']]
+def errors(rows) -> list[np.ndarray]:
+  """Of the memories of `capacity` that the law predicts, at each load."""
+  return [
+    np.abs(np.subtract(row['accuracy'], row['predicted']))
+    for row in of_experiment(rows, 'capacity')
+    if row['predicted']
+  ]
 
 
-def errors(row) -> np.ndarray:
-  return np.abs(np.subtract(row['accuracy'], row['predicted']))
-
-
+@Figure
 def followers(rows) -> int:
   """Memories that the prediction meets at every number of pairs."""
-  found = with_rule(rows)
-  return sum(bool((errors(row) <= TOLERANCE).all()) for row in found)
+  return sum(bool((error <= TOLERANCE).all()) for error in errors(rows))
 
 
+@Figure
 def mean_error(rows) -> float:
-  found = with_rule(rows)
-  return float(np.mean([errors(row) for row in found]))
+  return float(np.mean(errors(rows)))
 
 
-def two_pairs(rows) -> float:
-  """Accuracy at the fewest pairs, of the memory that --quick trains."""
-  return rows['capacity/identity 8x32']['accuracy'][0]
-
-
-CLAIMS = (
-  Claim(
-    text='softmax answers 16 pairs by step 500',
-    figure=accuracy('softmax'),
-    at_least=0.99,
-    quick=True,
-  ),
-  Claim(
-    text='Taylor features answer them by step 500',
-    figure=accuracy('taylor'),
-    at_least=0.99,
-  ),
-  Claim(
-    text='elu + 1 does not by step 1,500', figure=accuracy('elu+1'), at_most=0.6
-  ),
-  Claim(
-    text='DeltaNet after 500 steps is above elu + 1 after 1,500',
-    figure=difference('delta', 'elu+1'),
-    at_least=0.05,
-  ),
-  Claim(
-    text='DeltaNet is below Taylor features by step 500',
-    figure=difference('taylor', 'delta'),
-    at_least=0.01,
-  ),
-  Claim(
-    text='pairs answered at 90% follow state bytes, 23 memories of two layers: '
-    'rank correlation',
-    figure=follows_bytes('capacity'),
-    at_least=0.9,
-  ),
-  Claim(
-    text='pairs recalled at once follow state bytes, the same memories: rank '
-    'correlation',
-    figure=follows_bytes('recalled'),
-    at_least=0.9,
-  ),
-  Claim(
-    text='memories within 5 points of the untrained one at all loads',
-    figure=followers,
-    at_least=6,
-  ),
-  Claim(
-    text='mean distance of the trained from the untrained accuracy',
-    figure=mean_error,
-    at_most=TOLERANCE,
-  ),
-  Claim(
-    text='a small memory answers two pairs',
-    figure=two_pairs,
-    at_least=0.7,
-    quick=True,
-  ),
-)
-
+# At the fewest pairs.
+two_pairs = of_run(lambda row: row['accuracy'][0], 'capacity/')
+SOFTMAX, TAYLOR, DELTA, ELU = map(accuracy, CURVES)
+QUICK = {
+  'softmax answers 16 pairs by step 500': SOFTMAX >= 0.99,
+  'a small memory answers two pairs': two_pairs('identity 8x32') >= 0.7,
+}
+CLAIMS = {
+  'Taylor features answer 16 pairs by step 500': TAYLOR >= 0.99,
+  'elu + 1 does not by step 1,500': ELU <= 0.6,
+  'DeltaNet after 500 steps is above elu + 1 after 1,500': DELTA - ELU >= 0.05,
+  'DeltaNet is below Taylor features by step 500': TAYLOR - DELTA >= 0.01,
+  'pairs at 90% follow bytes, ranks of 23': follows_bytes('capacity') >= 0.9,
+  'pairs at once follow bytes, ranks too': follows_bytes('recalled') >= 0.9,
+  'memories within 5 points of the untrained one at all loads': followers >= 6,
+  'mean distance of trained from untrained accuracy': mean_error <= TOLERANCE,
+}
 
 STUDY = Study(
   name='retrieval',
@@ -250,6 +198,7 @@ STUDY = Study(
   jobs=jobs,
   measure=measure,
   claims=CLAIMS,
+  quick=QUICK,
   show=plot.show,
 )
 

@@ -7,8 +7,6 @@ the loads of training; the test split is read at that rate alone. Writes
 sizes.json.
 """
 
-import argparse
-import json
 import pathlib
 
 import jax
@@ -17,33 +15,26 @@ import numpy as np
 from longctx import tasks
 from longctx.data.pipeline import make_iterator
 from longctx.evaluation import sweep
-from longctx.training import metrics, steps
+from longctx.training import steps
 from longctx.training.runs import Run
+from studies.common import read, write_measured
 from studies.retrieval.config import LOADS
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--workdir', type=pathlib.Path, required=True)
-  parser.add_argument('--batches', type=int, default=16)
-  args = parser.parse_args()
-  runs = sweep.open_workdir(args.workdir)
-  validation = {run.name: results(run)['validation_accuracy'] for run in runs}
+def measure(workdir: pathlib.Path, batches: int) -> dict:
+  runs = sweep.open_workdir(workdir)
+  results = {run.name: read(run.workdir) for run in runs}
+  validation = {n: one['validation_accuracy'] for n, one in results.items()}
   best = max(runs, key=lambda run: validation[run.name])
   loads = [n for n in LOADS if n <= best.task.num_pairs]
-  found = {
+  return {
     'pairs': loads,
-    'accuracy': accuracies(best, loads, batches=args.batches),
+    'accuracy': accuracies(best, loads, batches=batches),
     'chance': best.task.chance,
-    'state_bytes': results(best)['state_bytes'],
+    'state_bytes': results[best.name]['state_bytes'],
     'rate': best.config.optimizer.learning_rate,
     'validation': validation,
   }
-  metrics.write_json(args.workdir / 'sizes.json', found)
-
-
-def results(run: Run) -> dict:
-  return json.loads((run.workdir / 'results.json').read_text())
 
 
 def accuracies(run: Run, loads: list[int], *, batches: int) -> list[float]:
@@ -53,7 +44,7 @@ def accuracies(run: Run, loads: list[int], *, batches: int) -> list[float]:
   number of scored places.
   """
   graph, params, step = sweep.restore(run)
-  measure = steps.make_steps(graph, run.config).evaluate
+  evaluate = steps.make_steps(graph, run.config).evaluate
   found = []
   for n in loads:
     fields = {**run.config.task, 'num_pairs': n, 'min_pairs': 0}
@@ -65,7 +56,7 @@ def accuracies(run: Run, loads: list[int], *, batches: int) -> list[float]:
       num_examples=batches * run.config.batch_size,
     )
     sums = [
-      jax.device_get(measure(params, steps.put(batch, None), np.int32(step)))
+      jax.device_get(evaluate(params, steps.put(batch, None), np.int32(step)))
       for batch in iterator
     ]
     iterator.close()
@@ -77,4 +68,4 @@ def accuracies(run: Run, loads: list[int], *, batches: int) -> list[float]:
 
 
 if __name__ == '__main__':
-  main()
+  write_measured(measure, __doc__, name='sizes.json', batches=16)

@@ -1,17 +1,16 @@
-"""Draws what each way to answer recovers, and accuracy against distractors.
-
-python -m studies.s2a.plot
-"""
+"""What each way to answer recovers, and accuracy against distractors."""
 
 import pathlib
 import statistics
 
-import numpy as np
+from longctx.training import figures
+from studies.claims import markdown, ranged
+from studies.common import by_run
 
-from longctx.training import figures, metrics
-from studies.claims import ranged
-
-HERE = pathlib.Path(__file__).parent
+TITLE = (
+  'Questions among opinions, 112 tokens; 2 layers of full attention, width 64, '
+  '4 heads, a short convolution'
+)
 
 # Method -> the paper's name of it.
 METHODS = {
@@ -30,13 +29,16 @@ METHODS = {
 def show(rows, folder: pathlib.Path):
   """Writes s2a.png and table.md."""
   usual = [row for row in rows if is_usual(row)]
-  figure, (bars, *lines) = figures.axes(3)
+  figure, (bars, *lines) = figures.axes(3, title=TITLE)
   draw_bars(bars, usual)
+  asked = [r for r in usual if r['model'] != 'even']
+  names = dict.fromkeys(who(r) for r in asked if r['distractors'] == 256)
+  styles = figures.styles(names)
   for axis, condition in zip(lines, ('none', 'suggest_wrong'), strict=True):
-    mine = [r for r in usual if r['condition'] == condition]
-    draw_lines(axis, [r for r in mine if r['model'] != 'even'])
-    axis.set_title(condition.replace('_', ' '))
-  figures.legend_below(figure, lines[0])
+    mine = [row for row in asked if row['condition'] == condition]
+    draw_lines(axis, mine, styles)
+    axis.set_title(f'opinions: {condition.replace("_", " ")}', fontsize=10)
+  figures.legend_below(figure)
   figures.save(figure, folder / 's2a.png')
   (folder / 'table.md').write_text(table(rows))
 
@@ -63,71 +65,46 @@ def draw_bars(axis, rows):
     if row['condition'] == 'suggest_wrong' and row['distractors'] == 8
   ]
   names = list(METHODS.values())[:-1]
-  for index, (model, label) in enumerate(
-    (('even', 'trained at agree = 0.9'), ('rewriter', 'at 0.95'))
-  ):
+  labels = {'even': 'trained at agree = 0.9', 'rewriter': 'at 0.95'}
+  for index, (model, label) in enumerate(labels.items()):
     found = [
       [r['accuracy'] for r in rows if (r['model'], who(r)) == (model, name)]
       for name in names
     ]
-    if not all(found):
-      # A quick run has one of the two trainings.
-      continue
-    middles = [statistics.median(f) for f in found]
-    errors = np.array(
-      [[m - min(f), max(f) - m] for m, f in zip(middles, found, strict=True)]
-    ).T
-    places = np.arange(len(names)) + 0.4 * index - 0.2
-    color = figures.COLORS[index]
-    axis.bar(places, middles, 0.4, color=color, label=label)
-    axis.errorbar(places, middles, errors, fmt='none', color='0.2', lw=1)
+    # A quick run has one of the two trainings.
+    if all(found):
+      figures.bars(axis, found, label=label, index=index)
   axis.set_xticks(range(len(names)), names, rotation=40, ha='right')
-  axis.set_title('suggest wrong, 8 distractors')
+  axis.set_title('opinions: suggest wrong, 8 distractors', fontsize=10)
   axis.set_ylabel('accuracy')
-  if axis.get_legend_handles_labels()[1]:
-    axis.legend(frameon=False, fontsize=8)
+  figures.name_range(axis, 'range over seeds', bars=True)
 
 
-def draw_lines(axis, rows):
+def draw_lines(axis, rows, styles):
   """Accuracy against distractors, by method."""
-  names = list(
-    dict.fromkeys(who(row) for row in rows if row['distractors'] == 256)
-  )
-  for index, name in enumerate(names):
+  for name, style in styles.items():
     mine = [row for row in rows if who(row) == name]
     counts = sorted({row['distractors'] for row in mine})
     found = [
       [row['accuracy'] for row in mine if row['distractors'] == n]
       for n in counts
     ]
-    middles = [statistics.median(f) for f in found]
-    errors = np.array(
-      [[m - min(f), max(f) - m] for m, f in zip(middles, found, strict=True)]
-    ).T
-    color = figures.COLORS[index % len(figures.COLORS)]
-    axis.errorbar(
-      counts, middles, errors, color=color, marker='o', ms=3, label=name
-    )
+    line = {**style, 'label': name}
+    figures.over_seeds(axis, counts, found, line, bars=True)
   axis.set_xscale('log', base=2)
-  axis.set_xlabel('distractors')
-  axis.set_ylim(-0.03, 1.03)
+  axis.set(xlabel='distractors', ylim=(-0.03, 1.03))
+
+
+KEYS = (
+  *('accuracy', 'recovered', 'precision', 'recall', 'dropped', 'opinion'),
+  'invented',
+)
 
 
 def table(rows) -> str:
   """Every condition, number of distractors and method: medians and ranges."""
-  keys = (
-    'accuracy',
-    'recovered',
-    'precision',
-    'recall',
-    'dropped',
-    'opinion',
-    'invented',
-  )
-  head = ['condition', 'distractors', 'method', *keys, 'MFLOP', 'ms']
-  lines = [f'| {" | ".join(head)} |', '|' + '---|' * len(head)]
-  for name in dict.fromkeys(row['run'] for row in rows):
-    mine = [row for row in rows if row['run'] == name]
+  lines = []
+  for mine in by_run(rows).values():
     first = mine[0]
     condition = first['condition'].replace('_', ' ')
     if first['opinions'] > 1:
@@ -138,14 +115,10 @@ def table(rows) -> str:
     if first.get('keep'):
       method += f' ({first["keep"]} span)'
     cells = [condition, str(first['distractors']), method]
-    for key in keys:
-      values = [row[key] for row in mine if row.get(key) is not None]
-      cells.append(ranged(values) if values else '')
+    found = [ranged(row.get(key) for row in mine) for key in KEYS]
+    cells += ['' if cell == '–' else cell for cell in found]
     for key, scale in (('flops', 1e-6), ('seconds', 1e3)):
       cells.append(f'{scale * statistics.median(r[key] for r in mine):.1f}')
-    lines.append(f'| {" | ".join(cells)} |')
-  return '\n'.join(lines) + '\n'
-
-
-if __name__ == '__main__':
-  show(metrics.read_lines(HERE / 'results.jsonl'), HERE)
+    lines.append(cells)
+  head = ('condition', 'distractors', 'method', *KEYS, 'MFLOP', 'ms')
+  return markdown(head, lines)

@@ -9,10 +9,11 @@ opinions, and contexts of 65,536 tokens.
 """
 
 from longctx.training import metrics
-from studies.common import Claim, Job, Study, main
+from studies.claims import Figure, largest, least, of_run
+from studies.common import Job, Study, main
 from studies.s2a.plot import show
 
-DISTRACTORS = (1, 4, 16, 64, 256)
+COUNTS = (1, 4, 16, 64, 256)
 # As in the middle of training, and in the first questions here.
 USUAL = 8
 # 16,384 units of four tokens, less those of facts and opinions.
@@ -36,7 +37,7 @@ def jobs(seed: int, quick: bool) -> list[Job]:
         then=(ask('--conditions=suggest_wrong', '--questions=128'),),
       )
     ]
-  counts = ','.join(map(str, DISTRACTORS))
+  counts = ','.join(map(str, COUNTS))
   return [
     # Opinions as good as facts, where the config has better ones.
     Job(
@@ -114,16 +115,11 @@ def of(
   condition: str = 'suggest_wrong',
   n: int = USUAL,
   more: str = '',
-):
-  return lambda rows: rows[f'{who} {condition} {n}{more}'].get(key)
+) -> Figure:
+  return of_run(lambda row: row.get(key))(f'{who} {condition} {n}{more}')
 
 
-def gap(rows) -> float:
-  """Accuracy that a wrong suggestion costs."""
-  accuracy = lambda method: of('accuracy', f'even/{method}')(rows)
-  return accuracy('oracle') - accuracy('baseline')
-
-
+@Figure
 def least_step(rows) -> float:
   """The smallest difference along S2A > KeepOrig > Instructed > baseline."""
   recovered = [
@@ -134,113 +130,56 @@ def least_step(rows) -> float:
   return min(more - less for more, less in steps)
 
 
-def ratio(rows) -> float:
-  """FLOPs of an answer through the gate, over those of the plain model."""
-  return of('flops', 'gate')(rows) / of('flops', 'rewriter/baseline')(rows)
+def behind(condition: str) -> Figure:
+  """Accuracy of S2A less that of the gate."""
+  gate = of('accuracy', 'gate', condition, more=' keep=1')
+  return of('accuracy', 'rewriter/s2a', condition) - gate
 
 
-def behind(rows) -> float:
-  """Accuracy of S2A less that of the gate, the larger of two conditions."""
-  return max(
-    of('accuracy', 'rewriter/s2a', condition)(rows)
-    - of('accuracy', 'gate', condition, more=' keep=1')(rows)
-    for condition in ('none', 'suggest_wrong')
-  )
+def varies(condition: str) -> Figure:
+  """The gate's largest less its smallest accuracy over distractors."""
+  by_count = [of('accuracy', 'gate', condition, n, ' keep=1') for n in COUNTS]
+  return largest(by_count) - least(by_count)
 
 
-def spread(rows) -> float:
-  """The gate's largest less its smallest accuracy, the worse condition."""
-  worst = 0.0
-  for condition in ('none', 'suggest_wrong'):
-    found = [
-      of('accuracy', 'gate', condition, n, ' keep=1')(rows) for n in DISTRACTORS
-    ]
-    worst = max(worst, max(found) - min(found))
-  return worst
-
-
-def decay(rows) -> float:
-  """Accuracy without opinions at 1 distractor, less that at 256."""
-  accuracy = lambda n: of('accuracy', 'rewriter/baseline', 'none', n)(rows)
-  return accuracy(DISTRACTORS[0]) - accuracy(DISTRACTORS[-1])
-
-
-def at_length(who: str):
-  return lambda rows: rows[f'{who} suggest_wrong 256 long']['accuracy']
-
-
-CLAIMS = (
-  Claim(
-    text='a wrong suggestion costs the plain model, against the oracle',
-    figure=gap,
-    at_least=0.15,
-  ),
-  Claim(
-    text='share of that gap that S2A recovers',
-    figure=of('recovered', 'even/s2a'),
-    at_least=0.8,
-  ),
-  Claim(
-    text='share that KeepOrig recovers, at least',
-    figure=of('recovered', 'even/keep_original'),
-    at_least=0.3,
-  ),
-  Claim(
-    text='share that KeepOrig recovers, at most',
-    figure=of('recovered', 'even/keep_original'),
-    at_most=0.75,
-  ),
-  Claim(
-    text='smallest step of S2A > KeepOrig > Instructed > baseline',
-    figure=least_step,
-    at_least=0.01,
-  ),
-  Claim(
-    text='the gate is behind S2A by',
-    figure=behind,
-    at_most=0.02,
-  ),
-  Claim(
-    text='FLOPs of the gate over those of the plain model',
-    figure=ratio,
-    at_most=1.1,
-  ),
-  Claim(
-    text='accuracy of the gate varies from 1 to 256 distractors by',
-    figure=spread,
-    at_most=0.02,
-  ),
-  Claim(
-    text='soft attention loses from 1 to 256 distractors, without opinions',
-    figure=decay,
-    at_least=0.05,
-  ),
-  Claim(
-    text='invented units, share of rewritten contexts, 8 distractors',
-    figure=of('invented', 'rewriter/s2a'),
-    at_most=0.02,
-  ),
-  Claim(
-    text='accuracy at 65,536 tokens, gate and windows',
-    figure=at_length('gate'),
-    at_least=0.95,
-  ),
-  Claim(
-    text='accuracy at 65,536 tokens, windows alone (chance: 0.031)',
-    figure=at_length('window/baseline'),
-    at_most=0.08,
-  ),
-  Claim(
-    text='the gate answers against a wrong suggestion',
-    figure=of('accuracy', 'gate'),
-    at_least=0.9,
-    quick=True,
-  ),
-)
+CONDITIONS = ('none', 'suggest_wrong')
+# Accuracy that a wrong suggestion costs.
+GAP = of('accuracy', 'even/oracle') - of('accuracy', 'even/baseline')
+KEPT = of('recovered', 'even/keep_original')
+COST = of('flops', 'gate') / of('flops', 'rewriter/baseline')
+VARIES = largest(map(varies, CONDITIONS))
+INVENTED = of('invented', 'rewriter/s2a')
+# Accuracy at 1 distractor, less that at 256.
+SOFT = [of('accuracy', 'rewriter/baseline', 'none', n) for n in COUNTS]
+LONG_GATE = of('accuracy', 'gate', n=256, more=' long')
+LONG_WINDOW = of('accuracy', 'window/baseline', n=256, more=' long')
+QUICK = {
+  'the gate answers against a wrong suggestion': of('accuracy', 'gate') >= 0.9,
+}
+CLAIMS = {
+  'a wrong suggestion costs the plain model, against the oracle': GAP >= 0.15,
+  'share of that gap that S2A recovers': of('recovered', 'even/s2a') >= 0.8,
+  'share that KeepOrig recovers, at least': KEPT >= 0.3,
+  'share that KeepOrig recovers, at most': KEPT <= 0.75,
+  'least step of S2A > KeepOrig > Instructed > baseline': least_step >= 0.01,
+  'the gate is behind S2A by': largest(map(behind, CONDITIONS)) <= 0.02,
+  'FLOPs of the gate over those of the plain model': COST <= 1.1,
+  'accuracy of the gate varies, 1 to 256 distractors, by': VARIES <= 0.02,
+  'soft attention loses, 1 to 256 distractors': SOFT[0] - SOFT[-1] >= 0.05,
+  'rewritten contexts with invented units': INVENTED <= 0.02,
+  'accuracy at 65,536 tokens, gate and windows': LONG_GATE >= 0.95,
+  'the same, windows alone (chance: 0.031)': LONG_WINDOW <= 0.08,
+}
 
 
 STUDY = Study(
-  name='s2a', doc=__doc__, jobs=jobs, measure=measure, claims=CLAIMS, show=show
+  name='s2a',
+  doc=__doc__,
+  jobs=jobs,
+  measure=measure,
+  claims=CLAIMS,
+  quick=QUICK,
+  show=show,
 )
 
 if __name__ == '__main__':

@@ -6,7 +6,6 @@ Writes measured.json: the sink rate, attention to BOS of triggers' queries
 (active) and of all others (dormant), and the loss with and without BOS.
 """
 
-import argparse
 import pathlib
 
 import jax
@@ -16,7 +15,7 @@ from flax import nnx
 
 from longctx.analysis import hooks, model_scores, probes
 from longctx.evaluation import sweep
-from longctx.training import metrics
+from studies.common import write_measured
 
 ROWS = 256
 
@@ -79,12 +78,5 @@ def measure(workdir: pathlib.Path) -> dict[str, float]:
   }
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--workdir', type=pathlib.Path, required=True)
-  workdir = parser.parse_args().workdir
-  metrics.write_json(workdir / 'measured.json', measure(workdir))
-
-
 if __name__ == '__main__':
-  main()
+  write_measured(measure, __doc__)

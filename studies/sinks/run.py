@@ -8,12 +8,11 @@ place of learned positions, a minute each on one CPU core. --quick trains
 softmax, sigmoid and the output gate from one seed.
 """
 
-import json
-
 import numpy as np
 
-from studies.common import Claim, Job, Study, main
-from studies.sinks.plot import show
+from studies.claims import Figure, of, of_run
+from studies.common import Job, Study, main, read
+from studies.sinks import plot
 
 VARIANTS = (
   'full',
@@ -23,14 +22,14 @@ VARIANTS = (
   'sink_logits',
   'softpick',
 )
-QUICK = VARIANTS[:3]
+QUICK_VARIANTS = VARIANTS[:3]
 
 
 def jobs(seed: int, quick: bool) -> list[Job]:
   then = (('-m', 'studies.sinks.measure', '--workdir={workdir}'),)
   found = [
     Job(run=name, seed=seed, config=f'configs/sinks.py:{name}', then=then)
-    for name in (QUICK if quick else VARIANTS)
+    for name in (QUICK_VARIANTS if quick else VARIANTS)
   ]
   if not quick:
     found.append(
@@ -46,92 +45,48 @@ def jobs(seed: int, quick: bool) -> list[Job]:
 
 
 def measure(job, workdir) -> dict:
-  results = json.loads((workdir / 'results.json').read_text())
-  measured = json.loads((workdir / 'measured.json').read_text())
-  return {'accuracy': results['accuracy'], **measured}
+  measured = read(workdir, 'measured.json')
+  return {'accuracy': read(workdir)['accuracy'], **measured}
 
 
-def share(row) -> float:
-  """Of all its attention, what goes to BOS."""
-  return row['first_token'] / row['mass']
+sink_rate, bos = of('sink_rate'), of('first_token')
+at_rest = of_run(lambda row: row['dormant'] / row['active'])
+share = of_run(lambda row: row['first_token'] / row['mass'])
+GATE = bos('output_gate')
 
 
+@Figure
 def largest_gap(rows) -> float:
   """Nats between the losses of the three and softmax's."""
-  losses = [rows[name]['loss'] for name in QUICK]
+  losses = [rows[name]['loss'] for name in QUICK_VARIANTS]
   return max(abs(loss - losses[0]) for loss in losses)
 
 
-def damage(row) -> float:
-  """Nats per token that go with BOS."""
-  return row['evicted_loss'] - row['loss']
-
-
+@Figure
 def explained(rows) -> float:
-  """R² of the damage in a line of the attention to BOS, over normalizers.
+  """R² of the nats that go with BOS in a line of the attention to it.
 
-  Negative where the line falls.
+  Over normalizers; negative where the line falls.
   """
   normalizers = [rows[name] for name in VARIANTS]
   mass = np.array([row['first_token'] for row in normalizers])
-  lost = np.array([damage(row) for row in normalizers])
+  lost = np.array([row['evicted_loss'] - row['loss'] for row in normalizers])
   r = float(np.corrcoef(mass, lost)[0, 1])
   return r * abs(r)
 
 
-CLAIMS = (
-  Claim(
-    text='softmax: share of rows whose first token is a sink (Sink_1, ε = 0.3)',
-    figure=lambda rows: rows['full']['sink_rate'],
-    at_least=0.9,
-    quick=True,
-  ),
-  Claim(
-    text='softmax: attention to BOS at rest, over that at triggers',
-    figure=lambda rows: rows['full']['dormant'] / rows['full']['active'],
-    at_least=8,
-    quick=True,
-  ),
-  Claim(
-    text='sigmoid: sink rate',
-    figure=lambda rows: rows['sigmoid']['sink_rate'],
-    at_most=0.02,
-    quick=True,
-  ),
-  Claim(
-    text='sigmoid: share of its attention that BOS gets',
-    figure=lambda rows: share(rows['sigmoid']),
-    at_most=0.1,
-    quick=True,
-  ),
-  Claim(
-    text='output gate: attention to BOS above that of sigmoid',
-    figure=lambda rows: (
-      rows['output_gate']['first_token'] - rows['sigmoid']['first_token']
-    ),
-    at_least=0.1,
-    quick=True,
-  ),
-  Claim(
-    text='output gate: attention to BOS below that of softmax',
-    figure=lambda rows: (
-      rows['full']['first_token'] - rows['output_gate']['first_token']
-    ),
-    at_least=0.1,
-    quick=True,
-  ),
-  Claim(
-    text='the three learn alike: largest difference in loss, nats',
-    figure=largest_gap,
-    at_most=0.005,
-    quick=True,
-  ),
-  Claim(
-    text='R² of the loss without BOS in the attention to it, over normalizers',
-    figure=explained,
-    at_least=0.5,
-  ),
-)
+QUICK = {
+  'softmax: rows with a sink (Sink_1, ε = 0.3)': sink_rate('full') >= 0.9,
+  'softmax: attention to BOS at rest over triggers': at_rest('full') >= 8,
+  'sigmoid: sink rate': sink_rate('sigmoid') <= 0.02,
+  'sigmoid: share of its attention that BOS gets': share('sigmoid') <= 0.1,
+  'output gate: attention to BOS above sigmoid': GATE - bos('sigmoid') >= 0.1,
+  'output gate: attention to BOS below softmax': bos('full') - GATE >= 0.1,
+  'the three learn alike: most nats between losses': largest_gap <= 0.005,
+}
+CLAIMS = {
+  'R² of the loss without BOS in the attention to it': explained >= 0.5,
+}
 
 STUDY = Study(
   name='sinks',
@@ -139,7 +94,8 @@ STUDY = Study(
   jobs=jobs,
   measure=measure,
   claims=CLAIMS,
-  show=show,
+  quick=QUICK,
+  show=plot.show,
 )
 
 if __name__ == '__main__':

@@ -6,7 +6,7 @@
 Trains configs/streaming.py from each seed, then reads the test split by
 `studies.streaming.measure`: a short stream under every policy, each token of it
 scored, and for seed 0 an endless one under `sinks`. Writes table.md and
-streams.png, those of the first seed, too.
+streams.png too.
 """
 
 import pathlib
@@ -15,7 +15,8 @@ import numpy as np
 
 from longctx.evaluation import sweep
 from longctx.training import metrics
-from studies.common import Claim, Job, Study, main, number, spread
+from studies.claims import Figure, of
+from studies.common import Job, Study, main
 from studies.streaming import plot
 from studies.streaming.measure import BUCKET, POLICIES
 
@@ -77,56 +78,19 @@ def by_pass(rows, length: int) -> list[float]:
   return found
 
 
-def above(policy: str):
+def above(policy: str) -> Figure:
   """Nats per byte above reading the window anew."""
-  return lambda rows: rows['sinks'][policy] - rows['sinks']['recompute']
+  return of(policy)('sinks') - of('recompute')('sinks')
 
 
-CLAIMS = (
-  Claim(
-    text='all keys, beyond the trained length, cost nats per byte',
-    figure=above('dense'),
-    at_least=1.0,
-  ),
-  Claim(
-    text='sinks with positions of the cache cost none',
-    figure=above('sinks'),
-    at_most=0.01,
-    quick=True,
-  ),
-  Claim(
-    text='sinks with positions of the text cost some',
-    figure=above('sinks_text'),
-    at_least=0.1,
-  ),
-  Claim(
-    text='a window without sinks costs nats, as published for larger models',
-    figure=above('window'),
-    at_least=0.4,
-  ),
-)
-
-
-def table(rows) -> str:
-  """Markdown: the policies, median and range over the seeds."""
-  lines = ['| policy | nats per byte | above `recompute` |', '|---|---|---|']
-
-  def cell(values):
-    found = spread(values)
-    low, high = number(found['low']), number(found['high'])
-    return f'{number(found["median"])} ({low} to {high})'
-
-  for name in POLICIES:
-    losses = cell([row[name] for row in rows])
-    over = cell([row[name] - row['recompute'] for row in rows])
-    lines.append(f'| `{name}` | {losses} | {over} |')
-  return '\n'.join(lines) + '\n'
-
-
-def show(rows, folder: pathlib.Path):
-  (folder / 'table.md').write_text(table(rows))
-  plot.show(rows, folder)
-
+QUICK = {
+  'sinks with positions of the cache cost none': above('sinks') <= 0.01,
+}
+CLAIMS = {
+  'all keys, beyond the trained length, cost nats': above('dense') >= 1.0,
+  'sinks with positions of the text cost some': above('sinks_text') >= 0.1,
+  'a window without sinks costs nats, as published': above('window') >= 0.4,
+}
 
 STUDY = Study(
   name='streaming',
@@ -134,7 +98,8 @@ STUDY = Study(
   jobs=jobs,
   measure=measure,
   claims=CLAIMS,
-  show=show,
+  quick=QUICK,
+  show=plot.show,
 )
 
 if __name__ == '__main__':

@@ -1,15 +1,16 @@
-"""Draws bits per byte of each schedule, seed by seed.
-
-python -m studies.window_schedule.plot
-"""
+"""Bits per byte of each schedule of windows, seed by seed."""
 
 import pathlib
-import statistics
 
-from longctx.training import figures, metrics
+from longctx.training import figures
+from studies.claims import markdown, ranged
+from studies.common import by_run
 from studies.window_schedule.config import SCHEDULES
 
-HERE = pathlib.Path(__file__).parent
+TITLE = (
+  'Bytes of the Python standard library, 256 tokens; 4 layers of width 64, '
+  'windows of 30 bytes on average'
+)
 
 # Longformer's table 4: bits per character of text8, by schedule.
 PUBLISHED = {
@@ -22,56 +23,38 @@ PUBLISHED = {
 
 def show(rows, folder: pathlib.Path):
   """Writes window_schedule.png and table.md."""
-  figure, (bits, differences) = figures.axes(2)
-  names = [n for n in SCHEDULES if any(row['run'] == n for row in rows)]
-  seeds = list(dict.fromkeys(row['seed'] for row in rows))
-  for index, seed in enumerate(seeds):
-    found = {r['run']: r['bits'] for r in rows if r['seed'] == seed}
-    style = dict(
-      color=figures.COLORS[index % len(figures.COLORS)], marker='o', ms=5, lw=1
-    )
-    ys = [found[n] for n in names]
-    bits.plot(names, ys, label=f'seed {seed}', **style)
-    differences.plot(names, [y - ys[0] for y in ys], **style)
-  differences.plot(
-    names,
-    [PUBLISHED[n] - PUBLISHED[names[0]] for n in names],
-    color='0.4',
-    ls='--',
-    label='published, text8',
+  runs = by_run(rows)
+  names = [name for name in SCHEDULES if name in runs]
+  figure, (bits, differences) = figures.axes(2, title=TITLE)
+  # A seed's schedules see the same batches.
+  seeds = zip(*(runs[name] for name in names), strict=True)
+  seeds = {f'seed {found[0]["seed"]}': found for found in seeds}
+  for label, style in figures.styles(seeds).items():
+    ys = [row['bits'] for row in seeds[label]]
+    bits.plot(names, ys, label=label, **style)
+    differences.plot(names, [y - ys[0] for y in ys], label=label, **style)
+  published = [PUBLISHED[name] - PUBLISHED[names[0]] for name in names]
+  grey = {'color': '0.4', 'ls': ':', 'marker': 'x'}
+  differences.plot(names, published, label='published, text8', **grey)
+  bits.set(xlabel='windows, first layer to last', ylabel='bits per byte')
+  differences.set(
+    xlabel='windows, first layer to last',
+    ylabel=f'bits per byte above {names[0]}',
   )
-  bits.set_ylabel('bits per byte')
-  differences.set_ylabel(f'bits per byte above {names[0]}')
-  differences.legend(frameon=False, fontsize=9)
-  figures.legend_below(figure, bits)
+  figures.legend_below(figure)
   figures.save(figure, folder / 'window_schedule.png')
-  (folder / 'table.md').write_text(table(rows, names))
+  (folder / 'table.md').write_text(table(runs, names))
 
 
-def table(rows, names) -> str:
+def table(runs, names) -> str:
   """Markdown: bits per byte, and differences within seeds."""
-  lines = ['| schedule | windows | bits per byte | above `decreasing` |']
-  lines.append('|---|---|---|---|')
-  base = {r['seed']: r['bits'] for r in rows if r['run'] == names[0]}
+  rows = []
   for name in names:
-    found = {r['seed']: r['bits'] for r in rows if r['run'] == name}
-    windows = [
-      layer.partition('window=')[2].partition(',')[0]
-      for layer in SCHEDULES[name]
-    ]
-    cells = [
-      spread(found.values()),
-      spread(bits - base[seed] for seed, bits in found.items()),
-    ]
-    lines.append(f'| {name} | {", ".join(windows)} | {" | ".join(cells)} |')
-  return '\n'.join(lines) + '\n'
-
-
-def spread(values) -> str:
-  values = list(values)
-  middle = statistics.median(values)
-  return f'{middle:.4f} ({min(values):.4f} to {max(values):.4f})'
-
-
-if __name__ == '__main__':
-  show(metrics.read_lines(HERE / 'results.jsonl'), HERE)
+    windows = [x.partition('window=')[2].split(',')[0] for x in SCHEDULES[name]]
+    found = [row['bits'] for row in runs[name]]
+    pairs = zip(runs[name], runs[names[0]], strict=True)
+    above = [one['bits'] - base['bits'] for one, base in pairs]
+    cells = (ranged(values, digits=4) for values in (found, above))
+    rows.append([name, ', '.join(windows), *cells])
+  head = ('schedule', 'windows', 'bits per byte', 'above `decreasing`')
+  return markdown(head, rows)

@@ -4,16 +4,20 @@
     python -m studies.zoo.run --quick
 
 Each seed is one run of configs/zoo.py, about 20 minutes on two CPU cores;
---quick trains two variants alone. Writes table.md, the table of the README,
-too.
+--quick trains two variants alone. Writes table.md, the table of the README, and
+variants.json, from which zoo.png is drawn.
 """
 
 import json
 import pathlib
 
-from studies.common import Claim, Job, Study, main, number, spread
+from longctx.training import metrics
+from studies.claims import of, spread
+from studies.common import Job, Study, by_run, main, read
+from studies.zoo import plot
 
 MEASURED = ('accuracy', 'steps_to_90', 'tokens_per_second')
+SHARED = ('parameters', 'state_bytes', 'chance', 'steps', 'commit', 'command')
 
 
 def jobs(seed: int, quick: bool) -> list[Job]:
@@ -22,85 +26,41 @@ def jobs(seed: int, quick: bool) -> list[Job]:
 
 
 def measure(job: Job, workdir: pathlib.Path) -> list[dict]:
-  found = json.loads((workdir / 'results.json').read_text())
-  return [{'run': name, **results} for name, results in found.items()]
+  return [{'run': name, **found} for name, found in read(workdir).items()]
 
 
-def accuracy(variant: str):
-  return lambda rows: rows[variant]['accuracy']
-
-
-CLAIMS = (
-  Claim(
-    text='`full` answers after 400 steps',
-    figure=accuracy('full'),
-    at_least=0.99,
-    quick=True,
-  ),
-  Claim(
-    text='`softpick`, which needs no sink, answers as well',
-    figure=accuracy('softpick'),
-    at_least=0.99,
-  ),
-  Claim(
-    text='`based` answers nearly all', figure=accuracy('based'), at_least=0.95
-  ),
-  Claim(
-    text='`deltanet` answers most', figure=accuracy('deltanet'), at_least=0.9
-  ),
-  Claim(
-    text='`linear` over elu + 1 does not',
-    figure=accuracy('linear'),
-    at_most=0.3,
-    quick=True,
-  ),
-  Claim(
-    text='a window of 16 answers less than half',
-    figure=accuracy('sliding_window'),
-    at_most=0.5,
-  ),
-)
+accuracy = of('accuracy')
+QUICK = {
+  '`full` answers after 400 steps': accuracy('full') >= 0.99,
+  '`linear` over elu + 1 does not': accuracy('linear') <= 0.3,
+}
+CLAIMS = {
+  '`softpick`, which needs no sink, answers too': accuracy('softpick') >= 0.99,
+  '`based` answers nearly all': accuracy('based') >= 0.95,
+  '`deltanet` answers most': accuracy('deltanet') >= 0.9,
+  'a window of 16 answers less than half': accuracy('sliding_window') <= 0.5,
+}
 
 
 def by_variant(rows) -> list[dict]:
   """One entry per variant over the seeds, best first."""
   entries = []
-  for name in dict.fromkeys(row['run'] for row in rows):
-    found = [row for row in rows if row['run'] == name]
-    entry = {'variant': name, **found[0]}
-    entry |= {
-      key: spread([one[key] for one in found], high_is_good=key == 'accuracy')
-      for key in MEASURED
-    }
-    entries.append(entry)
+  for name, found in by_run(rows).items():
+    entry = {'variant': name}
+    for key in MEASURED:
+      good = key != 'steps_to_90'
+      entry[key] = spread([row[key] for row in found], high_is_good=good)
+    entry |= {key: found[0][key] for key in SHARED}
+    entries.append(entry | {'seeds': [row['seed'] for row in found]})
   return sorted(entries, key=lambda e: -e['accuracy']['median'])
 
 
-def table(entries) -> str:
-  """Markdown."""
-  lines = [
-    '| variant | accuracy | to 90% | parameters | state bytes | tokens/s |',
-    '|---|---|---|---|---|---|',
-  ]
-  for entry in entries:
-    accuracy, steps = entry['accuracy'], entry['steps_to_90']
-    never = lambda step: 'never' if step is None else f'{step:.0f}'
-    reached = f'{never(steps["median"])} ({never(steps["low"])} to '
-    reached += f'{never(steps["high"])})'
-    if steps['low'] is None:
-      reached = 'never'
-    lines.append(
-      f'| `{entry["variant"]}` | {number(accuracy["median"])} '
-      f'({number(accuracy["low"])} to {number(accuracy["high"])}) | '
-      f'{reached} | {entry["parameters"]:,} | '
-      f'{entry["state_bytes"]:,} | '
-      f'{entry["tokens_per_second"]["median"]:,.0f} |'
-    )
-  return '\n'.join(lines) + '\n'
-
-
 def show(rows, folder: pathlib.Path):
-  (folder / 'table.md').write_text(table(by_variant(rows)))
+  # The lines of each seed were not kept when what is committed was measured.
+  path = folder / 'variants.json'
+  if rows:
+    metrics.write_json(path, by_variant(rows))
+  plot.show(json.loads(path.read_text()), folder)
 
 
 STUDY = Study(
@@ -109,6 +69,7 @@ STUDY = Study(
   jobs=jobs,
   measure=measure,
   claims=CLAIMS,
+  quick=QUICK,
   show=show,
 )
 
