@@ -1,6 +1,5 @@
 """Forward hooks at every attention layer of a model, and head ablation."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,13 +24,9 @@ def make_context(
   step: Int[Array, ''] | int | None = None,
   placement: Placement | None = None,
 ) -> Context:
-  """Where a layer's tokens are, as `Attention.__call__` says it."""
-  return Context(
-    segment_ids=segment_ids,
-    step=step,
-    placement=placement,
-    implementation=layer.config.implementation,
-    block_sizes=layer.config.block_sizes,
+  """Where a layer's tokens are, with what its config sets."""
+  return layer.bind(
+    Context(segment_ids=segment_ids, step=step, placement=placement)
   )
 
 
@@ -53,17 +48,22 @@ def run_with_hooks(
   Raises:
     NotImplementedError: the model has a gate.
   """
-  if model.config.gate.keep:
+  if model.is_gated:
     raise NotImplementedError(
       'analysis walks through all tokens, and a gate lets few of them pass: '
       'take gate.keep=0'
     )
-  x = model.embed(tokens, placement=placement)
+  context = Context(placement=placement)
+  x = model.embed(tokens, context)
   for index, block in enumerate(model.blocks):
     if placement is not None:
       x = jax.lax.with_sharding_constraint(x, placement.sharding)
-    attend = functools.partial(hook, index, block.attention)
-    x = block.residual(lambda h, attend=attend, x=x: attend(h, x), x)
+
+    def attention(h, context, index=index, block=block, x=x):
+      del context
+      return hook(index, block.attention, h, x)
+
+    x = block(x, context, attention=attention)
   return model.norm(x)
 
 

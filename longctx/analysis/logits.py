@@ -1,6 +1,7 @@
 """The scores of softmax attention, some rows at a time."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,9 +26,15 @@ class ListeningContext(Context):
 
   calls: list[tuple[tuple[Array, ...], dict[str, Any]]]
 
-  def softmax_op(self, *arrays: Any, **call: Any) -> Any:
-    self.calls.append((arrays, call))
-    return super().softmax_op(*arrays, **call)
+  @property
+  def softmax_op(self) -> Callable[..., Any]:
+    op = super().softmax_op
+
+    def listen(*arrays: Any, **call: Any) -> Any:
+      self.calls.append((arrays, call))
+      return op(*arrays, **call)
+
+    return listen
 
 
 def statistics(
@@ -56,9 +63,9 @@ def statistics(
   fields = dataclasses.fields(Context)
   same = {field.name: getattr(context, field.name) for field in fields}
   listening = ListeningContext(**same, calls=[])
-  q, k, v = layer.project(x, context)
+  qkv = layer.project(x, context)
   # Traced, and left out of the compiled program, as nothing asks for it.
-  out = layer.attend(q, k, v, x=x, context=listening)
+  out = layer.attend(qkv, listening)
   if len(listening.calls) != 1 or layer.recurrence is not None:
     return {}
   if listening.calls[0][0][0].shape[2] != out.shape[2]:

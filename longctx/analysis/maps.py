@@ -46,7 +46,7 @@ def pooled_maps(
     if 'analysis' not in layer.unsupported:
       pooled = pooled_map(layer, h, context, seq_len=seq_len, size=size)
     found.append(pooled)
-    return layer.apply(h, context)
+    return layer(h, context)
 
   hooks.run_with_hooks(model, place(tokens), hook, placement=placement)
   return found

@@ -63,7 +63,7 @@ def of_sequences(
       if with_logits:
         scores |= logits.statistics(layer, h, real, context)
     found.append(scores)
-    return layer.apply(h, context)
+    return layer(h, context)
 
   return found, hooks.run_with_hooks(model, tokens, hook, placement=placement)
 
@@ -105,7 +105,7 @@ def of_repeats(
     real = jnp.broadcast_to(at < seq_len, h.shape[:2])
     if 'analysis' in layer.unsupported:
       found.append({})
-      return layer.apply(h, context)
+      return layer(h, context)
     placed = heads.Tokens(*arrays[1:], real=real)
     questions = [
       heads.prefixes(placed, C),

@@ -99,8 +99,9 @@ def _mixer(
     NotImplementedError: the layer's outputs are no weighted sums of values.
   """
   layer.check_supported('analysis')
-  q, k, v = layer.project(x, context)
-  out = jax.eval_shape(lambda: layer.attend(q, k, v, x=x, context=context))
+  qkv = layer.project(x, context)
+  v = qkv.v
+  out = jax.eval_shape(lambda: layer.attend(qkv, context))
   # Some layers join the values of several heads to longer ones.
   joined = out.shape[-1] // v.shape[-1]
   given = ProbeContext.like(context)
@@ -109,6 +110,6 @@ def _mixer(
     values = jnp.broadcast_to(probes, (*x.shape[:2], probes.shape[-1]))
     values = values.reshape(*x.shape[:2], joined, -1)
     values = jnp.tile(values, (1, 1, v.shape[2] // joined, 1)).astype(v.dtype)
-    return layer.attend(q, k, values, x=x, context=given)
+    return layer.attend(qkv._replace(v=values), given)
 
   return sums, out

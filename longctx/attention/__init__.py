@@ -114,7 +114,7 @@ def make_attention(
         f'{", ".join(sorted(own) + sorted(shared))}'
       )
   config = dataclasses.replace(
-    config, **{k: v for k, v in arguments.items() if k in shared}
+    config.resolve(), **{k: v for k, v in arguments.items() if k in shared}
   )
   own_arguments = {k: v for k, v in arguments.items() if k in own}
   return variant(config, rngs=rngs, **own_arguments)

@@ -1,8 +1,8 @@
-"""The abstract attention layer: parameters, positions, one call into ops."""
+"""Attention layer, the base class: parameters, positions, a call into ops."""
 
 import abc
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,27 @@ from longctx.attention.decoding_context import DecodingContext
 from longctx.attention.recurrence import Recurrence
 from longctx.ops.alibi import alibi_slopes
 from longctx.ops.rope import apply_rope
-from longctx.parallel import Placement
-from longctx.parallel.axes import Axes
-from longctx.typing import Array, Bool, Float, Int, Key
+from longctx.typing import Array, Float, Int
+
+
+class QKV(NamedTuple):
+  """Queries, keys and values of a layer, with the inputs they are made of.
+
+  Attributes:
+    q: queries.
+    k: keys.
+    v: values.
+    x: inputs of the layer, for gates and decays.
+  """
+
+  q: Float[Array, 'B T N H']
+  k: Float[Array, 'B T K H']
+  v: Float[Array, 'B T K V']
+  x: Float[Array, 'B T D']
 
 
 class Attention(nnx.Module, abc.ABC):
-  """Projects to heads, mixes over positions, projects back.
+  """Attention layer: projects to heads, mixes over positions, projects back.
 
   A variant is a final subclass that describes itself by `mask`, by
   `recurrence`, or by both where it adds two branches; costs follow. `attend` is
@@ -65,66 +79,47 @@ class Attention(nnx.Module, abc.ABC):
   def __call__(
     self,
     x: Float[Array, 'B T D'],
-    *,
-    positions: Int[Array, '*B T'] | None = None,
-    segment_ids: Int[Array, 'B T'] | None = None,
-    query_indices: Int[Array, 'B Q'] | None = None,
-    dropout_key: Key[Array, ''] | None = None,
-    step: Int[Array, ''] | int | None = None,
-    placement: Placement | None = None,
+    context: Context | None = None,
+    **fields: Any,
   ) -> Float[Array, 'B Q D']:
     """Applies the layer.
 
     Args:
       x: inputs.
-      positions: of the tokens; None means 0, 1, …, T - 1, which lets an
-        implementation know the mask's blocks when it compiles.
-      segment_ids: documents packed into a row; none reads another.
-      query_indices: places on the axis T whose outputs are wanted, see
-        `take_queries`; None means all, Q = T.
-      dropout_key: of this layer and step; None drops nothing.
-      step: of training, counted from 1; None before and without training.
-      placement: where the tokens lie on a mesh; None: all on one device. The
-        axis T is then in the layout's order, and positions default to those.
+      context: where the tokens are; None: T tokens in order, on one device.
+      **fields: of `Context`, to be set or replaced, such as segment_ids.
 
     Raises:
       NotImplementedError: what the variant lacks, with the reason.
     """
-    config = self.config
-    if segment_ids is not None:
-      self.check_supported('packing')
-    if placement is not None:
-      for capability in placement.required_capabilities:
-        self.check_supported(capability)
-    dropout = None
-    if dropout_key is not None and config.attention_dropout:
-      dropout = (config.attention_dropout, dropout_key)
-    context = Context(
-      positions=positions,
-      segment_ids=segment_ids,
-      query_indices=query_indices,
-      dropout=dropout,
-      step=step,
-      placement=placement,
-      implementation=config.implementation,
-      block_sizes=config.block_sizes,
-    )
-    return self.apply(x, context)
-
-  def apply(
-    self, x: Float[Array, 'B T D'], context: Context
-  ) -> Float[Array, 'B Q D']:
-    """Applies the layer to tokens wherever they are."""
-    out = self.head_outputs(x, context)
+    out = self.head_outputs(x, Context.of(context, fields))
     return self.out(out.reshape(*out.shape[:2], -1))
 
   def head_outputs(
     self, x: Float[Array, 'B T D'], context: Context
   ) -> Float[Array, 'B Q N V']:
     """What each head found, before the projection that adds the heads up."""
-    q, k, v = self.project(x, context)
-    out = self.attend(q, k, v, x=x, context=context)
+    context = self.bind(context)
+    out = self.attend(self.project(x, context), context)
     return self.output_transform(out, context.at_queries(x))
+
+  def bind(self, context: Context) -> Context:
+    """The context with what the config sets, where the variant supports it.
+
+    Raises:
+      NotImplementedError: what the variant lacks, with the reason.
+    """
+    config = self.config
+    if context.segment_ids is not None:
+      self.check_supported('packing')
+    if context.placement is not None:
+      for capability in context.placement.required_capabilities:
+        self.check_supported(capability)
+    return context.replace(
+      dropout_rate=config.attention_dropout,
+      implementation=context.implementation or config.implementation,
+      block_sizes=context.block_sizes or config.block_sizes,
+    )
 
   def cache_spec(self, capacity: int | None, *, shards: int = 1) -> CacheSpec:
     """What the layer keeps to decode, derived from the calls that it makes.
@@ -157,10 +152,7 @@ class Attention(nnx.Module, abc.ABC):
     spec: CacheSpec,
     cache: LayerCache,
     lengths: Int[Array, ' B'],
-    valid: Bool[Array, 'B T'] | None = None,
-    query_indices: Int[Array, 'B Q'] | None = None,
-    step: Int[Array, ''] | int | None = None,
-    axes: Axes | None = None,
+    **fields: Any,
   ) -> tuple[Float[Array, 'B Q D'], LayerCache]:
     """Outputs at the next tokens of each row, and what the layer then keeps.
 
@@ -171,25 +163,15 @@ class Attention(nnx.Module, abc.ABC):
       spec: of the layer.
       cache: what it kept, at first `empty_cache(spec, B)`.
       lengths: tokens that each row has read before.
-      valid: which of the T are a row's tokens, the first ones; None: all.
-      query_indices: places on the axis T whose outputs are wanted, see
-        `take_queries`.
-      step: of the training that made the parameters; None: none.
-      axes: of the mesh that the cache is spread over; None: one device.
+      **fields: others of `DecodingContext`.
     """
-    builder = CacheBuilder(spec=spec, cache=cache)
     context = DecodingContext(
-      positions=lengths[:, None] + jnp.arange(x.shape[1]),
-      query_indices=query_indices,
-      step=step,
-      implementation=self.config.implementation,
-      block_sizes=self.config.block_sizes,
-      builder=builder,
+      builder=CacheBuilder(spec=spec, cache=cache),
       lengths=lengths,
-      valid=valid,
-      axes=axes,
+      positions=lengths[:, None] + jnp.arange(x.shape[1]),
+      **fields,
     )
-    return self.apply(x, context), tuple(builder.arrays)
+    return self(x, context), tuple(context.builder.arrays)
 
   def _trace(
     self, capacity: int | None, shards: int = 1
@@ -198,17 +180,18 @@ class Attention(nnx.Module, abc.ABC):
     builder = CacheBuilder(capacity=capacity, shards=shards)
     graph, state = nnx.split(self)
 
-    def apply(state, x):
+    def run(state, x):
       context = DecodingContext(
         positions=jnp.zeros((1, 1), jnp.int32),
         step=1,
         builder=builder,
         lengths=jnp.zeros(1, jnp.int32),
       )
-      return nnx.merge(graph, state).apply(x, context)
+      layer = nnx.merge(graph, state)
+      return layer.attend(layer.project(x, context), context)
 
     x = jax.ShapeDtypeStruct((1, 1, self.config.d_model), self.config.dtype)
-    jax.eval_shape(apply, state, x)
+    jax.eval_shape(run, state, x)
     return tuple(builder.spec), builder.reads_later
 
   def check_supported(self, capability: str) -> None:
@@ -222,22 +205,17 @@ class Attention(nnx.Module, abc.ABC):
         f'{type(self).__name__} lacks {capability!r}: {reason}'
       )
 
-  def project(
-    self, x: Float[Array, 'B T D'], context: Context
-  ) -> tuple[
-    Float[Array, 'B T N H'], Float[Array, 'B T K H'], Float[Array, 'B T K V']
-  ]:
+  def project(self, x: Float[Array, 'B T D'], context: Context) -> QKV:
     """Queries, keys and values, convolved and rotated."""
-    q, k, v = self.heads(x, context)
-    return self.apply_rope(q, context), self.apply_rope(k, context), v
+    qkv = self.heads(x, context)
+    return qkv._replace(
+      q=self.apply_rope(qkv.q, context), k=self.apply_rope(qkv.k, context)
+    )
 
-  def heads(
-    self, x: Float[Array, 'B T D'], context: Context
-  ) -> tuple[
-    Float[Array, 'B T N H'], Float[Array, 'B T K H'], Float[Array, 'B T K V']
-  ]:
+  def heads(self, x: Float[Array, 'B T D'], context: Context) -> QKV:
     """Queries, keys and values, convolved."""
-    return self.to_heads(self.query(x), self.key(x), self.value(x), context)
+    projected = self.query(x), self.key(x), self.value(x)
+    return QKV(*self.to_heads(*projected, context), x)
 
   def to_heads(
     self,
@@ -271,24 +249,14 @@ class Attention(nnx.Module, abc.ABC):
     """What projections pass through before rotation; here nothing."""
     return x
 
-  def attend(
-    self,
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T K V'],
-    *,
-    x: Float[Array, 'B T D'],
-    context: Context,
-  ) -> Float[Array, 'B Q N V']:
-    """Mixes values over positions.
+  def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
+    """What the heads find: values, mixed over positions.
 
     Args:
-      q: queries.
-      k: keys.
-      v: values.
-      x: the layer's inputs, for gates and decays.
+      qkv: of all the tokens.
       context: where the tokens are, with the ops that mix them.
     """
+    q, k, v, _ = qkv
     if self.recurrence is not None:
       return context.recurrence(self.recurrence, q, k, v)
     return context.dot_product_attention(
@@ -307,12 +275,13 @@ class Attention(nnx.Module, abc.ABC):
     """What comes between mixing and the last projection: gates and norms."""
     return out
 
-  def state_bytes(self, seq_len: int, dtype: str) -> int:
+  def state_bytes(self, seq_len: int, dtype: str | None = None) -> int:
     """Bytes that decoding keeps for one sequence of `seq_len` tokens.
 
     Args:
       seq_len: tokens read so far.
-      dtype: of cached keys and values; recurrent states are float32.
+      dtype: of cached keys and values; None takes the config's. Recurrent
+        states are float32.
     """
     spec, _ = self._trace(seq_len)
     return sum(entry.nbytes(dtype) for entry in spec)

@@ -1,4 +1,4 @@
-"""What the attention layers of a model share."""
+"""Attention config: what the attention layers of a model share."""
 
 import dataclasses
 
@@ -9,14 +9,14 @@ POSITION_ENCODINGS = ('rope', 'alibi', 'learned', 'none')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-  """What the attention layers of a model share.
+  """Attention config: heads, widths, position encoding, dtypes of a layer.
 
   Attributes:
     d_model: width D of the residual stream.
     num_heads: query heads N.
-    num_kv_heads: key and value heads K; divides N.
-    head_dim: width H of a query or key head.
-    value_dim: width V of a value head.
+    num_kv_heads: key and value heads K, a divisor of N; None means N.
+    head_dim: width H of a query or key head; None means D / N.
+    value_dim: width V of a value head; None means H.
     position_encoding: 'rope' (arXiv:2104.09864) rotates queries and keys,
       'alibi' (arXiv:2108.12409) lowers logits by distance; 'learned' (added to
       the embeddings by the model) and 'none' leave the layer alone.
@@ -31,11 +31,11 @@ class AttentionConfig:
     block_k: keys per block; likewise.
   """
 
-  d_model: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  value_dim: int
+  d_model: int = 64
+  num_heads: int = 4
+  num_kv_heads: int | None = None
+  head_dim: int | None = None
+  value_dim: int | None = None
   position_encoding: str = 'rope'
   rope_base: float = 10000.0
   short_conv: int = 0
@@ -47,16 +47,12 @@ class AttentionConfig:
   block_k: int | None = None
 
   def __post_init__(self):
-    for name in (
-      'd_model',
-      'num_heads',
-      'num_kv_heads',
-      'head_dim',
-      'value_dim',
-    ):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
-    if self.num_heads % self.num_kv_heads:
+    widths = ('d_model', 'num_heads', 'num_kv_heads', 'head_dim', 'value_dim')
+    for name in widths:
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise ValueError(f'{name}={value} must be at least 1')
+    if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
       raise ValueError(
         f'num_heads={self.num_heads} must be a multiple of '
         f'num_kv_heads={self.num_kv_heads}'
@@ -66,7 +62,7 @@ class AttentionConfig:
         f'unknown position_encoding={self.position_encoding!r}; known: '
         f'{", ".join(POSITION_ENCODINGS)}'
       )
-    if self.position_encoding == 'rope' and self.head_dim % 2:
+    if self.position_encoding == 'rope' and (self.head_dim or 0) % 2:
       raise ValueError(f'RoPE needs an even head_dim, got {self.head_dim}')
     if self.short_conv < 0:
       raise ValueError(f'short_conv={self.short_conv} must be at least 0')
@@ -74,6 +70,25 @@ class AttentionConfig:
       raise ValueError(
         f'attention_dropout={self.attention_dropout} must be in [0, 1)'
       )
+
+  def resolve(self) -> 'AttentionConfig':
+    """The config of one layer: its fields alone, no width of them None."""
+    head_dim = self.head_dim
+    if head_dim is None:
+      if self.d_model % self.num_heads:
+        raise ValueError(
+          f'd_model={self.d_model} must be a multiple of '
+          f'num_heads={self.num_heads}, or head_dim be set'
+        )
+      head_dim = self.d_model // self.num_heads
+    fields = dataclasses.fields(AttentionConfig)
+    values = {field.name: getattr(self, field.name) for field in fields}
+    values |= dict(
+      num_kv_heads=self.num_kv_heads or self.num_heads,
+      head_dim=head_dim,
+      value_dim=self.value_dim or head_dim,
+    )
+    return AttentionConfig(**values)
 
   @property
   def block_sizes(self) -> BlockSizes:

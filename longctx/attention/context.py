@@ -1,4 +1,6 @@
-"""Where a layer's tokens are, and the ops that mix them there."""
+"""Attention context: positions, segments, dropout and mesh of the tokens."""
+
+from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -21,33 +23,54 @@ from longctx.typing import Array, Float, Int, Key, Shaped
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-  """The tokens that a layer mixes: all of them, here or on a mesh.
+  """Attention context: where tokens are, and the ops that mix them there.
 
-  A variant says what is mixed and calls the methods; whether the tokens lie on
-  one device or on many, packed or not, read everywhere or at a few places, is
-  nothing that it has to know.
+  A model makes one and hands it down. A variant says what is mixed and calls
+  the methods; whether the tokens lie on one device or on many, packed or not,
+  read everywhere or at a few places, is nothing that it has to know.
 
   Attributes:
-    positions: of the tokens; None means the natural ones.
+    positions: of the tokens; None means the natural ones, which lets an
+      implementation know the mask's blocks when it compiles.
     segment_ids: documents packed into a row; none reads another.
     query_indices: places on the axis T whose outputs are wanted, see
       `take_queries`; None means all.
-    dropout: (rate, key) of the attention weights, or None.
+    dropout_key: of attention weights; None drops nothing.
+    dropout_rate: share of them that is dropped, which a layer sets.
     step: of training, counted from 1, for what changes on a schedule; None
       before and without training.
-    placement: where the tokens lie on a mesh; None: all on one device.
-    implementation: of the ops, by name; None takes the best.
-    block_sizes: of softmax attention; None for heuristics.
+    placement: where the tokens lie on a mesh, in the layout's order; None: all
+      on one device.
+    implementation: of the ops, by name; None takes the layer's.
+    block_sizes: of softmax attention; None takes the layer's.
   """
 
   positions: Int[Array, '*B T'] | None = None
   segment_ids: Int[Array, 'B T'] | None = None
   query_indices: Int[Array, 'B Q'] | None = None
-  dropout: tuple[float, Key[Array, '']] | None = None
+  dropout_key: Key[Array, ''] | None = None
+  dropout_rate: float = 0.0
   step: Int[Array, ''] | int | None = None
   placement: Placement | None = None
   implementation: str | None = None
   block_sizes: softmax.BlockSizes | None = None
+
+  @classmethod
+  def of(cls, context: Context | None, fields: Mapping[str, Any]) -> Context:
+    """A context, or a new one, with some fields that are given by name."""
+    if context is None:
+      return cls(**fields)
+    return context.replace(**fields) if fields else context
+
+  def replace(self, **changes: Any) -> Context:
+    return dataclasses.replace(self, **changes)
+
+  @property
+  def dropout(self) -> tuple[float, Key[Array, '']] | None:
+    """As ops take it."""
+    if self.dropout_key is None or not self.dropout_rate:
+      return None
+    return self.dropout_rate, self.dropout_key
 
   def true_positions(self, T: int) -> Int[Array, '*B T']:
     """Positions of T tokens as an array, the natural ones by default."""
@@ -70,17 +93,15 @@ class Context:
     layout = self.placement.layout
     return layout.apply(jnp.cumsum(layout.restore(x), axis=1))
 
-  def draw(self, index: int) -> 'Context':
-    """The context with dropout of its own, for one of several groups of heads.
+  def draw(self, index: int) -> Context:
+    """The context with dropout of its own, for a layer or a group of heads.
 
     Heads are counted in the arrays of a call, so that without it the first of
     each group would drop the same weights.
     """
-    if self.dropout is None:
+    if self.dropout_key is None:
       return self
-    rate, key = self.dropout
-    dropout = (rate, jax.random.fold_in(key, index))
-    return dataclasses.replace(self, dropout=dropout)
+    return self.replace(dropout_key=jax.random.fold_in(self.dropout_key, index))
 
   def natural_length(self, T: int) -> int | None:
     """How many positions T tokens take, None if positions are given.
@@ -93,7 +114,7 @@ class Context:
 
   def at_queries(
     self, x: Shaped[Array, 'B T ...'] | Shaped[Array, ' T'] | None
-  ) -> Shaped[Array, '...'] | None:
+  ) -> Shaped[Array, ...] | None:
     """x at the places whose outputs are wanted."""
     return take_queries(x, self.query_indices)
 
@@ -149,11 +170,11 @@ class Context:
       **options,
     )
 
-  def softmax_op(self, *arrays: Any, **call: Any) -> Any:
+  @property
+  def softmax_op(self) -> Callable[..., Any]:
     """The op of softmax attention, where the tokens are."""
-    if self.placement is not None:
-      return self.placement.dot_product_attention(*arrays, **call)
-    return softmax.dot_product_attention(*arrays, **call)
+    where = softmax if self.placement is None else self.placement
+    return where.dot_product_attention
 
   def with_gathered_kv(
     self,
@@ -226,22 +247,14 @@ class Context:
       beta: the size of a step of the delta rule, which alone takes one.
       log_decay: nats per step, one per head or one per head and channel.
     """
-    where = self.placement
-    common = dict(
+    out, _ = recurrence.run(
+      recurrences if self.placement is None else self.placement,
+      *(q, k, v, beta),
       log_decay=log_decay,
-      scale=recurrence.scale,
       segment_ids=self.segment_ids,
       chunk_size=recurrence.chunk_size,
       implementation=self.implementation,
     )
-    if recurrence.delta:
-      run = recurrences if where is None else where
-      out, _ = run.gated_delta_rule(q, k, v, beta, **common)
-    else:
-      run = recurrences if where is None else where
-      out, _ = run.linear_attention(
-        q, k, v, normalize=recurrence.normalize, **common
-      )
     # The state passes every place, whichever are read.
     return self.at_queries(out)
 
@@ -301,7 +314,7 @@ def true_positions(
 def take_queries(
   x: Shaped[Array, 'B T ...'] | Shaped[Array, ' T'] | None,
   query_indices: Int[Array, 'B Q'] | None,
-) -> Shaped[Array, '...'] | None:
+) -> Shaped[Array, ...] | None:
   """x at the places `query_indices` of its axis T, or all of x for None.
 
   A place of -1 stands for none: what is taken there, the last place, is for the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,9 +14,7 @@ from jax import lax
 from longctx import parallel
 from longctx.attention.cache_spec import CacheBuilder
 from longctx.attention.context import Context, biased
-from longctx.attention.recurrence import Recurrence
-from longctx.masks import KVRetention, Mask
-from longctx.ops import dot_product_attention as softmax
+from longctx.masks import KVRetention
 from longctx.ops import recurrence as recurrences
 from longctx.ops import short_conv as convolution
 from longctx.ops.block_selection import Summary
@@ -32,6 +30,8 @@ NOWHERE = 2**30
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodingContext(Context):
   """Decoding context: the next tokens of each row, after those of a KV cache.
+
+  Methods take and give what those of `Context` do.
 
   Attributes:
     builder: the layer's cache.
@@ -80,16 +80,7 @@ class DecodingContext(Context):
     self.builder.arrays[place] = last
     return out
 
-  def recurrence(
-    self,
-    recurrence: Recurrence,
-    q: Float[Array, 'B T N P'],
-    k: Float[Array, 'B T K P'],
-    v: Float[Array, 'B T K V'],
-    *,
-    beta: Float[Array, 'B T N'] | None = None,
-    log_decay: Float[Array, 'B T N'] | Float[Array, 'B T N P'] | None = None,
-  ) -> Float[Array, 'B Q N V']:
+  def recurrence(self, recurrence, q, k, v, *, beta=None, log_decay=None):
     dtype = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
     place = self.builder.state(recurrence.state_shape, dtype, is_sum=True)
     state = None
@@ -109,34 +100,21 @@ class DecodingContext(Context):
           "'xla' or None"
         )
       implementation = 'xla'
-    common = dict(
+    out, state = recurrence.run(
+      recurrences,
+      *(q, k, v, beta),
       log_decay=log_decay,
-      scale=recurrence.scale,
       initial_state=state,
       chunk_size=min(recurrence.chunk_size, q.shape[1]),
       implementation=implementation,
     )
-    if recurrence.delta:
-      out, state = recurrences.gated_delta_rule(q, k, v, beta, **common)
-    else:
-      out, state = recurrences.linear_attention(
-        q, k, v, normalize=recurrence.normalize, **common
-      )
     if not self.builder.is_tracing:
       self.builder.arrays[place] = state
     return self.at_queries(out)
 
   def dot_product_attention(
-    self,
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T _ V'],
-    *,
-    mask: Mask,
-    q_bias: Float[Array, '#B T N'] | None = None,
-    k_bias: Float[Array, '#B T N'] | None = None,
-    **options: Any,
-  ) -> Any:
+    self, q, k, v, *, mask, q_bias=None, k_bias=None, **options
+  ):
     retention = mask.kv_retention()
     if not mask.is_causal:
       self.builder.reads_later.append(mask)
@@ -146,28 +124,18 @@ class DecodingContext(Context):
     k, k_positions = self._keep(k, retention)
     v, _ = self._keep(v, retention)
     q, k, v, options = biased(q, k, v, q_bias, k_bias, options)
-    attend = softmax.dot_product_attention
-    if self.axes is not None:
-      attend = self._attend_on_mesh
+    attend = self.softmax_op if self.axes is None else self._attend_on_mesh
     q = self.at_queries(q)
-    implementation = self.implementation
-    if implementation is None and q.shape[1] == 1:
+    options |= dict(mask=mask, block_sizes=self.block_sizes)
+    options['implementation'] = self.implementation
+    if self.implementation is None and q.shape[1] == 1:
       # The scores of a token fit anywhere, and blocks of one row are all
       # overhead.
-      implementation = 'decode'
+      options['implementation'] = 'decode'
 
     def run(q, k, v, q_positions, k_positions):
-      return attend(
-        q,
-        k,
-        v,
-        mask=mask,
-        q_positions=q_positions,
-        k_positions=k_positions,
-        block_sizes=self.block_sizes,
-        implementation=implementation,
-        **options,
-      )
+      at = dict(q_positions=q_positions, k_positions=k_positions)
+      return attend(q, k, v, **at, **options)
 
     return self._apart(
       run, q, k, v, self.at_queries(self.positions), k_positions
@@ -220,15 +188,8 @@ class DecodingContext(Context):
     )
 
   def with_gathered_kv(
-    self,
-    op: Callable[..., Any],
-    q: Float[Array, 'B T N H'],
-    *keys: Float[Array, 'B T K _'],
-    per_head: Mapping[str, Any] | None = None,
-    shared: Mapping[str, Any] | None = None,
-    summarize: Callable[..., tuple[Summary, ...]] | None = None,
-    **options: Any,
-  ) -> Any:
+    self, op, q, *keys, per_head=None, shared=None, summarize=None, **options
+  ):
     options |= {**(per_head or {}), **(shared or {})}
     options['implementation'] = self.implementation
     keys = list(keys)
@@ -247,8 +208,9 @@ class DecodingContext(Context):
     def run(q, q_positions, *kept):
       return op(q, *kept, q_positions=q_positions, **options)
 
-    arrays = (self.at_queries(q), self.at_queries(self.positions), *kept)
-    return self._apart(run, *arrays)
+    return self._apart(
+      run, self.at_queries(q), self.at_queries(self.positions), *kept
+    )
 
   def _summarize(
     self, summary: Summary, x: Float[Array, 'B T K D']

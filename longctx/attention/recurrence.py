@@ -1,11 +1,15 @@
-"""What a recurrent layer keeps, as a description to derive the rest from."""
+"""Recurrent state of linear attention and the delta rule, as a description."""
 
 import dataclasses
+from typing import Any
+
+from longctx.attention.config import AttentionConfig
+from longctx.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recurrence:
-  """A matrix state of key_dim x columns numbers per head, in float32.
+  """Recurrent state: a matrix of key_dim x columns per head, in float32.
 
   The counterpart of a mask: `Context.recurrence` runs it, on one device or
   several, and costs follow.
@@ -36,6 +40,31 @@ class Recurrence:
         raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
     if self.delta and self.normalize:
       raise ValueError('the delta rule has no sum of keys to normalize by')
+
+  @classmethod
+  def of(cls, config: AttentionConfig, **fields: Any) -> 'Recurrence':
+    """The state of a layer whose keys are as wide as its heads."""
+    sizes = dict(
+      heads=config.num_heads,
+      key_dim=config.head_dim,
+      value_dim=config.value_dim,
+    )
+    return cls(**{**sizes, **fields})
+
+  def run(
+    self,
+    ops: Any,
+    q: Float[Array, 'B T N P'],
+    k: Float[Array, 'B T K P'],
+    v: Float[Array, 'B T K V'],
+    beta: Float[Array, 'B T N'] | None,
+    **options: Any,
+  ) -> tuple[Float[Array, 'B T N V'], Float[Array, '...']]:
+    """(out, state) by the op that `ops` has for it, here or on a mesh."""
+    options['scale'] = self.scale
+    if self.delta:
+      return ops.gated_delta_rule(q, k, v, beta, **options)
+    return ops.linear_attention(q, k, v, normalize=self.normalize, **options)
 
   @property
   def state_shape(self) -> tuple[int, int, int]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +27,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longctx.attention.cache_spec import (
+  CacheBuilder,
   CacheSpec,
   LayerCache,
   empty_cache,
 )
+from longctx.attention.decoding_context import DecodingContext
 from longctx.models.transformer import Block, Transformer
 from longctx.parallel.axes import Axes, make_axes
 from longctx.typing import Array, Bool, Float, Int
@@ -93,29 +96,21 @@ def init(
   """
   if capacity is not None and capacity < 1:
     raise ValueError(f'{capacity=} must be at least 1, or None')
-  config = model.config
-  if config.gate.keep and blocks is None:
-    raise NotImplementedError(
-      'a model with a gate keeps a context and what passed: take '
-      'longctx.decoding.gated_cache, or a Generator'
-    )
-  if (
-    config.position_encoding == 'learned'
-    and blocks is None
-    and (capacity is None or capacity > config.max_positions)
-  ):
-    raise ValueError(
-      f'{capacity=} must be at most max_positions={config.max_positions}: '
-      'learned positions do not extrapolate'
-    )
+  if blocks is None:
+    if model.is_gated:
+      raise NotImplementedError(
+        'a model with a gate keeps a context and what passed: take '
+        'longctx.decoding.gated_cache, or a Generator'
+      )
+    check_positions(model, capacity)
+    blocks = model.blocks
   axes, shards = None, 1
   if mesh is not None:
     axes = make_axes(mesh, axis)
     axes.check(batch=batch_size)
     shards = axes.size(axes.seq)
   specs = tuple(
-    block.attention.cache_spec(capacity, shards=shards)
-    for block in (model.blocks if blocks is None else blocks)
+    block.attention.cache_spec(capacity, shards=shards) for block in blocks
   )
   return Cache(
     lengths=jnp.zeros(batch_size, jnp.int32, device=of_rows(axes)),
@@ -126,19 +121,25 @@ def init(
   )
 
 
+def check_positions(model: Transformer, capacity: int | None) -> None:
+  """Raises ValueError where rows may be longer than learned positions."""
+  config = model.config
+  if config.position_encoding == 'learned' and (
+    capacity is None or capacity > config.max_positions
+  ):
+    raise ValueError(
+      f'{capacity=} must be at most max_positions={config.max_positions}: '
+      'learned positions do not extrapolate'
+    )
+
+
 def of_rows(axes: Axes | None) -> NamedSharding | None:
   """Where arrays [B, ...] lie that every device of a row has."""
   return None if axes is None else NamedSharding(axes.mesh, P(axes.data))
 
 
 def extend(
-  model: Transformer,
-  cache: Cache,
-  tokens: Int[Array, 'B T'],
-  *,
-  valid: Bool[Array, 'B T'] | None = None,
-  query_indices: Int[Array, 'B Q'] | None = None,
-  step: Int[Array, ''] | int | None = None,
+  model: Transformer, cache: Cache, tokens: Int[Array, 'B T'], **fields: Any
 ) -> tuple[Float[Array, 'B Q V'], Cache]:
   """Reads more tokens: logits after each, and the cache that knows them.
 
@@ -150,16 +151,13 @@ def extend(
     model: which the cache was made for.
     cache: what came before.
     tokens: the next ones of every row.
-    valid: which of them are a row's tokens, the first ones of each row; None
-      means all.
-    query_indices: places on the axis T whose logits are wanted; None: all.
-    step: of the training that made the parameters; None: none.
+    **fields: of `DecodingContext`: `valid`, which of the tokens are a row's
+      own, `query_indices`, places on the axis T whose logits are wanted, and
+      `step`.
   """
   positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
   x = model.embed(tokens, positions=positions)
-  x, cache = advance(
-    model.blocks, cache, x, valid=valid, query_indices=query_indices, step=step
-  )
+  x, cache = advance(model.blocks, cache, x, **fields)
   return model.logits(model.norm(x)), cache
 
 
@@ -172,39 +170,24 @@ def advance(
   query_indices: Int[Array, 'B Q'] | None = None,
   step: Int[Array, ''] | int | None = None,
 ) -> tuple[Float[Array, 'B Q D'], Cache]:
-  """`extend` of some blocks of a model, from the inputs of the first one.
-
-  Args:
-    blocks: which the cache was made for.
-    cache: what came before.
-    x: inputs at the next tokens of every row.
-    valid: as in `extend`.
-    query_indices: as in `extend`.
-    step: as in `extend`.
-  """
+  """`extend` of some blocks of a model, from the inputs of the first one."""
   T, axes = x.shape[1], cache.axes
   if axes is not None and T % axes.size(axes.seq) == 0:
     x = lax.with_sharding_constraint(x, NamedSharding(axes.mesh, axes.spec()))
+  positions = cache.lengths[:, None] + jnp.arange(T)
   layers = []
-  last = len(blocks) - 1
   for index, block in enumerate(blocks):
-    wanted = query_indices if index == last else None
-
-    def attend(x, index=index, block=block, wanted=wanted):
-      out, kept = block.attention.apply_with_cache(
-        x,
-        spec=cache.specs[index],
-        cache=cache.layers[index],
-        lengths=cache.lengths,
-        valid=valid,
-        query_indices=wanted,
-        step=step,
-        axes=axes,
-      )
-      layers.append(kept)
-      return out
-
-    x = block.residual(attend, x, query_indices=wanted)
+    context = DecodingContext(
+      builder=CacheBuilder(spec=cache.specs[index], cache=cache.layers[index]),
+      lengths=cache.lengths,
+      positions=positions,
+      valid=valid,
+      query_indices=query_indices if index == len(blocks) - 1 else None,
+      step=step,
+      axes=axes,
+    )
+    x = block(x, context)
+    layers.append(tuple(context.builder.arrays))
   counts = T if valid is None else valid.sum(1)
   cache = dataclasses.replace(
     cache, lengths=cache.lengths + counts, layers=tuple(layers)
@@ -226,6 +209,45 @@ def _stay(cache: Cache) -> Cache:
   )
   lengths = lax.with_sharding_constraint(cache.lengths, of_rows(axes))
   return dataclasses.replace(cache, lengths=lengths, layers=layers)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheDecoder:
+  """Decoder over the KV cache of a model, see `decoding.decoder.Decoder`.
+
+  Attributes:
+    capacity: as in `init`.
+    mesh: as in `init`.
+    axis: as in `init`.
+    max_new: the most tokens of an answer, where a gate has to know; or None.
+  """
+
+  capacity: int | None = None
+  mesh: Mesh | None = None
+  axis: str | tuple[str, ...] = 'seq'
+  max_new: int | None = None
+
+  def init(self, model: Transformer, batch_size: int, **options: Any) -> Any:
+    place = dict(capacity=self.capacity, mesh=self.mesh, axis=self.axis)
+    return init(model, batch_size=batch_size, **{**place, **options})
+
+  def prefill(self, model, cache, tokens, logits, *, valid, **fields):
+    found, cache = extend(
+      model,
+      cache,
+      tokens,
+      valid=valid,
+      query_indices=last_place(valid),
+      **fields,
+    )
+    return jnp.where(valid.any(1)[:, None], found[:, 0], logits), cache
+
+  def begin(self, model, cache, logits, **fields):
+    del model, fields
+    return logits, cache
+
+  def extend(self, model, cache, tokens, **fields):
+    return extend(model, cache, tokens, **fields)
 
 
 def last_place(valid: Bool[Array, 'B T']) -> Int[Array, 'B 1']:

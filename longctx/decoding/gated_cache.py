@@ -1,9 +1,4 @@
-"""What a model with a gate keeps: of a context, and then of what passed.
-
-    cache = init(model, batch_size=2, capacity=1024, max_new=9)
-    cache = read(model, cache, tokens)              # the prompt, in any parts
-    logits, cache = ask(model, cache)               # its last token asks
-    logits, cache = extend(model, cache, tokens)    # [2, 1], the answer
+"""KV cache of a gated transformer: of a context, and then of what passed.
 
 The blocks below the gate read a prompt as any model does, and their outputs
 wait for its end. Then few of them pass: the caches of the blocks above hold
@@ -17,19 +12,19 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from longctx.decoding import cache as cache_lib
-from longctx.decoding.cache import Cache
-from longctx.models.transformer import Transformer
+from longctx.decoding.cache import Cache, CacheDecoder
+from longctx.models.gated import GatedTransformer
 from longctx.parallel.axes import Axes
-from longctx.typing import Array, Bool, Float, Int
+from longctx.typing import Array, Float, Int
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GatedCache:
-  """The memory of a batch.
+  """KV cache of a batch, on both sides of a gate.
 
   Attributes:
     below: of the blocks below the gate.
@@ -47,125 +42,69 @@ class GatedCache:
     return self.below.lengths
 
 
-def init(
-  model: Transformer,
-  *,
-  batch_size: int,
-  capacity: int,
-  max_new: int | None = None,
-  mesh: Mesh | None = None,
-  axis: str | tuple[str, ...] = 'seq',
-) -> GatedCache:
-  """The cache of rows that have not read a token.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GatedDecoder(CacheDecoder):
+  """Decoder of a gated transformer, over a `GatedCache`."""
 
-  Args:
-    model: with or without values.
-    batch_size: rows B.
-    capacity: the most tokens of a row, its answer included.
-    max_new: the most tokens of an answer; None: any number up to the capacity.
-    mesh: as in `cache.init`.
-    axis: as in `cache.init`.
+  def __post_init__(self):
+    if self.capacity is None:
+      raise ValueError(
+        'a gate chooses from the whole prompt: give a capacity to hold it'
+      )
 
-  Raises:
-    ValueError, NotImplementedError: as `cache.init` does.
-  """
-  config, after = model.config, model.config.gate.after
-  if config.position_encoding == 'learned' and capacity > config.max_positions:
-    raise ValueError(
-      f'{capacity=} must be at most max_positions={config.max_positions}: '
-      'learned positions do not extrapolate'
+  def init(self, model: GatedTransformer, batch_size: int) -> GatedCache:
+    """The cache of rows that have not read a token; raises as `cache.init`."""
+    config, capacity = model.config, self.capacity
+    cache_lib.check_positions(model, capacity)
+    # Of what passes, and the answer.
+    most = config.gate.num_kept + (self.max_new or capacity)
+    below, above = (
+      super(GatedDecoder, self).init(
+        model, batch_size, capacity=size, blocks=blocks
+      )
+      for blocks, size in ((model.below, capacity), (model.above, most))
     )
-  below, above = (
-    cache_lib.init(
-      model,
-      batch_size=batch_size,
-      capacity=size,
-      mesh=mesh,
-      axis=axis,
-      blocks=blocks,
-    )
-    for blocks, size in (
-      (model.blocks[:after], capacity),
-      (model.blocks[after:], config.gate.num_kept + (max_new or capacity)),
-    )
-  )
-  axes = below.axes
-  shards = 1 if axes is None else axes.size(axes.seq)
-  shape = (batch_size, -(-capacity // shards) * shards, config.d_model)
-  outputs = jnp.zeros(shape, config.dtype, device=_of_tokens(axes))
-  return GatedCache(below=below, above=above, outputs=outputs)
+    axes = below.axes
+    shards = 1 if axes is None else axes.size(axes.seq)
+    shape = (batch_size, -(-capacity // shards) * shards, config.d_model)
+    outputs = jnp.zeros(shape, config.dtype, device=_of_tokens(axes))
+    return GatedCache(below=below, above=above, outputs=outputs)
 
-
-def read(
-  model: Transformer,
-  cache: GatedCache,
-  tokens: Int[Array, 'B T'],
-  *,
-  valid: Bool[Array, 'B T'] | None = None,
-  step: Int[Array, ''] | int | None = None,
-) -> GatedCache:
-  """Reads more tokens of the prompts; arguments as of `cache.extend`."""
-  B, T = tokens.shape
-  x, below = _below(model, cache, tokens, valid, step)
-  places = cache.lengths[:, None] + jnp.arange(T)
-  if valid is not None:
+  def prefill(self, model, cache, tokens, logits, *, valid, **fields):
+    x, below = _below(model, cache, tokens, valid=valid, **fields)
+    places = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
     # Beyond the end: not written.
     places = jnp.where(valid, places, cache.outputs.shape[1])
-  outputs = cache.outputs.at[jnp.arange(B)[:, None], places].set(x, mode='drop')
-  return _stay(dataclasses.replace(cache, below=below, outputs=outputs))
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    outputs = cache.outputs.at[rows, places].set(x, mode='drop')
+    cache = dataclasses.replace(cache, below=below, outputs=outputs)
+    return logits, _stay(cache)
+
+  def begin(self, model, cache, logits, **fields):
+    """Lets pass what the prompts' last tokens ask for."""
+    passed = model.gate(cache.outputs, cache.lengths - 1, answer=1)
+    fields['valid'] = passed.kept.places >= 0
+    fields['query_indices'] = cache_lib.last_place(fields['valid'])
+    logits, cache = _above(model, cache, passed.x, **fields)
+    return logits[:, 0], cache
+
+  def extend(self, model, cache, tokens, **fields):
+    """Reads tokens behind the question, all of which pass."""
+    x, below = _below(model, cache, tokens, **fields)
+    cache = dataclasses.replace(cache, below=below)
+    return _above(model, cache, x, **fields)
 
 
-def ask(
-  model: Transformer,
-  cache: GatedCache,
-  *,
-  step: Int[Array, ''] | int | None = None,
-) -> tuple[Float[Array, 'B V'], GatedCache]:
-  """Lets pass what the prompts' last tokens ask for.
-
-  Returns:
-    The logits of each row's next token, and the cache.
-  """
-  passed = model.gate(cache.outputs, cache.lengths - 1, answer=1)
-  valid = passed.kept.places >= 0
-  x, above = cache_lib.advance(
-    model.blocks[model.config.gate.after :],
-    cache.above,
-    passed.x,
-    valid=valid,
-    query_indices=cache_lib.last_place(valid),
-    step=step,
-  )
-  logits = model.logits(model.norm(x))[:, 0]
-  return logits, dataclasses.replace(cache, above=above)
-
-
-def extend(
-  model: Transformer,
-  cache: GatedCache,
-  tokens: Int[Array, 'B T'],
-  *,
-  valid: Bool[Array, 'B T'] | None = None,
-  step: Int[Array, ''] | int | None = None,
-) -> tuple[Float[Array, 'B T V'], GatedCache]:
-  """Reads tokens behind the question, all of which pass."""
-  x, below = _below(model, cache, tokens, valid, step)
-  x, above = cache_lib.advance(
-    model.blocks[model.config.gate.after :],
-    cache.above,
-    x,
-    valid=valid,
-    step=step,
-  )
-  cache = dataclasses.replace(cache, below=below, above=above)
-  return model.logits(model.norm(x)), cache
-
-
-def _below(model, cache, tokens, valid, step):
+def _below(model, cache, tokens, **fields):
   positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
   x = model.embed(tokens, positions=positions)
-  blocks = model.blocks[: model.config.gate.after]
-  return cache_lib.advance(blocks, cache.below, x, valid=valid, step=step)
+  return cache_lib.advance(model.below, cache.below, x, **fields)
+
+
+def _above(model, cache, x, **fields):
+  x, above = cache_lib.advance(model.above, cache.above, x, **fields)
+  logits = model.logits(model.norm(x))
+  return logits, dataclasses.replace(cache, above=above)
 
 
 def _stay(cache: GatedCache) -> GatedCache:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from longctx.decoding import cache as cache_lib
-from longctx.decoding import gated_cache
-from longctx.decoding.cache import Cache
-from longctx.decoding.gated_cache import GatedCache
+from longctx.decoding.decoder import make_decoder
 from longctx.models.transformer import Transformer
 from longctx.parallel.axes import make_axes
 from longctx.parallel.parameters import state_shardings
@@ -26,7 +24,7 @@ from longctx.typing import Array, Bool, Float, Int, Key
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-  """How a token is drawn from its logits.
+  """Sampling parameters: temperature, top-k and top-p.
 
   The filters apply one after the other, in the order given here.
 
@@ -77,16 +75,16 @@ def sample(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stream:
-  """Rows that are being written.
+  """Generation state: rows that are being written.
 
   Attributes:
-    cache: of what was read.
+    cache: of what was read, as the model's `Decoder` has it.
     logits: of each row's next token.
     ended: rows that have drawn a stop token.
     count: tokens drawn so far.
   """
 
-  cache: Cache | GatedCache
+  cache: Any
   logits: Float[Array, 'B V']
   ended: Bool[Array, ' B']
   count: Int[Array, '']
@@ -113,12 +111,12 @@ class Prompts(NamedTuple):
 
 
 class Generator:
-  """Reads prompts and goes on from them, with two compiled programs.
+  """Generator of text: reads prompts, and goes on from them by sampling.
 
-  One reads `chunk` tokens of every row, the other draws `steps` tokens. Both
-  write into the memory of the cache that they are given, which is gone then.
-  The prompt of a model with a gate ends with the question, and a third program
-  lets what it needs pass.
+  One compiled program reads `chunk` tokens of every row, one ends the prompts,
+  and one draws `steps` tokens. They write into the memory of the cache that
+  they are given, which is gone then. The prompt of a model with a gate ends
+  with the question.
   """
 
   def __init__(
@@ -151,25 +149,15 @@ class Generator:
     """
     if chunk < 1:
       raise ValueError(f'{chunk=} must be at least 1')
-    gated = model.config.gate.keep > 0
-    if gated and capacity is None:
-      raise ValueError(
-        'a gate chooses from the whole prompt: give a capacity to hold it'
-      )
+    decoder = make_decoder(
+      model, capacity=capacity, max_new=max_new, mesh=mesh, axis=axis
+    )
     self.capacity = capacity
-    self.max_new = max_new if gated else None
+    self.max_new = decoder.max_new
     self.chunk = chunk
     self._config = model.config
     graph, params = nnx.split(model)
-    self._model = model
-    common = dict(capacity=capacity, mesh=mesh, axis=axis)
-    self._make_cache = functools.partial(cache_lib.init, model, **common)
-    extend = cache_lib.extend
-    if gated:
-      self._make_cache = functools.partial(
-        gated_cache.init, model, max_new=max_new, **common
-      )
-      extend = gated_cache.extend
+    self._make_cache = functools.partial(decoder.init, model)
     axes = None if mesh is None else make_axes(mesh, axis)
     if axes is not None:
       heads = axes.size(axes.heads)
@@ -188,29 +176,23 @@ class Generator:
       return dataclasses.replace(stream, logits=logits, ended=ended)
 
     @functools.partial(jax.jit, donate_argnames='stream')
-    def read(params, stream, tokens, valid):
-      model = nnx.merge(graph, params)
-      if gated:
-        cache = gated_cache.read(
-          model, stream.cache, tokens, valid=valid, step=step
-        )
-        return dataclasses.replace(stream, cache=cache)
-      logits, cache = cache_lib.extend(
-        model,
+    def prefill(params, stream, tokens, valid):
+      logits, cache = decoder.prefill(
+        nnx.merge(graph, params),
         stream.cache,
         tokens,
+        stream.logits,
         valid=valid,
-        query_indices=cache_lib.last_place(valid),
         step=step,
       )
-      logits = jnp.where(valid.any(1)[:, None], logits[:, 0], stream.logits)
-      stream = dataclasses.replace(stream, cache=cache, logits=logits)
-      return stay(stream)
+      return stay(dataclasses.replace(stream, cache=cache, logits=logits))
 
     @functools.partial(jax.jit, donate_argnames='stream')
-    def ask(params, stream):
+    def begin(params, stream):
       model = nnx.merge(graph, params)
-      logits, cache = gated_cache.ask(model, stream.cache, step=step)
+      logits, cache = decoder.begin(
+        model, stream.cache, stream.logits, step=step
+      )
       return stay(dataclasses.replace(stream, cache=cache, logits=logits))
 
     @functools.partial(
@@ -225,7 +207,7 @@ class Generator:
         )
         tokens = jnp.where(stream.ended, -1, drawn)
         ended = stream.ended | jnp.isin(drawn, jnp.array(stop_tokens, int))
-        logits, cache = extend(
+        logits, cache = decoder.extend(
           model,
           stream.cache,
           drawn[:, None],
@@ -243,8 +225,7 @@ class Generator:
       stream, tokens = lax.scan(one, stream, length=steps)
       return stay(stream), tokens.T
 
-    self._read, self._draw = read, draw
-    self._ask = ask if gated else None
+    self._prefill, self._begin, self._draw = prefill, begin, draw
 
   def start(self, prompts: Prompts) -> Stream:
     """Reads prompts, a chunk of all rows at a time.
@@ -256,7 +237,7 @@ class Generator:
     self._check(int(lengths.max()), 'the longest prompt')
     B, T = tokens.shape
     stream = Stream(
-      cache=self._make_cache(batch_size=B),
+      cache=self._make_cache(B),
       logits=jnp.zeros((B, self._config.vocab_size), device=self._place),
       ended=jnp.zeros(B, bool, device=self._place),
       count=jnp.int32(0),
@@ -265,10 +246,8 @@ class Generator:
     for begin in range(0, T, self.chunk):
       part = slice(begin, begin + self.chunk)
       valid = np.arange(begin, begin + self.chunk) < lengths[:, None]
-      stream = self._read(self._params, stream, tokens[:, part], valid)
-    if self._ask is not None:
-      stream = self._ask(self._params, stream)
-    return stream
+      stream = self._prefill(self._params, stream, tokens[:, part], valid)
+    return self._begin(self._params, stream)
 
   def draw(
     self, stream: Stream, key: Key[Array, ''], steps: int

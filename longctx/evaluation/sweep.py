@@ -12,8 +12,7 @@ from flax import nnx
 
 from longctx import tasks
 from longctx.data.pipeline import make_iterator
-from longctx.models import gate
-from longctx.models.transformer import validate
+from longctx.models import gate, validate
 from longctx.training import config as config_lib
 from longctx.training import figures, metrics, steps
 from longctx.training.checkpoint import Checkpointer

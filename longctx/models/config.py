@@ -1,4 +1,4 @@
-"""The shape of a decoder, checked where no layer would notice."""
+"""Transformer config: layers, widths, rematerialisation, checked as a whole."""
 
 import dataclasses
 
@@ -24,80 +24,33 @@ REMAT_POLICIES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-  """The shape of a decoder.
+class TransformerConfig(AttentionConfig):
+  """Transformer config: the attention of its layers, and what surrounds it.
+
+  Has the fields of `AttentionConfig` too, which a layer's string may replace.
 
   Attributes:
     vocab_size: tokens V; None takes the task's.
     layers: one string per block, see `longctx.attention`: ('full', 'linear') or
       ('sliding_window(window=64)',) * 4 + ('full',).
-    d_model: width D of the residual stream.
-    num_heads: query heads N.
-    num_kv_heads: key and value heads K; None means N.
-    head_dim: width H of a query or key head; None means D / N.
-    value_dim: width V of a value head; None means H.
     mlp_dim: width F of the MLP after each attention layer; 0 for no MLP.
-    position_encoding: 'rope', 'alibi', 'learned' or 'none'.
-    rope_base: base of RoPE's geometric wavelengths.
     max_positions: rows of the table of learned positions; None takes the
       task's length.
-    short_conv: width of the convolution over queries, keys and values; 0: none.
-    attention_dropout: share of the attention weights that training drops.
     tied_head: whether the output head is the embedding, transposed.
     logits_chunk: positions whose logits exist at one time in `loss`.
     remat: name in REMAT_POLICIES of what a block keeps for its backward pass.
-    dtype: of the computation.
-    param_dtype: of the parameters.
-    implementation: of the attention ops, by name; None takes the best.
     gate: what of a context passes to the upper blocks, see
       `longctx.models.gate`.
   """
 
   vocab_size: int | None = None
   layers: tuple[str, ...] = ('full', 'full')
-  d_model: int = 64
-  num_heads: int = 4
-  num_kv_heads: int | None = None
-  head_dim: int | None = None
-  value_dim: int | None = None
   mlp_dim: int = 0
-  position_encoding: str = 'rope'
-  rope_base: float = 10000.0
   max_positions: int | None = None
-  short_conv: int = 0
-  attention_dropout: float = 0.0
   tied_head: bool = True
   logits_chunk: int = 1024
   remat: str = 'none'
-  dtype: str = 'float32'
-  param_dtype: str = 'float32'
-  implementation: str | None = None
   gate: GateConfig = dataclasses.field(default_factory=GateConfig)
-
-  def attention(self) -> AttentionConfig:
-    """What the attention layers share, with the None fields resolved."""
-    head_dim = self.head_dim
-    if head_dim is None:
-      if self.num_heads < 1 or self.d_model % self.num_heads:
-        raise ValueError(
-          f'd_model={self.d_model} must be a multiple of '
-          f'num_heads={self.num_heads}, or head_dim be set'
-        )
-      head_dim = self.d_model // self.num_heads
-    return AttentionConfig(
-      d_model=self.d_model,
-      num_heads=self.num_heads,
-      num_kv_heads=self.num_kv_heads or self.num_heads,
-      head_dim=head_dim,
-      value_dim=self.value_dim or head_dim,
-      position_encoding=self.position_encoding,
-      rope_base=self.rope_base,
-      short_conv=self.short_conv,
-      attention_dropout=self.attention_dropout,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      implementation=self.implementation,
-    )
 
 
 def check(config: TransformerConfig) -> None:

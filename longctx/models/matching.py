@@ -1,4 +1,4 @@
-"""Models of equal cost: a width solved for, so that variants compare fairly."""
+"""Matching of models by parameters, state or FLOPs, so that costs are equal."""
 
 import dataclasses
 import functools
@@ -6,7 +6,7 @@ import functools
 import jax
 from flax import nnx
 
-from longctx.models.transformer import Transformer, TransformerConfig
+from longctx.models import TransformerConfig, make_model
 
 COSTS = ('parameters', 'state_bytes', 'flops')
 
@@ -25,7 +25,7 @@ def cost_of(config: TransformerConfig, cost: str, *, seq_len: int) -> int:
   """
   if cost not in COSTS:
     raise ValueError(f'unknown {cost=}; known: {", ".join(COSTS)}')
-  model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+  model = nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0)))
   if cost == 'parameters':
     _, params = nnx.split(model, nnx.Param)
     return sum(x.size for x in jax.tree.leaves(params))

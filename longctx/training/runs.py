@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from longctx import parallel, tasks
 from longctx.data.pipeline import BatchIterator, make_iterator
-from longctx.models.transformer import TransformerConfig, validate
+from longctx.models import TransformerConfig, validate
 from longctx.parallel import Placement
 from longctx.parallel.layout import SequenceLayout
 from longctx.training import config as config_lib

@@ -14,7 +14,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from longctx.models.transformer import Transformer, TransformerConfig
+from longctx.attention.context import Context
+from longctx.models import TransformerConfig, make_model
 from longctx.parallel import Placement
 from longctx.training.config import ExperimentConfig
 from longctx.training.optimizer import make_optimizer
@@ -44,7 +45,7 @@ class Steps:
 
 def abstract_params(config: TransformerConfig) -> tuple[Any, Any]:
   """(graph, params as ShapeDtypeStructs) of a model, without computing it."""
-  model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+  model = nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0)))
   graph, params = nnx.split(model, nnx.Param)
   return graph, nnx.to_pure_dict(params)
 
@@ -93,8 +94,8 @@ def _make_init(
   optimizer = make_optimizer(config.optimizer, config.steps)
 
   def init(key):
-    transformer = Transformer(model, rngs=nnx.Rngs(params=key))
-    params = nnx.to_pure_dict(nnx.split(transformer, nnx.Param)[1])
+    made = make_model(model, rngs=nnx.Rngs(params=key))
+    params = nnx.to_pure_dict(nnx.split(made, nnx.Param)[1])
     return {'params': params, 'opt': optimizer.init(params)}
 
   return init
@@ -129,19 +130,16 @@ def make_steps(
 
   def sums(params, batch, step, dropout_key=None):
     model = nnx.merge(graph, params)
-    optional = {
-      k: batch.get(k)
-      for k in ('positions', 'segment_ids', 'query_indices', 'relevant')
-    }
-    out = model.loss(
-      batch['tokens'],
-      batch['labels'],
-      batch['weights'],
+    context = Context(
+      positions=batch.get('positions'),
+      segment_ids=batch.get('segment_ids'),
+      query_indices=batch.get('query_indices'),
       dropout_key=dropout_key,
       step=step,
       placement=placement,
-      **optional,
     )
+    arrays = (batch[name] for name in ('tokens', 'labels', 'weights'))
+    out = model.loss(*arrays, context, relevant=batch.get('relevant'))
     return out['loss'] + out.get('auxiliary', 0.0), out
 
   def train(state, batch, step):

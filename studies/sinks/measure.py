@@ -48,13 +48,13 @@ def measure(workdir: pathlib.Path) -> dict[str, float]:
       first = jax.nn.one_hot(jnp.arange(h.shape[1]), 1)[None]
       sums = probes.weighted_sums(layer, h, first, context)
       found.append(sums[..., 0].mean(2))
-      return layer.apply(h, context)
+      return layer(h, context)
 
     hooks.run_with_hooks(model, tokens, hook)
 
     def evicted(index, layer, h, x):
       del index, x
-      return layer.apply(h, hooks.make_context(layer, segment_ids=alone))
+      return layer(h, hooks.make_context(layer, segment_ids=alone))
 
     without = hooks.run_with_hooks(model, tokens, evicted)
     losses = [hooks.token_losses(model, y, labels) for y in (hidden, without)]

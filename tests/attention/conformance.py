@@ -328,9 +328,9 @@ def check_analysis(variant: str):
   def run(params, x):
     layer, context = nnx.merge(graph, params), probes.ProbeContext()
     found = probes.weighted_sums(layer, x, jnp.eye(T)[None], context)
-    q, k, v = layer.project(x, context)
-    out = layer.attend(q, k, v, x=x, context=context)
-    v = v.reshape(B, T, -1, out.shape[-1])
+    qkv = layer.project(x, context)
+    out = layer.attend(qkv, context)
+    v = qkv.v.reshape(B, T, -1, out.shape[-1])
     v = jnp.repeat(v, out.shape[2] // v.shape[2], axis=2)
     return found, jnp.einsum('BTNS,BSNV->BTNV', found, v), out
 

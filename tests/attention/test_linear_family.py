@@ -21,7 +21,7 @@ from longctx.attention.norms import (
   layer_norm,
   rms_norm,
 )
-from longctx.models.transformer import TransformerConfig, validate
+from longctx.models import TransformerConfig, validate
 from longctx.training import runs, steps
 from tests.tiny import tiny_config
 from tests.tolerances import tolerance

@@ -7,6 +7,7 @@ from flax import nnx
 
 from longctx import masks
 from longctx.attention import AttentionConfig, make_attention
+from longctx.attention.base import QKV
 from longctx.attention.context import Context
 from longctx.attention.segments import count_keys
 from tests.tolerances import tolerance
@@ -53,12 +54,11 @@ def test_logits_are_those_of_full_attention_times_log_n():
   full = make_attention('full', config, rngs=nnx.Rngs(0))
   rng = np.random.default_rng(0)
   q, k, v = (jnp.asarray(rng.normal(size=(1, 6, n, 4))) for n in (2, 1, 1))
-  rest = dict(
-    x=jnp.zeros((1, 6, 8)), context=Context(implementation='reference')
-  )
-  out = layer.attend(q, k, v, **rest)
+  qkv = QKV(q, k, v, jnp.zeros((1, 6, 8)))
+  context = Context(implementation='reference')
+  out = layer.attend(qkv, context)
   for n in range(1, 7):
-    scaled = full.attend(q * 0.5 * np.log(n), k, v, **rest)
+    scaled = full.attend(qkv._replace(q=q * 0.5 * np.log(n)), context)
     np.testing.assert_allclose(
       out[:, n - 1], scaled[:, n - 1], **tolerance('float32')
     )
@@ -83,7 +83,7 @@ def test_one_key_keeps_its_weight_among_any_number_of_others():
     k = v = jnp.zeros((1, T, 1, 1)).at[0, 7].set(1.0)
     for name, module in (('scaled', layer), ('full', full)):
       context = Context(query_indices=jnp.full((1, 1), T - 1))
-      out = module.attend(q, k, v, x=jnp.zeros((1, T, 2)), context=context)
+      out = module.attend(QKV(q, k, v, jnp.zeros((1, T, 2))), context)
       found[name, T] = float(out[0, 0, 0, 0])
   assert found['scaled', 100] > 0.99
   assert found['scaled', 10_000] > 0.999

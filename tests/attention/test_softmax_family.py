@@ -338,12 +338,12 @@ def test_longformer_heads_of_different_dilations_drop_different_weights():
     'longformer(window=9, dilation=(1, 2))', attention_dropout=0.5
   )
   x = jnp.ones((1, 1, D))
-  q, k, v = layer.project(x, Context())
+  qkv = layer.project(x, Context())
   # One token: a head gives its value or nothing, by one draw.
   kept = []
   for i in range(12):
-    context = Context(dropout=(0.5, jax.random.key(i)))
-    out = layer.attend(q, k, v, x=x, context=context)
+    context = Context(dropout_rate=0.5, dropout_key=jax.random.key(i))
+    out = layer.attend(qkv, context)
     kept.append(np.asarray(out[0, 0] != 0).any(-1))
   kept = np.stack(kept)
   assert 0 < kept.mean() < 1

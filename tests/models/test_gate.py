@@ -15,8 +15,8 @@ from longctx.analysis.hooks import run_with_hooks
 from longctx.decoding import cache
 from longctx.decoding.sampler import Generator, Prompts
 from longctx.evaluation import streaming, sweep
+from longctx.models import Transformer, TransformerConfig, make_model
 from longctx.models.gate import GateConfig, choose, ends_of
-from longctx.models.transformer import Transformer, TransformerConfig
 from longctx.parallel import Placement
 from longctx.parallel.layout import SequenceLayout
 from longctx.training.config import ExperimentConfig, from_config_dict
@@ -29,7 +29,7 @@ GATE = GateConfig(keep=2, span=3, question=2, answer=2)
 T = 21
 
 
-def make_model(layers=('sliding_window(window=4)', 'full'), **gate):
+def make_gated(layers=('sliding_window(window=4)', 'full'), **gate):
   config = TransformerConfig(
     vocab_size=24,
     layers=layers,
@@ -37,7 +37,7 @@ def make_model(layers=('sliding_window(window=4)', 'full'), **gate):
     num_heads=4,
     gate=dataclasses.replace(GATE, **gate),
   )
-  return Transformer(config, rngs=nnx.Rngs(0))
+  return make_model(config, rngs=nnx.Rngs(0))
 
 
 def make_batch():
@@ -113,7 +113,7 @@ def test_relevant_runs_are_cut_into_spans_from_their_end(span, ends):
 
 def test_a_gate_that_lets_all_pass_changes_nothing():
   batch = make_batch()
-  gated = make_model(keep=T, span=1)
+  gated = make_gated(keep=T, span=1)
   config = dataclasses.replace(gated.config, gate=GateConfig())
   plain = Transformer(config, rngs=nnx.Rngs(1))
   state = nnx.to_pure_dict(nnx.state(gated))
@@ -140,7 +140,7 @@ def losses(model, batch, **options):
 
 @pytest.mark.parametrize('layout', ['contiguous', 'zigzag', 'striped'])
 def test_a_gate_on_a_mesh_is_the_gate_on_one_device(layout):
-  model, batch = make_model(), make_batch()
+  model, batch = make_gated(), make_batch()
   expected, slopes = losses(model, batch)
   mesh = parallel.make_mesh(data=2, seq=4)
   placement = Placement(mesh, SequenceLayout(layout, T, 4), 'ring')
@@ -166,7 +166,7 @@ def test_a_gate_on_a_mesh_is_the_gate_on_one_device(layout):
 )
 def test_decoding_continues_as_the_loss_would(variant, devices):
   """Ragged prompts in chunks, then two tokens of answer."""
-  model = make_model(('sliding_window(window=4)', tiny_layer(variant)))
+  model = make_gated(('sliding_window(window=4)', tiny_layer(variant)))
   batch = make_batch()
   tokens = np.asarray(batch['tokens'])
   prompts = Prompts.of([tokens[0, :20], tokens[1, :16]])
@@ -254,7 +254,7 @@ def test_what_a_gate_cannot_do_is_refused(config, error, message, tmp_path):
 
 
 def test_a_gated_model_is_no_plain_one():
-  model = make_model()
+  model = make_gated()
   tokens = make_batch()['tokens']
   with pytest.raises(NotImplementedError, match='take `loss`'):
     model(tokens)
@@ -264,6 +264,8 @@ def test_a_gated_model_is_no_plain_one():
     run_with_hooks(model, tokens, lambda index, layer, h, x: layer(h))
   with pytest.raises(NotImplementedError, match='one question per row'):
     model.loss(**make_batch(), segment_ids=tokens * 0)
+  with pytest.raises(ValueError, match=r'gate\.keep=2 is not of a Transformer'):
+    Transformer(model.config, rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match='give a capacity'):
     Generator(model)
   generator = Generator(model, capacity=24, max_new=2)

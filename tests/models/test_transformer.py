@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from longctx.attention.config import POSITION_ENCODINGS
+from longctx.models import Transformer, TransformerConfig, validate
 from longctx.models import transformer as model_lib
-from longctx.models.transformer import Transformer, TransformerConfig, validate
 
 SMALL = TransformerConfig(
   vocab_size=11,

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from flax import nnx
 
-from longctx.attention.base import Attention, AttentionConfig
+from longctx.attention.base import QKV, Attention, AttentionConfig
 from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
 from longctx.attention.features import Features
@@ -49,24 +49,16 @@ class BasedAttention(Attention):
     phi = Taylor()
     self.query_features = Features(phi, config, is_query=True)
     self.key_features = Features(phi, config, is_query=False)
-    self.recurrence = Recurrence(
-      heads=config.num_heads,
+    self.recurrence = Recurrence.of(
+      config,
       key_dim=phi.dim(feature_dim),
-      value_dim=config.value_dim,
       normalize=True,
       chunk_size=chunk_size,
     )
 
-  def attend(
-    self,
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T K V'],
-    *,
-    x: Float[Array, 'B T D'],
-    context: Context,
-  ) -> Float[Array, 'B Q N V']:
+  def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The recurrence over features."""
+    q, k, v, _ = qkv
     q = self.query_features(q, context)
     k = self.key_features(k, context)
     return context.recurrence(self.recurrence, q, k, v)

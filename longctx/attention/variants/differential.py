@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longctx import masks
-from longctx.attention.base import Attention, AttentionConfig
+from longctx.attention.base import QKV, Attention, AttentionConfig
 from longctx.attention.context import Context
 from longctx.ops.alibi import alibi_slopes
 from longctx.typing import Array, Float
@@ -70,16 +70,9 @@ class DifferentialAttention(Attention):
       rngs=rngs,
     )
 
-  def attend(
-    self,
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T K V'],
-    *,
-    x: Float[Array, 'B T D'],
-    context: Context,
-  ) -> Float[Array, 'B Q n v']:
+  def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q n v']:
     """One attention with twice the heads; letters are those of the halves."""
+    q, k, v, _ = qkv
     B, T, N, H = q.shape
     # Per key head both first maps' queries, then both second maps'.
     q = q.reshape(B, T, -1, self.group, 2, H).swapaxes(3, 4).reshape(q.shape)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longctx import masks
-from longctx.attention.base import Attention, AttentionConfig, make_linear
+from longctx.attention.base import QKV, Attention, AttentionConfig, make_linear
 from longctx.attention.context import Context
 from longctx.typing import Array, Float
 
@@ -32,16 +32,9 @@ class ForgettingAttention(Attention):
       config, config.d_model, config.num_heads, use_bias=True, rngs=rngs
     )
 
-  def attend(
-    self,
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T K V'],
-    *,
-    x: Float[Array, 'B T D'],
-    context: Context,
-  ) -> Float[Array, 'B Q N V']:
+  def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """Softmax attention; the decays are channels of queries and keys."""
+    q, k, v, x = qkv
     wide = jnp.promote_types(q.dtype, jnp.float32)
     log_forget = jax.nn.log_sigmoid(self.forget(x).astype(wide))
     c = context.cumulative_sum(log_forget)

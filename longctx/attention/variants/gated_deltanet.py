@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longctx.attention.base import Attention, AttentionConfig, make_linear
+from longctx.attention.base import QKV, Attention, AttentionConfig, make_linear
 from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
 from longctx.attention.norms import (
@@ -55,10 +55,8 @@ class GatedDeltaNetAttention(Attention):
     )
     self.gate = make_linear(config, config.d_model, N * V, rngs=rngs)
     self.norm_scale = nnx.Param(jnp.ones(V, dtype))
-    self.recurrence = Recurrence(
-      heads=N,
-      key_dim=config.head_dim,
-      value_dim=V,
+    self.recurrence = Recurrence.of(
+      config,
       delta=True,
       scale=config.head_dim**-0.5,
       chunk_size=chunk_size,
@@ -67,16 +65,9 @@ class GatedDeltaNetAttention(Attention):
   def qkv_activation(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
     return jax.nn.silu(x)
 
-  def attend(
-    self,
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T K V'],
-    *,
-    x: Float[Array, 'B T D'],
-    context: Context,
-  ) -> Float[Array, 'B Q N V']:
+  def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The delta rule under α."""
+    q, k, v, x = qkv
     _, log_decay = softplus_decay(
       self.dt(x), self.dt_bias[...], self.log_rate[...]
     )

@@ -5,7 +5,7 @@ from typing import ClassVar
 import jax
 from flax import nnx
 
-from longctx.attention.base import Attention, AttentionConfig, make_linear
+from longctx.attention.base import QKV, Attention, AttentionConfig, make_linear
 from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
 from longctx.attention.norms import accum_dtype, layer_norm, low_rank
@@ -53,24 +53,15 @@ class GatedLinearAttention(Attention):
       config, gate_rank, N * H, use_bias=True, rngs=rngs
     )
     self.gate = make_linear(config, config.d_model, N * V, rngs=rngs)
-    self.recurrence = Recurrence(
-      heads=N,
-      key_dim=H,
-      value_dim=V,
+    self.recurrence = Recurrence.of(
+      config,
       scale=H**-0.5,
       chunk_size=chunk_size,
     )
 
-  def attend(
-    self,
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T K V'],
-    *,
-    x: Float[Array, 'B T D'],
-    context: Context,
-  ) -> Float[Array, 'B Q N V']:
+  def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The recurrence under α."""
+    q, k, v, x = qkv
     logits = self.decay_up(self.decay_down(x)).astype(accum_dtype(x))
     log_decay = jax.nn.log_sigmoid(logits) / self.temperature
     return context.recurrence(

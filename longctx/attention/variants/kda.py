@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longctx.attention.base import Attention, AttentionConfig, make_linear
+from longctx.attention.base import QKV, Attention, AttentionConfig, make_linear
 from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
 from longctx.attention.norms import (
@@ -60,10 +60,8 @@ class KimiDeltaAttention(Attention):
       config, V, N * V, use_bias=True, rngs=rngs
     )
     self.norm_scale = nnx.Param(jnp.ones(V, dtype))
-    self.recurrence = Recurrence(
-      heads=N,
-      key_dim=H,
-      value_dim=V,
+    self.recurrence = Recurrence.of(
+      config,
       delta=True,
       scale=H**-0.5,
       chunk_size=chunk_size,
@@ -72,16 +70,9 @@ class KimiDeltaAttention(Attention):
   def qkv_activation(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
     return jax.nn.silu(x)
 
-  def attend(
-    self,
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T K V'],
-    *,
-    x: Float[Array, 'B T D'],
-    context: Context,
-  ) -> Float[Array, 'B Q N V']:
+  def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The delta rule under α."""
+    q, k, v, x = qkv
     _, log_decay = softplus_decay(
       self.decay_up(self.decay_down(x)).reshape(q.shape),
       self.dt_bias[...].reshape(q.shape[2:]),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longctx.attention.base import Attention, AttentionConfig
+from longctx.attention.base import QKV, Attention, AttentionConfig
 from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
 from longctx.attention.norms import accum_dtype, low_rank, rms_norm
@@ -50,26 +50,17 @@ class LightningAttention(Attention):
     N, V = config.num_heads, config.value_dim
     self.depth = depth
     self.gate_down, self.gate_up = low_rank(config, V, N * V, rngs=rngs)
-    self.recurrence = Recurrence(
-      heads=N,
-      key_dim=config.head_dim,
-      value_dim=V,
+    self.recurrence = Recurrence.of(
+      config,
       chunk_size=chunk_size,
     )
 
   def qkv_activation(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
     return jax.nn.silu(x)
 
-  def attend(
-    self,
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T K V'],
-    *,
-    x: Float[Array, 'B T D'],
-    context: Context,
-  ) -> Float[Array, 'B Q N V']:
+  def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The recurrence under λ."""
+    q, k, v, _ = qkv
     # Even the last layer forgets, by a hundred-thousandth, as published.
     slopes = geometric_slopes(q.shape[2]) * (1 - self.depth + 1e-5)
     log_decay = jnp.broadcast_to(

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from longctx import masks
-from longctx.attention.base import Attention, AttentionConfig, make_linear
+from longctx.attention.base import QKV, Attention, AttentionConfig, make_linear
 from longctx.attention.context import Context
 from longctx.typing import Array, Float
 
@@ -92,16 +92,9 @@ class LongformerAttention(Attention):
     )
     setattr(self, name, module)
 
-  def attend(
-    self,
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T K V'],
-    *,
-    x: Float[Array, 'B T D'],
-    context: Context,
-  ) -> Float[Array, 'B Q N V']:
+  def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The windows, head by head, and what global tokens read."""
+    q, k, v, x = qkv
     options = self.logit_options()
     parts = []
     for index, (heads, mask) in enumerate(self.of_heads):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longctx.attention.base import Attention, AttentionConfig, make_linear
+from longctx.attention.base import QKV, Attention, AttentionConfig, make_linear
 from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
 from longctx.attention.norms import (
@@ -55,26 +55,17 @@ class Mamba2Attention(Attention):
     )
     self.skip = nnx.Param(jnp.ones(N, dtype))
     self.norm_scale = nnx.Param(jnp.ones(N * V, dtype))
-    self.recurrence = Recurrence(
-      heads=N,
-      key_dim=config.head_dim,
-      value_dim=V,
+    self.recurrence = Recurrence.of(
+      config,
       chunk_size=chunk_size,
     )
 
   def qkv_activation(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
     return jax.nn.silu(x)
 
-  def attend(
-    self,
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T K V'],
-    *,
-    x: Float[Array, 'B T D'],
-    context: Context,
-  ) -> Float[Array, 'B Q N V']:
+  def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The recurrence, and D v beside it."""
+    q, k, v, x = qkv
     dt, log_decay = softplus_decay(
       self.dt(x), self.dt_bias[...], self.log_rate[...]
     )

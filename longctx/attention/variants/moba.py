@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from longctx import masks
-from longctx.attention.base import Attention, AttentionConfig
+from longctx.attention.base import QKV, Attention, AttentionConfig
 from longctx.attention.capabilities import OF_SELECTIONS
 from longctx.attention.context import Context
 from longctx.ops import block_selection
@@ -48,16 +48,9 @@ class MixtureOfBlockAttention(Attention):
     self.mask = masks.Causal()
     self.block_size, self.top_k = block_size, top_k
 
-  def attend(
-    self,
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T K V'],
-    *,
-    x: Float[Array, 'B T D'],
-    context: Context,
-  ) -> Float[Array, 'B Q N V']:
+  def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """Chooses blocks and attends to them."""
+    q, k, v, _ = qkv
     return context.with_gathered_kv(
       block_selection.moba,
       q,

@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 
 from longctx import masks
-from longctx.attention.base import Attention, AttentionConfig, make_linear
+from longctx.attention.base import QKV, Attention, AttentionConfig, make_linear
 from longctx.attention.capabilities import OF_SELECTIONS
 from longctx.attention.context import Context
 from longctx.ops import block_selection
@@ -114,25 +114,14 @@ class NativeSparseAttention(Attention):
       config, config.d_model, 3 * config.num_heads, rngs=rngs
     )
 
-  def project(
-    self, x: Float[Array, 'B T D'], context: Context
-  ) -> tuple[
-    Float[Array, 'B T N H'], Float[Array, 'B T K H'], Float[Array, 'B T K V']
-  ]:
+  def project(self, x: Float[Array, 'B T D'], context: Context) -> QKV:
     """Rotated queries; keys and values of each head, branch after branch."""
-    q, k, v = self.heads(x, context)
-    return self.apply_rope(q, context), k, v
+    qkv = self.heads(x, context)
+    return qkv._replace(q=self.apply_rope(qkv.q, context))
 
-  def attend(
-    self,
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T K V'],
-    *,
-    x: Float[Array, 'B T D'],
-    context: Context,
-  ) -> Float[Array, 'B Q N V']:
+  def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The three branches under their gates."""
+    q, k, v, x = qkv
     config = self.config
     k, v = (
       jnp.moveaxis(y.reshape(*y.shape[:2], -1, 3, y.shape[-1]), 3, 0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from longctx.attention.base import Attention, AttentionConfig, make_linear
+from longctx.attention.base import QKV, Attention, AttentionConfig, make_linear
 from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
 from longctx.attention.norms import accum_dtype, layer_norm
@@ -38,24 +38,15 @@ class RetentionAttention(Attention):
     super().__init__(config, rngs=rngs)
     width = config.num_heads * config.value_dim
     self.gate = make_linear(config, config.d_model, width, rngs=rngs)
-    self.recurrence = Recurrence(
-      heads=config.num_heads,
-      key_dim=config.head_dim,
-      value_dim=config.value_dim,
+    self.recurrence = Recurrence.of(
+      config,
       scale=config.head_dim**-0.5,
       chunk_size=chunk_size,
     )
 
-  def attend(
-    self,
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T K V'],
-    *,
-    x: Float[Array, 'B T D'],
-    context: Context,
-  ) -> Float[Array, 'B Q N V']:
+  def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The recurrence under the decays of `retention_log_decay`."""
+    q, k, v, _ = qkv
     log_decay = jnp.asarray(retention_log_decay(q.shape[2]), accum_dtype(q))
     log_decay = jnp.broadcast_to(log_decay, q.shape[:3])
     return context.recurrence(self.recurrence, q, k, v, log_decay=log_decay)

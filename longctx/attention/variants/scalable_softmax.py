@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longctx import masks
-from longctx.attention.base import Attention, AttentionConfig
+from longctx.attention.base import QKV, Attention, AttentionConfig
 from longctx.attention.context import Context
 from longctx.typing import Array, Float
 
@@ -41,18 +41,11 @@ class ScalableSoftmaxAttention(Attention):
       jnp.full(config.num_heads, initial_scale, param_dtype)
     )
 
-  def attend(
-    self,
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T K V'],
-    *,
-    x: Float[Array, 'B T D'],
-    context: Context,
-  ) -> Float[Array, 'B Q N V']:
+  def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """Softmax attention of queries that are scaled by σ log(n)."""
+    q = qkv.q
     n = context.segment_positions(q.shape[1]) + 1
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     scale = jnp.log(n.astype(dtype))[..., None] * self.logit_scale[...]
     q = (q * scale[..., None]).astype(q.dtype)
-    return super().attend(q, k, v, x=x, context=context)
+    return super().attend(qkv._replace(q=q), context)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longctx import masks
-from longctx.attention.base import Attention, AttentionConfig
+from longctx.attention.base import QKV, Attention, AttentionConfig
 from longctx.attention.context import Context
 from longctx.typing import Array, Float
 
@@ -43,16 +43,9 @@ class SigmoidAttention(Attention):
       param_dtype = jnp.dtype(config.param_dtype)
       self.logit_bias = nnx.Param(jnp.zeros(config.num_heads, param_dtype))
 
-  def attend(
-    self,
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T K V'],
-    *,
-    x: Float[Array, 'B T D'],
-    context: Context,
-  ) -> Float[Array, 'B Q N V']:
+  def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The bias is a product of channels, which leaves the op its blocks."""
+    q, k, v, _ = qkv
     wide = jnp.promote_types(q.dtype, jnp.float32)
     if self.length is None:
       n = jnp.atleast_2d(context.segment_positions(q.shape[1]) + 1)

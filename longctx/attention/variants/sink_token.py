@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longctx.attention.base import Attention, AttentionConfig
+from longctx.attention.base import QKV, Attention, AttentionConfig
 from longctx.attention.context import Context
 from longctx.attention.variants.sliding_window import causal_mask
 from longctx.ops.merge import merge
@@ -58,16 +58,9 @@ class SinkTokenAttention(Attention):
       for width in (config.head_dim, config.value_dim)
     )
 
-  def attend(
-    self,
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T K V'],
-    *,
-    x: Float[Array, 'B T D'],
-    context: Context,
-  ) -> Float[Array, 'B Q N V']:
+  def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The tokens' attention and the sinks', merged."""
+    q, k, v, _ = qkv
     config = self.config
     tokens = context.dot_product_attention(
       q, k, v, mask=self.mask, return_lse=True, **self.logit_options()

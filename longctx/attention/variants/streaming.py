@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longctx import masks
-from longctx.attention.base import Attention, AttentionConfig
+from longctx.attention.base import QKV, Attention, AttentionConfig
 from longctx.attention.context import Context
 from longctx.ops.merge import merge
 from longctx.ops.rope import apply_rope
@@ -66,18 +66,11 @@ class StreamingAttention(Attention):
     self.cache_positions = cache_positions
     self.last_slot = num_sinks + window - 1
 
-  def attend(
-    self,
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T K V'],
-    *,
-    x: Float[Array, 'B T D'],
-    context: Context,
-  ) -> Float[Array, 'B Q N V']:
+  def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """One attention, or that of the window and that of the sinks."""
     if not self.cache_positions:
-      return super().attend(q, k, v, x=x, context=context)
+      return super().attend(qkv, context)
+    q, k, v, _ = qkv
     options = self.logit_options()
     window = context.dot_product_attention(
       q, k, v, mask=self.of_window, return_lse=True, **options

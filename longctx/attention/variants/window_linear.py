@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longctx import masks
-from longctx.attention.base import Attention, AttentionConfig
+from longctx.attention.base import QKV, Attention, AttentionConfig
 from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
 from longctx.attention.features import Features
@@ -62,24 +62,16 @@ class WindowLinearAttention(Attention):
     self.query_features = Features(phi, config, is_query=True)
     self.key_features = Features(phi, config, is_query=False)
     self.mix_logit = nnx.Param(jnp.zeros(config.num_heads, config.param_dtype))
-    self.recurrence = Recurrence(
-      heads=config.num_heads,
+    self.recurrence = Recurrence.of(
+      config,
       key_dim=phi.dim(config.head_dim),
-      value_dim=config.value_dim,
       normalize=True,
       chunk_size=chunk_size,
     )
 
-  def attend(
-    self,
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T K V'],
-    *,
-    x: Float[Array, 'B T D'],
-    context: Context,
-  ) -> Float[Array, 'B Q N V']:
+  def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """Both branches, weighed."""
+    q, k, v, _ = qkv
     near = context.dot_product_attention(q, k, v, mask=self.mask)
     far = context.recurrence(
       self.recurrence,
