@@ -33,7 +33,7 @@ _FACE = {
   'masks': ('longctx.masks', 'attention masks, which combine with & and |'),
   'parallel': ('longctx.parallel', 'the same ops on a mesh, and make_mesh'),
   'Attention': (
-    'longctx.attention.layers.make_layer',
+    'longctx.attention.make_layer',
     'any attention variant as a layer, by its name',
   ),
   'AttentionConfig': (
@@ -106,7 +106,7 @@ if TYPE_CHECKING:
   from longctx import masks, parallel, tasks
   from longctx.analysis.analyzer import Analyzer
   from longctx.attention import VARIANTS, AttentionConfig
-  from longctx.attention.layers import make_layer as Attention
+  from longctx.attention import make_layer as Attention
   from longctx.data.pipeline import make_iterator
   from longctx.decoding.sampler import Generator, Prompts, Sampling
   from longctx.models.config import TransformerConfig

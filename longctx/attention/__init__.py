@@ -1,4 +1,4 @@
-"""Every attention variant as a Flax NNX module.
+"""Attention layers: every variant as a Flax NNX module.
 
 A layer is named by a string: a variant's key in `VARIANTS`, optionally with
 arguments, such as `'full'`, `'sliding_window(window=64)'` or
@@ -10,11 +10,12 @@ for that layer alone.
 import ast
 import dataclasses
 import inspect
+from typing import Any
 
 from flax import nnx
 
 from longctx.attention.base import Attention, AttentionConfig
-from longctx.attention.context import take_queries, true_positions
+from longctx.attention.context import take_queries
 from longctx.attention.variants.based import BasedAttention
 from longctx.attention.variants.bigbird import BigBirdAttention
 from longctx.attention.variants.block_sparse import BlockSparseAttention
@@ -49,9 +50,9 @@ __all__ = [
   'Attention',
   'AttentionConfig',
   'make_attention',
+  'make_layer',
   'parse_layer',
   'take_queries',
-  'true_positions',
 ]
 
 VARIANTS: dict[str, type[Attention]] = {
@@ -85,9 +86,38 @@ VARIANTS: dict[str, type[Attention]] = {
   'window_linear': WindowLinearAttention,
 }
 
+# Names of what a layer's arguments may replace in the config.
+_SHARED = {field.name for field in dataclasses.fields(AttentionConfig)}
+
+
+def make_layer(
+  name: str,
+  *,
+  d_model: int,
+  num_heads: int = 4,
+  rngs: nnx.Rngs,
+  **arguments: Any,
+) -> Attention:
+  """Makes any variant as a layer of its own: x [B, T, D] -> [B, T, D].
+
+  Args:
+    name: a key of `VARIANTS`.
+    d_model: width D.
+    num_heads: query heads N.
+    rngs: source of the initial parameters.
+    **arguments: other fields of `AttentionConfig`, and of the variant, such as
+      window=64.
+
+  Raises:
+    ValueError, NotImplementedError: as `make_attention` does.
+  """
+  shared = {key: arguments.pop(key) for key in _SHARED & set(arguments)}
+  config = AttentionConfig(d_model=d_model, num_heads=num_heads, **shared)
+  return make_attention(name, config, rngs=rngs, **arguments)
+
 
 def make_attention(
-  layer: str, config: AttentionConfig, *, rngs: nnx.Rngs
+  layer: str, config: AttentionConfig, *, rngs: nnx.Rngs, **arguments: Any
 ) -> Attention:
   """Builds the attention module that a layer's string names.
 
@@ -95,29 +125,28 @@ def make_attention(
     layer: variant and arguments, such as `'sliding_window(window=64)'`.
     config: what the layers of a model share.
     rngs: source of the initial parameters.
+    **arguments: more of them.
 
   Raises:
     ValueError: for an unknown variant, an argument it does not take or a value
       that does not fit.
     NotImplementedError: for a combination that the variant does not support.
   """
-  name, arguments = parse_layer(layer)
+  name, given = parse_layer(layer)
   variant = VARIANTS[name]
-  shared = {field.name for field in dataclasses.fields(AttentionConfig)}
   # Of __init__: the signature of an nnx.Module's class is *args, **kwargs.
   own = set(inspect.signature(variant.__init__).parameters)
   own -= {'self', 'config', 'rngs'}
+  arguments = given | arguments
   for argument in arguments:
-    if argument not in shared | own:
+    if argument not in _SHARED | own:
       raise ValueError(
         f'layer {layer!r}: {name} takes no {argument!r}, but '
-        f'{", ".join(sorted(own) + sorted(shared))}'
+        f'{", ".join(sorted(own) + sorted(_SHARED))}'
       )
-  config = dataclasses.replace(
-    config.resolve(), **{k: v for k, v in arguments.items() if k in shared}
-  )
-  own_arguments = {k: v for k, v in arguments.items() if k in own}
-  return variant(config, rngs=rngs, **own_arguments)
+  shared = {key: arguments.pop(key) for key in _SHARED & set(arguments)}
+  config = dataclasses.replace(config.resolve(), **shared)
+  return variant(config, rngs=rngs, **arguments)
 
 
 def parse_layer(layer: str) -> tuple[str, dict]:

@@ -74,7 +74,11 @@ class Context:
 
   def true_positions(self, T: int) -> Int[Array, '*B T']:
     """Positions of T tokens as an array, the natural ones by default."""
-    return true_positions(T, self.positions, self.placement)
+    if self.positions is not None:
+      return self.positions
+    if self.placement is not None:
+      return jnp.asarray(self.placement.layout.order)
+    return jnp.arange(T)
 
   def segment_positions(self, T: int) -> Int[Array, '*B T']:
     """Positions of T tokens, counted from 0 in each document."""
@@ -298,17 +302,6 @@ def biased(
   scale = options.get('scale')
   q, k = add_logit_bias(q, k, q_bias=q_bias, k_bias=k_bias, scale=scale)
   return q, k, v, {**options, 'scale': 1.0}
-
-
-def true_positions(
-  T: int, positions: Int[Array, '*B T'] | None, placement: Placement | None
-) -> Int[Array, '*B T']:
-  """Positions as an array, the natural ones of the layout by default."""
-  if positions is not None:
-    return positions
-  if placement is not None:
-    return jnp.asarray(placement.layout.order)
-  return jnp.arange(T)
 
 
 def take_queries(

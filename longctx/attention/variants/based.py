@@ -1,4 +1,4 @@
-"""Based: Taylor's exponential on small features of their own."""
+"""Based: linear attention by a Taylor feature map, on small heads."""
 
 import dataclasses
 from typing import ClassVar
@@ -15,9 +15,10 @@ from longctx.typing import Array, Float
 
 
 class BasedAttention(Attention):
-  """out_t = φ(q_t) S_t / φ(q_t) z_t with S_t = Σ φ(k_s) v_sᵀ, z_t = Σ φ(k_s).
+  """Based: linear attention by a second-order Taylor feature map.
 
-    φ(q) φ(k) = 1 + q k / √d + (q k)² / (2 d)
+      out_t = φ(q_t) S_t / φ(q_t) z_t with S_t = Σ φ(k_s) v_sᵀ, z_t = Σ φ(k_s)
+      φ(q) φ(k) = 1 + q k / √d + (q k)² / (2 d)
 
   'Simple linear attention language models balance the recall-throughput
   tradeoff' (arXiv:2402.18668): the exponential to second order, of queries and

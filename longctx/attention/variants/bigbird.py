@@ -1,4 +1,4 @@
-"""A window, global tokens and random blocks."""
+"""BigBird: sparse attention to a window, global tokens and random blocks."""
 
 from typing import ClassVar
 
@@ -9,7 +9,7 @@ from longctx.attention.base import Attention, AttentionConfig
 
 
 class BigBirdAttention(Attention):
-  """Softmax attention to a window, global tokens and random blocks.
+  """BigBird: softmax attention to a window, global tokens and random blocks.
 
       t reads s   if |t - s| < window
                   or t < num_global or s < num_global

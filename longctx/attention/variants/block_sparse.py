@@ -1,4 +1,4 @@
-"""Softmax attention under a pattern of blocks."""
+"""Block-sparse attention under any pattern."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -10,7 +10,9 @@ from longctx.attention.base import Attention, AttentionConfig
 
 
 class BlockSparseAttention(Attention):
-  """out_t = Σ_{s: pattern[t // block][s // block]} softmax_s(q_t k_s / √H) v_s.
+  """Block-sparse softmax attention.
+
+      out_t = Σ_{s: pattern[t // block][s // block]} softmax_s(q_t k_s / √H) v_s
 
   Any pattern, as in Sparse Transformers (arXiv:1904.10509), written as a row of
   characters per block of queries:

@@ -1,4 +1,4 @@
-"""DeltaNet: a memory that replaces what it held for a key."""
+"""DeltaNet: linear attention by the delta rule."""
 
 from typing import ClassVar
 
@@ -15,9 +15,10 @@ from longctx.typing import Array, Float
 
 
 class DeltaNetAttention(Attention):
-  """S_t = (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ.
+  """DeltaNet: the delta rule, which replaces what the state held for a key.
 
-    out_t = norm(q_t S_t / √H)        β_t = σ(W_β x_t)
+      S_t = (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ
+      out_t = norm(q_t S_t / √H)        β_t = σ(W_β x_t)
 
   'Parallelizing Linear Transformers with the Delta Rule over Sequence Length'
   (arXiv:2406.06484): q, k and v pass a silu, behind a convolution with

@@ -1,4 +1,4 @@
-"""The difference of two softmax attentions."""
+"""Differential attention: the difference of two softmax attentions."""
 
 import dataclasses
 from typing import Any
@@ -14,8 +14,9 @@ from longctx.typing import Array, Float
 
 
 class DifferentialAttention(Attention):
-  """out = (1 - λ₀) RMSNorm((softmax(q¹k¹ᵀ/√d) - λ softmax(q²k²ᵀ/√d)) v).
+  """Differential attention: the difference of two softmax maps.
 
+      out = (1 - λ₀) RMSNorm((softmax(q¹k¹ᵀ/√d) - λ softmax(q²k²ᵀ/√d)) v)
       λ = exp(λ_q1 · λ_k1) - exp(λ_q2 · λ_k2) + λ₀
 
   Both softmax over s ≤ t. Differential Transformer (arXiv:2410.05258): what two

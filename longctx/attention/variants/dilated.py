@@ -1,4 +1,4 @@
-"""Causal softmax attention over every so many of the recent tokens."""
+"""Dilated sliding window attention."""
 
 from typing import ClassVar
 
@@ -9,7 +9,9 @@ from longctx.attention.base import Attention, AttentionConfig
 
 
 class DilatedAttention(Attention):
-  """out_t = Σ_{0 ≤ i < window} softmax_i(q_t k_{t - i d} / √H) v_{t - i d}.
+  """Dilated sliding window attention, causal.
+
+      out_t = Σ_{0 ≤ i < window} softmax_i(q_t k_{t - i d} / √H) v_{t - i d}
 
   d is the dilation. Longformer (arXiv:2004.05150), section 3.1, and Sparse
   Transformers (arXiv:1904.10509), in its causal form. A window reaches d times

@@ -1,4 +1,4 @@
-"""Softmax attention that forgets at a rate the inputs set."""
+"""Forgetting attention: softmax with data-dependent forget gates."""
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,9 @@ from longctx.typing import Array, Float
 
 
 class ForgettingAttention(Attention):
-  """out_t = Σ_{s ≤ t} softmax_s(q_t k_s / √H + c_t - c_s) v_s.
+  """Forgetting attention: softmax with forget gates.
 
+      out_t = Σ_{s ≤ t} softmax_s(q_t k_s / √H + c_t - c_s) v_s
       c_t = Σ_{s ≤ t} log f_s        f_s = σ(w_n x_s + b_n), per head
 
   Forgetting Transformer (arXiv:2503.02130): a key's logit falls by the gates

@@ -22,10 +22,11 @@ from longctx.typing import Array, Float
 
 
 class GatedDeltaNetAttention(Attention):
-  """S_t = α_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ.
+  """Gated DeltaNet: the delta rule under a decay per head.
 
-    out_t = norm(q_t S_t / √H) ⊙ silu(W_g x_t)
-    α_t = exp(-A softplus(W_α x_t + b_α))        β_t = σ(W_β x_t)
+      S_t = α_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ
+      out_t = norm(q_t S_t / √H) ⊙ silu(W_g x_t)
+      α_t = exp(-A softplus(W_α x_t + b_α))        β_t = σ(W_β x_t)
 
   'Gated Delta Networks' (arXiv:2412.06464): α is Mamba-2's decay, one per head;
   q, k and v pass a silu, behind a convolution with `short_conv`, 4 in the

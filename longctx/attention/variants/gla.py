@@ -1,4 +1,4 @@
-"""Gated linear attention: a learned decay per channel of the key."""
+"""Gated linear attention (GLA): a learned decay per channel of the key."""
 
 from typing import ClassVar
 
@@ -14,10 +14,11 @@ from longctx.typing import Array, Float
 
 
 class GatedLinearAttention(Attention):
-  """S_t = diag(α_t) S_{t-1} + k_t v_tᵀ.
+  """Gated linear attention: a learned decay per channel of the key.
 
-    out_t = swish(W_g x_t) ⊙ norm(q_t S_t / √H)
-    α_t = σ(W_2 W_1 x_t + b)^(1/τ)
+      S_t = diag(α_t) S_{t-1} + k_t v_tᵀ
+      out_t = swish(W_g x_t) ⊙ norm(q_t S_t / √H)
+      α_t = σ(W_2 W_1 x_t + b)^(1/τ)
 
   'Gated Linear Attention Transformers with Hardware-Efficient Training'
   (arXiv:2312.06635), section 4.4: W_1 has rank 16 and τ = 16, so that α starts

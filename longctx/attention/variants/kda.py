@@ -1,4 +1,4 @@
-"""Kimi Delta Attention: the delta rule under a decay per channel."""
+"""Kimi Delta Attention (KDA): the delta rule under a decay per channel."""
 
 from typing import ClassVar
 
@@ -23,10 +23,11 @@ from longctx.typing import Array, Float
 
 
 class KimiDeltaAttention(Attention):
-  """S_t = (I - β_t k_t k_tᵀ) diag(α_t) S_{t-1} + β_t k_t v_tᵀ.
+  """Kimi Delta Attention: the delta rule under a decay per channel.
 
-    out_t = norm(q_t S_t / √H) ⊙ σ(W_4 W_3 x_t + b)
-    α_t = exp(-A softplus(W_2 W_1 x_t + b_α))        β_t = σ(W_β x_t)
+      S_t = (I - β_t k_t k_tᵀ) diag(α_t) S_{t-1} + β_t k_t v_tᵀ
+      out_t = norm(q_t S_t / √H) ⊙ σ(W_4 W_3 x_t + b)
+      α_t = exp(-A softplus(W_2 W_1 x_t + b_α))        β_t = σ(W_β x_t)
 
   'Kimi Linear' (arXiv:2510.26692): α is one number per head and
   channel of the key, A one per head; W_1 and W_3 have the rank V of a head. q,

@@ -16,7 +16,9 @@ from longctx.typing import Array, Float
 
 
 class LightningAttention(Attention):
-  """S_t = λ S_{t-1} + k_t v_tᵀ, out_t = norm(q_t S_t) ⊙ σ(W_2 W_1 x_t).
+  """Lightning attention: linear attention under a fixed decay per head.
+
+      S_t = λ S_{t-1} + k_t v_tᵀ, out_t = norm(q_t S_t) ⊙ σ(W_2 W_1 x_t)
 
   'Lightning Attention-2' (arXiv:2401.04658) and the layer around it
   (TransNormerLLM, arXiv:2307.14995; TNL, arXiv:2405.17381): q, k and v pass a

@@ -1,4 +1,4 @@
-"""Linear attention: softmax's kernel replaced by a product of features."""
+"""Linear attention: feature maps in place of the softmax kernel."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -17,7 +17,9 @@ from longctx.typing import Array, Float
 
 
 class LinearAttention(Attention):
-  """out_t = φ(q_t) S_t / φ(q_t) z_t with S_t = Σ φ(k_s) v_sᵀ, z_t = Σ φ(k_s).
+  """Linear attention: a feature map φ in place of the softmax kernel.
+
+      out_t = φ(q_t) S_t / φ(q_t) z_t with S_t = Σ φ(k_s) v_sᵀ, z_t = Σ φ(k_s)
 
   Both sums run over s ≤ t.
 

@@ -1,4 +1,4 @@
-"""A window per layer, a dilation per head, and global tokens."""
+"""Longformer: dilated sliding windows and global tokens."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ PROJECTIONS = ('query', 'key', 'value')
 
 
 class LongformerAttention(Attention):
-  """Softmax attention to a dilated window and to global tokens.
+  """Longformer: softmax attention to a dilated window and global tokens.
 
       t reads s in head n   if |t - s| = i d_n with 0 ≤ i < window
                             or t < num_global or s < num_global

@@ -1,4 +1,4 @@
-"""Mamba-2's state space layer, as linear attention with a decay per head."""
+"""Mamba-2: a state space model as linear attention with a decay per head."""
 
 from typing import ClassVar
 
@@ -21,10 +21,11 @@ from longctx.typing import Array, Float
 
 
 class Mamba2Attention(Attention):
-  """S_t = exp(-A dt_t) S_{t-1} + k_t (dt_t v_t)ᵀ, y_t = q_t S_t + D v_t.
+  """Mamba-2: a selective state space model, as linear attention.
 
-    dt_t = softplus(W_dt x_t + b_dt)
-    out_t = norm(y_t ⊙ silu(W_z x_t))
+      S_t = exp(-A dt_t) S_{t-1} + k_t (dt_t v_t)ᵀ, y_t = q_t S_t + D v_t
+      dt_t = softplus(W_dt x_t + b_dt)
+      out_t = norm(y_t ⊙ silu(W_z x_t))
 
   'Transformers are SSMs' (arXiv:2405.21060): v is the paper's x, k its B and q
   its C, each through a silu, and behind a convolution with `short_conv`, 4 in

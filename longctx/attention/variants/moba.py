@@ -1,4 +1,4 @@
-"""Causal softmax attention to the blocks that fit a query best."""
+"""Mixture of block attention (MoBA): top-k blocks by their mean keys."""
 
 from typing import ClassVar
 
@@ -14,7 +14,9 @@ from longctx.typing import Array, Float
 
 
 class MixtureOfBlockAttention(Attention):
-  """out_t = Σ_{s ≤ t, s in chosen blocks} softmax_s(q_t k_s / √H) v_s.
+  """Mixture of block attention: softmax over the top-k blocks of a query.
+
+      out_t = Σ_{s ≤ t, s in chosen blocks} softmax_s(q_t k_s / √H) v_s
 
   MoBA (arXiv:2502.13189): chosen are the query's own block and, of the blocks
   before it, the top_k - 1 with the largest gates q_t · mean(keys of the block),

@@ -1,4 +1,4 @@
-"""Native sparse attention: compressed, selected and recent tokens."""
+"""Native sparse attention (NSA): compressed, selected and recent tokens."""
 
 from typing import ClassVar
 
@@ -15,7 +15,9 @@ from longctx.typing import Array, Float
 
 
 class NativeSparseAttention(Attention):
-  """out_t = g_c compressed_t + g_s selected_t + g_w window_t, g = σ(W x_t).
+  """Native sparse attention: compressed, selected and recent tokens.
+
+      out_t = g_c compressed_t + g_s selected_t + g_w window_t, g = σ(W x_t)
 
   NSA (arXiv:2502.11089). Three softmax attentions of the same queries, each to
   keys and values of its own:

@@ -1,4 +1,4 @@
-"""Softmax attention whose outputs are gated by their inputs."""
+"""Gated attention: softmax attention whose outputs are gated."""
 
 import jax
 from flax import nnx
@@ -9,7 +9,9 @@ from longctx.typing import Array, Float
 
 
 class OutputGateAttention(Attention):
-  """out_t = σ(W x_t) ⊙ Σ_{s ≤ t} softmax_s(q_t k_s / √H) v_s.
+  """Gated attention: a sigmoid gate on the outputs of softmax attention.
+
+      out_t = σ(W x_t) ⊙ Σ_{s ≤ t} softmax_s(q_t k_s / √H) v_s
 
   'Gated Attention for Large Language Models' (arXiv:2505.06708), the form that
   is best there: after mixing, of each head its own. A gate near 0 attends to

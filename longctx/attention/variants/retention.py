@@ -1,4 +1,4 @@
-"""Retention: linear attention under a fixed decay per head."""
+"""Retention (RetNet): linear attention under a fixed decay per head."""
 
 from typing import ClassVar
 
@@ -16,7 +16,9 @@ from longctx.typing import Array, Float
 
 
 class RetentionAttention(Attention):
-  """S_t = γ S_{t-1} + k_t v_tᵀ, out_t = swish(W_g x_t) ⊙ norm(q_t S_t / √H).
+  """Retention: linear attention under a fixed decay per head.
+
+      S_t = γ S_{t-1} + k_t v_tᵀ, out_t = swish(W_g x_t) ⊙ norm(q_t S_t / √H)
 
   'Retentive Network' (arXiv:2307.08621): γ = 1 - 2^(-5-n) in head n, which so
   forgets half in 22 · 2^n tokens. The norm is that of one head's outputs (group

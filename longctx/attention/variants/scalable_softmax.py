@@ -1,4 +1,4 @@
-"""Full attention whose logits grow with the number of keys."""
+"""Scalable softmax (SSMax): logits that grow with the number of keys."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -10,7 +10,9 @@ from longctx.typing import Array, Float
 
 
 class ScalableSoftmaxAttention(Attention):
-  """out_t = Σ_{s ≤ t} softmax_s(σ log(n_t) q_t k_s / √H) v_s.
+  """Scalable softmax attention: logits grow with log n of the keys.
+
+      out_t = Σ_{s ≤ t} softmax_s(σ log(n_t) q_t k_s / √H) v_s
 
   'Scalable-Softmax Is Superior for Attention' (arXiv:2501.19399): n_t is the
   number of keys that t may read and σ a learned scalar per head. A gap of g

@@ -1,4 +1,4 @@
-"""Attention whose weights do not compete."""
+"""Sigmoid attention: weights that do not compete."""
 
 from typing import Any
 
@@ -12,7 +12,9 @@ from longctx.typing import Array, Float
 
 
 class SigmoidAttention(Attention):
-  """out_t = Σ_{s ≤ t} σ(q_t k_s / √H + b) v_s with b = β_n - log n.
+  """Sigmoid attention: each key is weighed alone.
+
+      out_t = Σ_{s ≤ t} σ(q_t k_s / √H + b) v_s with b = β_n - log n
 
   'Theory, Analysis, and Best Practices for Sigmoid Self-Attention'
   (arXiv:2409.04431): each key is weighed alone. The bias keeps the sum of n

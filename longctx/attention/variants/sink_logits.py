@@ -1,4 +1,4 @@
-"""Softmax attention with a learned logit per head that takes weight."""
+"""Attention sinks as a learned logit per head."""
 
 from typing import Any, ClassVar
 
@@ -10,7 +10,9 @@ from longctx.attention.variants.sliding_window import causal_mask
 
 
 class SinkLogitsAttention(Attention):
-  """out_t = Σ_{s ≤ t} exp(z_ts) v_s / (exp(b_n) + Σ_{s ≤ t} exp(z_ts)).
+  """Softmax attention with an attention sink, a learned logit per head.
+
+      out_t = Σ_{s ≤ t} exp(z_ts) v_s / (exp(b_n) + Σ_{s ≤ t} exp(z_ts))
 
   z_ts = q_t k_s / √H and b_n a learned number per head: the sinks of gpt-oss
   (arXiv:2508.10925). At b = 0, where it starts, this is `softmax1`; at -∞ it is

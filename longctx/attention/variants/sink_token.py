@@ -1,4 +1,4 @@
-"""Softmax attention with learned keys and values that all queries read."""
+"""Learned attention sinks: keys and values that all queries read."""
 
 from typing import ClassVar
 
@@ -15,7 +15,7 @@ from longctx.typing import Array, Float
 
 
 class SinkTokenAttention(Attention):
-  """Softmax attention over earlier tokens and `num_sinks` learned ones.
+  """Softmax attention to earlier tokens and to learned attention sinks.
 
       z_ts = q_t k_s / √H        z_tm = q_t κ_m / √H
       out_t ∝ Σ_{s ≤ t} exp(z_ts) v_s + Σ_m exp(z_tm) υ_m

@@ -1,4 +1,4 @@
-"""Causal softmax attention over the most recent tokens."""
+"""Sliding window attention: the most recent tokens."""
 
 from typing import ClassVar
 
@@ -9,7 +9,9 @@ from longctx.attention.base import Attention, AttentionConfig
 
 
 class SlidingWindowAttention(Attention):
-  """out_t = Σ_{t - window < s ≤ t} softmax_s(q_t k_s / √H) v_s.
+  """Sliding window attention, causal.
+
+      out_t = Σ_{t - window < s ≤ t} softmax_s(q_t k_s / √H) v_s
 
   Longformer (arXiv:2004.05150), section 3.1, in its causal form. Time
   O(T window), memory O(T); decoding keeps `window` keys and values.

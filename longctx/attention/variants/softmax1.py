@@ -1,4 +1,4 @@
-"""Softmax attention that may attend to nothing."""
+"""Softmax-off-by-one attention, which may attend to nothing."""
 
 from typing import Any, ClassVar
 
@@ -9,7 +9,9 @@ from longctx.attention.variants.sliding_window import causal_mask
 
 
 class Softmax1Attention(Attention):
-  """out_t = Σ_{s ≤ t} exp(z_ts) v_s / (1 + Σ_{s ≤ t} exp(z_ts)).
+  """Softmax-off-by-one attention: a zero sink in the denominator.
+
+      out_t = Σ_{s ≤ t} exp(z_ts) v_s / (1 + Σ_{s ≤ t} exp(z_ts))
 
   z_ts = q_t k_s / √H. 'Attention Is Off By One' (Miller, 2023), the 'zero sink'
   of StreamingLLM (arXiv:2309.17453): as if one more key gave logit 0 and value

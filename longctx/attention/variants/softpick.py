@@ -1,4 +1,4 @@
-"""Attention that gives exact zeros and need not sum to one."""
+"""Softpick attention: exact zeros, and weights that need not sum to one."""
 
 from typing import Any
 
@@ -9,7 +9,9 @@ from longctx.attention.base import Attention, AttentionConfig
 
 
 class SoftpickAttention(Attention):
-  """out_t = Σ_{s ≤ t} relu(exp(z_ts) - 1) v_s / Σ_{s ≤ t} |exp(z_ts) - 1|.
+  """Softpick attention: rectified softmax, with exact zeros.
+
+      out_t = Σ_{s ≤ t} relu(exp(z_ts) - 1) v_s / Σ_{s ≤ t} |exp(z_ts) - 1|
 
   z_ts = q_t k_s / √H. Softpick (arXiv:2504.20966): keys with a negative logit
   get weight 0 and still count in the sum, through which they have a gradient.

@@ -1,4 +1,4 @@
-"""Attention sinks kept beside a window."""
+"""StreamingLLM: attention sinks kept beside a sliding window."""
 
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ from longctx.typing import Array, Float
 
 
 class StreamingAttention(Attention):
-  """Softmax attention to the first tokens and to the most recent ones.
+  """StreamingLLM: softmax attention to the first and the most recent tokens.
 
       t reads s   if s ≤ t and (s < num_sinks or t - s < window)
 

@@ -1,4 +1,4 @@
-"""A window of softmax attention and linear attention, added in one layer."""
+"""Hybrid of sliding window softmax and linear attention in one layer."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -21,10 +21,11 @@ from longctx.typing import Array, Float
 
 
 class WindowLinearAttention(Attention):
-  """out_t = σ(m) linear_t + (1 - σ(m)) window_t, one m per head.
+  """Hybrid attention: a sliding window and linear attention, weighed per head.
 
-    window_t = Σ_{t - window < s ≤ t} softmax_s(q_t k_s / √H) v_s
-    linear_t = φ(q_t) S_t / φ(q_t) z_t,  S_t = Σ_{s ≤ t} φ(k_s) v_sᵀ
+      out_t = σ(m) linear_t + (1 - σ(m)) window_t, one m per head
+      window_t = Σ_{t - window < s ≤ t} softmax_s(q_t k_s / √H) v_s
+      linear_t = φ(q_t) S_t / φ(q_t) z_t,  S_t = Σ_{s ≤ t} φ(k_s) v_sᵀ
 
   Exact recall of what is near, a state of what is far, from the same q, k and
   v. The mix is that of 'Leave No Context Behind' (Infini-attention,
