@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longctx.attention import make_attention, take_queries
+from longctx.attention.base import make_linear
 from longctx.attention.context import Context
 from longctx.models.config import REMAT_POLICIES, TransformerConfig, check
 from longctx.ops.cross_entropy import cross_entropy_sums, project
@@ -20,14 +21,8 @@ class MLP(nnx.Module):
   """MLP: W_out gelu(W_in x), without biases."""
 
   def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-    kwargs = dict(
-      use_bias=False,
-      dtype=jnp.dtype(config.dtype),
-      param_dtype=jnp.dtype(config.param_dtype),
-      rngs=rngs,
-    )
-    self.up = nnx.Linear(config.d_model, config.mlp_dim, **kwargs)
-    self.down = nnx.Linear(config.mlp_dim, config.d_model, **kwargs)
+    self.up = make_linear(config, config.d_model, config.mlp_dim, rngs=rngs)
+    self.down = make_linear(config, config.mlp_dim, config.d_model, rngs=rngs)
 
   def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
     return self.down(nnx.gelu(self.up(x)))

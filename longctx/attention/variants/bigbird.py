@@ -38,12 +38,7 @@ class BigBirdAttention(Attention):
       which is ⌈T / block⌉ for the longest sequence.
   """
 
-  small: ClassVar = {
-    'window': 2,
-    'num_global': 2,
-    'block': 2,
-    'num_random': 2,
-  }
+  small: ClassVar = dict(window=2, num_global=2, block=2, num_random=2)
 
   def __init__(
     self,

@@ -30,12 +30,10 @@ class DifferentialAttention(Attention):
       2, ….
   """
 
+  mask = masks.Causal()
+
   def __init__(
-    self,
-    config: AttentionConfig,
-    *,
-    lambda_init: float = 0.8,
-    rngs: nnx.Rngs,
+    self, config: AttentionConfig, *, lambda_init: float = 0.8, rngs: nnx.Rngs
   ):
     even = 4 if config.position_encoding == 'rope' else 2
     if config.head_dim % even or config.value_dim % 2:
@@ -55,14 +53,14 @@ class DifferentialAttention(Attention):
       value_dim=config.value_dim // 2,
     )
     super().__init__(halves, rngs=rngs)
-    self.mask = masks.Causal()
     self.lambda_init = lambda_init
     self.group = config.num_heads // config.num_kv_heads
     normal = nnx.initializers.normal(0.1)
     param_dtype = jnp.dtype(config.param_dtype)
-    shape = (2, halves.head_dim)
-    self.lambda_q = nnx.Param(normal(rngs.params(), shape, param_dtype))
-    self.lambda_k = nnx.Param(normal(rngs.params(), shape, param_dtype))
+    self.lambda_q, self.lambda_k = (
+      nnx.Param(normal(rngs.params(), (2, halves.head_dim), param_dtype))
+      for _ in range(2)
+    )
     self.head_norm = nnx.RMSNorm(
       config.value_dim,
       epsilon=1e-5,

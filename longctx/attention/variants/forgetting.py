@@ -26,9 +26,10 @@ class ForgettingAttention(Attention):
   so is a logit: 0.003 nats at a million tokens with f = 0.95.
   """
 
+  mask = masks.Causal()
+
   def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
-    self.mask = masks.Causal()
     self.forget = make_linear(
       config, config.d_model, config.num_heads, use_bias=True, rngs=rngs
     )

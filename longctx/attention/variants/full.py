@@ -1,9 +1,7 @@
 """Full causal softmax attention."""
 
-from flax import nnx
-
 from longctx import masks
-from longctx.attention.base import Attention, AttentionConfig
+from longctx.attention.base import Attention
 
 
 class FullAttention(Attention):
@@ -15,6 +13,4 @@ class FullAttention(Attention):
   decoding keeps every key and value, so that any of them can be recalled.
   """
 
-  def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
-    super().__init__(config, rngs=rngs)
-    self.mask = masks.Causal()
+  mask = masks.Causal()

@@ -1,5 +1,7 @@
 """Longformer: dilated sliding windows and global tokens."""
 
+import functools
+import operator
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -44,12 +46,9 @@ class LongformerAttention(Attention):
     use_bias: whether the projections into heads have biases.
   """
 
-  small: ClassVar = {
-    'window': 2,
-    'dilation': 3,
-    'num_global': 2,
-    'global_projections': True,
-  }
+  small: ClassVar = dict(
+    window=2, dilation=3, num_global=2, global_projections=True
+  )
 
   def __init__(
     self,
@@ -73,7 +72,8 @@ class LongformerAttention(Attention):
       (heads, _local_mask(window, d, num_global, causal, global_projections))
       for d, heads in _heads_by_dilation(dilation, config.num_heads)
     )
-    self.mask = _union([mask for _, mask in self.of_heads])
+    parts = [mask for _, mask in self.of_heads]
+    self.mask = functools.reduce(operator.or_, parts)
     self.of_globals = None
     if global_projections:
       self.of_globals = masks.PrefixRows(num_global)
@@ -196,13 +196,6 @@ def _local_mask(
   elif num_global:
     mask = mask | masks.GlobalTokens(num_global)
   return masks.Causal() & mask if causal else mask
-
-
-def _union(parts: list[masks.Mask]) -> masks.Mask:
-  union = parts[0]
-  for part in parts[1:]:
-    union = union | part
-  return union
 
 
 def _take_heads(q, k, v, heads: tuple[int, ...]):

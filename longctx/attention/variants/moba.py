@@ -32,6 +32,7 @@ class MixtureOfBlockAttention(Attention):
     top_k: blocks that a query reads, its own included.
   """
 
+  mask = masks.Causal()
   mask_is_bound = True
   unsupported: ClassVar = OF_SELECTIONS
   small: ClassVar = {'block_size': 4, 'top_k': 2}
@@ -47,7 +48,6 @@ class MixtureOfBlockAttention(Attention):
     if block_size < 1 or top_k < 1:
       raise ValueError(f'moba: {block_size=} and {top_k=} must be at least 1')
     super().__init__(config, rngs=rngs)
-    self.mask = masks.Causal()
     self.block_size, self.top_k = block_size, top_k
 
   def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:

@@ -48,6 +48,7 @@ class NativeSparseAttention(Attention):
     window: keys that the window branch reads.
   """
 
+  mask = masks.Causal()
   mask_is_bound = True
   # Their order: compressed, selected, window.
   branches = 3
@@ -66,14 +67,9 @@ class NativeSparseAttention(Attention):
       'has none: give the layer attention_dropout=0.0'
     ),
   }
-  small: ClassVar = {
-    'compress_block': 4,
-    'stride': 2,
-    'block_size': 4,
-    'top_n': 3,
-    'num_local': 1,
-    'window': 3,
-  }
+  small: ClassVar = dict(
+    compress_block=4, stride=2, block_size=4, top_n=3, num_local=1, window=3
+  )
 
   def __init__(
     self,
@@ -102,7 +98,6 @@ class NativeSparseAttention(Attention):
         f'nsa: {top_n=} must be at least {num_initial=} + {num_local=}'
       )
     super().__init__(config, rngs=rngs)
-    self.mask = masks.Causal()
     self.window = masks.SlidingWindow(window - 1)
     self.stride, self.block_size, self.top_n = stride, block_size, top_n
     self.num_initial, self.num_local = num_initial, num_local

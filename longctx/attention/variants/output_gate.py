@@ -23,15 +23,12 @@ class OutputGateAttention(Attention):
     headwise: one gate per head; otherwise one per head and value channel.
   """
 
+  mask = masks.Causal()
+
   def __init__(
-    self,
-    config: AttentionConfig,
-    *,
-    headwise: bool = False,
-    rngs: nnx.Rngs,
+    self, config: AttentionConfig, *, headwise: bool = False, rngs: nnx.Rngs
   ):
     super().__init__(config, rngs=rngs)
-    self.mask = masks.Causal()
     width = 1 if headwise else config.value_dim
     gates = config.num_heads * width
     self.gate = make_linear(config, config.d_model, gates, rngs=rngs)

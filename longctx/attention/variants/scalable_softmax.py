@@ -29,6 +29,8 @@ class ScalableSoftmaxAttention(Attention):
       of 1,024, where logits then start at the size of softmax's.
   """
 
+  mask = masks.Causal()
+
   def __init__(
     self,
     config: AttentionConfig,
@@ -37,10 +39,8 @@ class ScalableSoftmaxAttention(Attention):
     rngs: nnx.Rngs,
   ):
     super().__init__(config, rngs=rngs)
-    self.mask = masks.Causal()
-    param_dtype = jnp.dtype(config.param_dtype)
     self.logit_scale = nnx.Param(
-      jnp.full(config.num_heads, initial_scale, param_dtype)
+      jnp.full(config.num_heads, initial_scale, config.param_dtype)
     )
 
   def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:

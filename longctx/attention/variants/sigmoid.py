@@ -27,6 +27,8 @@ class SigmoidAttention(Attention):
     learned_bias: whether β is learned.
   """
 
+  mask = masks.Causal()
+
   def __init__(
     self,
     config: AttentionConfig,
@@ -38,12 +40,12 @@ class SigmoidAttention(Attention):
     if length is not None and length < 1:
       raise ValueError(f'sigmoid: {length=} must be at least 1')
     super().__init__(config, rngs=rngs)
-    self.mask = masks.Causal()
     self.length = length
     self.learned_bias = learned_bias
     if learned_bias:
-      param_dtype = jnp.dtype(config.param_dtype)
-      self.logit_bias = nnx.Param(jnp.zeros(config.num_heads, param_dtype))
+      self.logit_bias = nnx.Param(
+        jnp.zeros(config.num_heads, config.param_dtype)
+      )
 
   def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The bias is a product of channels, which leaves the op its blocks."""

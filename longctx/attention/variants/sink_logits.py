@@ -25,16 +25,13 @@ class SinkLogitsAttention(Attention):
   small: ClassVar = {'window': 5}
 
   def __init__(
-    self,
-    config: AttentionConfig,
-    *,
-    window: int | None = None,
-    rngs: nnx.Rngs,
+    self, config: AttentionConfig, *, window: int | None = None, rngs: nnx.Rngs
   ):
     super().__init__(config, rngs=rngs)
     self.mask = causal_mask(window)
-    param_dtype = jnp.dtype(config.param_dtype)
-    self.sink_logits = nnx.Param(jnp.zeros(config.num_heads, param_dtype))
+    self.sink_logits = nnx.Param(
+      jnp.zeros(config.num_heads, config.param_dtype)
+    )
 
   def logit_options(self) -> dict[str, Any]:
     return {**super().logit_options(), 'sink_logits': self.sink_logits[...]}

@@ -51,10 +51,9 @@ class SinkTokenAttention(Attention):
     self.num_sinks = num_sinks
     # Of the size of keys and values that come from inputs of variance one.
     normal = nnx.initializers.normal(1.0)
-    param_dtype = jnp.dtype(config.param_dtype)
     shape = (num_sinks, config.num_kv_heads)
     self.sink_key, self.sink_value = (
-      nnx.Param(normal(rngs.params(), (*shape, width), param_dtype))
+      nnx.Param(normal(rngs.params(), (*shape, width), config.param_dtype))
       for width in (config.head_dim, config.value_dim)
     )
 

@@ -25,11 +25,7 @@ class Softmax1Attention(Attention):
   small: ClassVar = {'window': 5}
 
   def __init__(
-    self,
-    config: AttentionConfig,
-    *,
-    window: int | None = None,
-    rngs: nnx.Rngs,
+    self, config: AttentionConfig, *, window: int | None = None, rngs: nnx.Rngs
   ):
     super().__init__(config, rngs=rngs)
     self.mask = causal_mask(window)

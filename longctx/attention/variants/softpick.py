@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from flax import nnx
-
 from longctx import masks
-from longctx.attention.base import Attention, AttentionConfig
+from longctx.attention.base import Attention
 
 
 class SoftpickAttention(Attention):
@@ -19,9 +17,7 @@ class SoftpickAttention(Attention):
   attention.
   """
 
-  def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
-    super().__init__(config, rngs=rngs)
-    self.mask = masks.Causal()
+  mask = masks.Causal()
 
   def logit_options(self) -> dict[str, Any]:
     return {**super().logit_options(), 'normalizer': 'softpick'}
