@@ -33,13 +33,16 @@ class Field:
 
 
 def read(module: str, name: str) -> tuple[Field, ...]:
-  """The fields of a dataclass, by its name in a module."""
+  """The fields of a dataclass by its name in a module, inherited ones first."""
   found = _find(module, name)
   if found is None:
     raise ValueError(f'{module} has no class {name}')
   module, cls = found
   docs = _attributes(ast.get_docstring(cls) or '')
   fields = []
+  for base in map(ast.unparse, cls.bases):
+    if _find(module, base) is not None:
+      fields += read(module, base)
   for node in cls.body:
     if not isinstance(node, ast.AnnAssign):
       continue
