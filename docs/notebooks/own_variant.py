@@ -78,7 +78,8 @@ class Fading(Attention):
       heads=N, key_dim=H, value_dim=config.value_dim, scale=H**-0.5
     )
 
-  def attend(self, q, k, v, *, x, context):
+  def attend(self, qkv, context):
+    q, k, v, x = qkv
     log_decay = jax.nn.log_sigmoid(self.fade(x))
     return context.recurrence(self.recurrence, q, k, v, log_decay=log_decay)
 
