@@ -30,10 +30,8 @@ from longctx.attention.recurrence import Recurrence
 class WindowAndSteps(Attention):
   """Softmax over the last 8 tokens, and every 4th of the 32 before."""
 
-  def __init__(self, config, *, rngs):
-    super().__init__(config, rngs=rngs)
-    steps = lc.masks.Dilated(window=8, dilation=4)
-    self.mask = lc.masks.Causal() & (lc.masks.SlidingWindow(7) | steps)
+  steps = lc.masks.Dilated(window=8, dilation=4)
+  mask = lc.masks.Causal() & (lc.masks.SlidingWindow(7) | steps)
 
 
 lc.VARIANTS['window_and_steps'] = WindowAndSteps
@@ -72,11 +70,8 @@ class Fading(Attention):
 
   def __init__(self, config, *, rngs):
     super().__init__(config, rngs=rngs)
-    N, H = config.num_heads, config.head_dim
-    self.fade = make_linear(config, config.d_model, N, rngs=rngs)
-    self.recurrence = Recurrence(
-      heads=N, key_dim=H, value_dim=config.value_dim, scale=H**-0.5
-    )
+    self.fade = make_linear(config, config.d_model, config.num_heads, rngs=rngs)
+    self.recurrence = Recurrence.of(config, scale=config.head_dim**-0.5)
 
   def attend(self, qkv, context):
     q, k, v, x = qkv
