@@ -1,6 +1,7 @@
 """Figure of a plan: memory by part, and hops as a timeline."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -8,17 +9,17 @@ from longctx.plan.hops import Pass
 from longctx.plan.planner import Plan
 from longctx.training import figures
 
+LABELS = (
+  'compute: own keys, then those of each hop',
+  'send the keys of the next hop',
+)
+
 # Hops that are drawn; the others are like them.
 DRAWN = 4
 
 
 def plot(plan: Plan, path: pathlib.Path) -> None:
-  """Writes a PNG.
-
-  Args:
-    plan: of a step.
-    path: of the file.
-  """
+  """Writes a PNG."""
   figure, (left, right) = figures.axes(2)
   _memory(left, plan)
   _timeline(right, plan)
@@ -46,14 +47,8 @@ def _memory(axis: Any, plan: Plan):
   axis.barh(places, sizes, color=[*colors, last], height=0.7)
   axis.axvline(limit, color='0.2', ls='--', lw=1.2)
   edge = 1.18 * max(limit, total)
-  axis.text(
-    limit,
-    -0.75,
-    f'{limit:.4g} GiB to have ',
-    fontsize=8,
-    ha='right',
-    color='0.2',
-  )
+  text = f'{limit:.4g} GiB to have '
+  axis.text(limit, -0.75, text, fontsize=8, ha='right', color='0.2')
   for place, size in zip(places, sizes, strict=True):
     axis.text(size + edge / 100, place, f'{size:,.2f}', va='center', fontsize=9)
   axis.set_yticks(places, names)
@@ -99,32 +94,13 @@ def _hops(axis: Any, one: Pass, top: float, *, label: bool) -> float:
     # Own keys first, while those of hop 1 are on their way.
     busy = one.own_seconds * 1e3 if hop == 0 else compute
     sends = send if hop < one.hops else 0.0
-    first = label and hop == 0
-    axis.barh(
-      top,
-      busy,
-      left=now,
-      height=0.8,
-      color=figures.COLORS[0] if hop % 2 == 0 else figures.COLORS[5],
-      label='compute: own keys, then those of each hop' if first else None,
-    )
-    axis.barh(
-      top + 1,
-      sends,
-      left=now,
-      height=0.8,
-      color=figures.COLORS[1],
-      label='send the keys of the next hop' if first else None,
-    )
+    labels = LABELS if label and hop == 0 else (None, None)
+    bar = functools.partial(axis.barh, left=now, height=0.8)
+    bar(top, busy, color=figures.COLORS[5 * (hop % 2)], label=labels[0])
+    bar(top + 1, sends, color=figures.COLORS[1], label=labels[1])
     name = 'own' if hop == 0 else str(hop)
-    axis.text(
-      now + busy / 2,
-      top,
-      name,
-      ha='center',
-      va='center',
-      fontsize=8,
-      color='white' if hop % 2 == 0 else 'black',
-    )
+    color = 'black' if hop % 2 else 'white'
+    place = (now + busy / 2, top)
+    axis.text(*place, name, ha='center', va='center', fontsize=8, color=color)
     now += max(busy, sends)
   return now
