@@ -34,16 +34,8 @@ from longctx.training.runs import Run
 WITHOUT_GATE = tuple(name for name in METHODS if name != 'gate')
 
 # What tells one line of s2a.jsonl from another.
-FIELDS = (
-  'run',
-  'condition',
-  'distractors',
-  'sentences',
-  'mentions',
-  'opinions',
-  'keep',
-  'method',
-)
+SETTINGS = ('sentences', 'mentions', 'opinions', 'keep')
+FIELDS = ('run', 'condition', 'distractors', *SETTINGS, 'method')
 # Of a question's row, where it has them.
 SHARES = ('precision', 'recall', 'dropped', 'opinion', 'invented')
 MEANS = ('read', 'written', 'flops', 'seconds')
@@ -173,10 +165,7 @@ def measure(
             'run': run.name,
             'condition': condition,
             'distractors': n,
-            'sentences': config.sentences,
-            'mentions': config.mentions,
-            'opinions': config.opinions,
-            'keep': config.keep,
+            **{name: getattr(config, name) for name in SETTINGS},
             'method': method,
             **summary(answerer, asked, method, config.batch_size),
           }
