@@ -1,1 +1,1 @@
-"""What a model does, measured: what outputs read, what memories hold."""
+"""Interpretability: sinks, induction heads, retrieval, leaks and capacity."""

@@ -1,4 +1,4 @@
-"""How many pairs a memory answers, measured without training.
+"""Memory capacity: key-value pairs that a state answers, without training.
 
     memory = linear_memory(make_feature_map('identity'))
     accuracy(memory, num_pairs=16, key_dim=16, value_dim=64)

@@ -1,4 +1,4 @@
-"""What the numbers of an analysis say, in words."""
+"""Findings of an analysis: its numbers in words."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the scores are, a line each, for who sees their numbers."""
+"""Glossary of scores, a line each, for who sees their numbers."""
 
 from longctx.analysis.analyzer import FOUND
 

@@ -50,7 +50,7 @@ class Tokens:
 
 
 class Question(NamedTuple):
-  """What is asked of a layer's heads.
+  """Question about a layer's heads.
 
   Attributes:
     probes: in place of values, float32.

@@ -1,4 +1,4 @@
-"""Which inputs an output can read, proven on the computation itself.
+"""Leak probe: inputs that an output reads, proven on the computation itself.
 
     fn = lambda x: attention(x, segment_ids=segment_ids)
     read = reads(fn, x)                              # bool[T, T]

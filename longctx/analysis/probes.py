@@ -1,4 +1,4 @@
-"""What each token gets of each other, in any layer, without a matrix of pairs.
+"""Attention probes: what tokens get of each other, without a T x T matrix.
 
 A layer's output is a sum of values, out_t = Σ_s A_ts v_s, and A depends on
 queries and keys alone. So the layer itself, given other values, tells Σ_s A_ts

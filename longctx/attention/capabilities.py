@@ -1,4 +1,4 @@
-"""What a config can ask of a layer, and the words for what it can't have.
+"""Capabilities that a config asks of a layer, and the words of refusals.
 
 A variant lists in `Attention.unsupported` what it lacks, with the reason. The
 layer refuses by that list, the tests run every cell that is not on it, and
