@@ -85,7 +85,7 @@ class LogConfig:
   Attributes:
     every: steps averaged into one line of metrics.jsonl.
     tensorboard: also write TensorBoard events into workdir/tensorboard.
-    progress: a progress bar on a terminal; otherwise one line per log.
+    progress: a progress bar on a terminal; otherwise a line in ten seconds.
   """
 
   every: int = 50

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -196,38 +196,12 @@ def make_summary_writer() -> Callable[..., Any]:
   return tensorboardX.SummaryWriter
 
 
-class Progress:
-  """A progress bar on a terminal; elsewhere, a plain line per log."""
-
-  def __init__(self, *, name: str, steps: int, start_step: int, show: bool):
-    self._steps = steps
-    self._name = name
-    self._bar = tqdm.tqdm(
-      desc=name or 'train',
-      total=steps,
-      initial=start_step,
-      unit='step',
-      dynamic_ncols=True,
-      disable=not (show and sys.stderr.isatty() and is_writer()),
-    )
-
-  def advance(self):
-    self._bar.update()
-
-  def show(self, row: dict[str, Any]):
-    """Shows the figures of one line of the log."""
-    text = (
-      f'loss {row["loss"]:.4f}  accuracy {row["accuracy"]:.4f}  '
-      f'{row["tokens_per_second"]:,.0f} tokens/s'
-    )
-    if self._bar.disable:
-      name = f'{self._name}: ' if self._name else ''
-      say(f'{name}step {row["step"]}/{self._steps}  {text}')
-    else:
-      self._bar.set_postfix_str(text)
-
-  def close(self):
-    self._bar.close()
+def figures(rates: Mapping[str, float]) -> str:
+  """What `Meter.rates` gives, to read."""
+  text = f'loss {rates["loss"]:.4f}  accuracy {rates["accuracy"]:.4f}'
+  if rates['tokens_per_second']:
+    text += f'  {rates["tokens_per_second"]:,.0f} tokens/s'
+  return text
 
 
 def versions() -> dict[str, Any]:

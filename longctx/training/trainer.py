@@ -6,6 +6,7 @@ bit on the same mesh, data order included.
 """
 
 import collections
+import contextlib
 import json
 import pathlib
 import signal
@@ -29,7 +30,11 @@ from longctx.training import results as results_lib
 from longctx.training.checkpoint import Checkpointer, abstract
 from longctx.training.errors import NotFiniteError, StoppedError
 from longctx.training.optimizer import make_schedule
+from longctx.training.progress import LINES, Progress, matmul_rate, span
 from longctx.training.runs import Run, open_batches
+
+# From this many on a step's time is told beforehand: seconds, on two CPU cores.
+LONG_FLOPS = 1e11
 
 
 def train(runs: list[Run], workdir: pathlib.Path) -> dict[str, Any]:
@@ -113,6 +118,7 @@ class Trainer:
     self.graph, params = steps.abstract_params(run.model)
     self.model = nnx.merge(self.graph, params)
     self.compiled: Callable[..., Any] | None = None
+    self.shapes: set[tuple] = set()
     self.parameters = sum(x.size for x in jax.tree.leaves(params))
     self.functions = steps.make_steps(
       self.graph, config, placement=run.placement
@@ -174,53 +180,47 @@ class Trainer:
     """Trains to the last step; returns what results.json holds."""
     config, first = self.config, self.step
     self._announce()
-    progress = metrics.Progress(
-      name=self.name,
-      steps=config.steps,
-      start_step=first,
-      show=config.log.progress,
-    )
     begun, before = time.perf_counter(), self.seconds
     pending = None
-    try:
+    with Progress(
+      self.name or 'train', config.steps, start=first, bar=config.log.progress
+    ) as self.progress:
       for step in range(first + 1, config.steps + 1):
         batch = self._put(next(self.batches), training=True)
-        if self.compiled is None:
-          self._compile(batch)
-        self.state, values = self.compiled(self.state, batch, np.int32(step))
+        values = self._update(batch, step)
         self.step = step
         # Reading a step's metrics waits for it; by now the next one runs.
         if pending is not None:
-          self._note(*pending, progress)
+          self._note(*pending)
         pending = (step, values)
         # Before the metrics of this step, also where they are read at once: a
         # resumed run has to decide likewise.
         due = self._due_after(step)
         if self.lockstep:
-          self._note(*pending, progress)
+          self._note(*pending)
           pending = None
         stop_now = stop.at(step)
         if due or stop_now:
           if pending is not None:
-            self._note(*pending, progress)
+            self._note(*pending)
           pending = None
           # Only now the step has ended.
           self.seconds = before + time.perf_counter() - begun
           if 'validate' in due:
-            self._validate()
+            with self.progress.doing('evaluating'):
+              self._validate()
           if 'analyze' in due:
             self._analyze('analysis', self.analyzer.measure)
           if 'ablate' in due:
             self._analyze('ablation', self.analyzer.ablate)
           # After all that writes a line, so that no resumed run lacks it.
           if 'save' in due or stop_now:
-            self._save()
+            with self.progress.doing('saving'):
+              self._save()
           self.meter.pause()
         if stop_now and step < config.steps:
           self._stop(stop.signum)
-    finally:
-      progress.close()
-    return self._finish(first)
+      return self._finish(first)
 
   def _due_after(self, step: int) -> set[str]:
     """What follows a step, from what is known of the steps before it."""
@@ -240,6 +240,47 @@ class Trainer:
       due['ablate'] = False
     return {name for name, now in due.items() if now}
 
+  def _update(self, batch: steps.Batch, step: int) -> dict[str, jax.Array]:
+    """Makes one update, and says so where it has to be compiled first."""
+    first = self.compiled is None
+    expected = self._expect() if first else 0.0
+    shapes = tuple(x.shape for x in batch.values())
+    activity = contextlib.nullcontext()
+    if shapes not in self.shapes:
+      self.shapes.add(shapes)
+      activity = self.progress.doing('compiling', done='compiled in')
+    with activity:
+      if first:
+        self._compile(batch)
+      self.state, values = self.compiled(self.state, batch, np.int32(step))
+    if first:
+      with self.progress.doing('first step', expected):
+        jax.block_until_ready(values)
+    return values
+
+  def _expect(self) -> float:
+    """Says how long a step takes at least, where it takes long: seconds."""
+    flops = self._flops()
+    if flops < LONG_FLOPS or not metrics.is_writer():
+      return 0.0
+    dtype = 'bfloat16' if self.config.model.dtype == 'bfloat16' else 'float32'
+    rate = matmul_rate(dtype)
+    # Virtual devices share what one of them has.
+    if self.placement is not None and jax.default_backend() != 'cpu':
+      rate *= self.placement.mesh.size
+    seconds = flops / rate
+    if seconds > LINES:
+      tokens = self.config.batch_size * self.task.seq_len
+      metrics.say(
+        f'{self.name or "train"}: a step reads {tokens:,} tokens and takes '
+        f'{span(seconds)} at least: {flops:.3g} FLOPs at {rate:.3g} a second, '
+        'as fast as matrix products are here'
+      )
+    return seconds
+
+  def _flops(self) -> int:
+    return 3 * self.model.flops(self.task.seq_len) * self.config.batch_size
+
   def _compile(self, batch: steps.Batch):
     """Compiles a step; on a mesh, says beforehand what it will cost."""
     if self.placement is None:
@@ -248,15 +289,15 @@ class Trainer:
     train = self.functions.train.lower(self.state, batch, np.int32(0))
     self.compiled = train.compile()
     cost = program_cost(self.compiled)
-    flops = 3 * self.model.flops(self.task.seq_len) * self.config.batch_size
     wire = sum(cost.wire_bytes.values())
     kinds = ', '.join(
       f'{kind} {n / 1e6:,.1f}' for kind, n in cost.wire_bytes.items() if n
     )
     metrics.say(
-      f'{self.name or "train"}: a step computes {flops:.3g} FLOPs (three '
-      f'forward passes on allowed pairs), holds {cost.device_bytes / 1e6:,.0f} '
-      f'MB per device and sends {wire / 1e6:,.1f} MB over all wires ({kinds})'
+      f'{self.name or "train"}: a step computes {self._flops():.3g} FLOPs '
+      '(three forward passes on allowed pairs), holds '
+      f'{cost.device_bytes / 1e6:,.0f} MB per device and sends '
+      f'{wire / 1e6:,.1f} MB over all wires ({kinds})'
     )
     # At a million tokens one step is a run.
     self.meter.start()
@@ -280,7 +321,7 @@ class Trainer:
       f'{layout.name} layout'
     )
 
-  def _note(self, step: int, values: Any, progress: metrics.Progress):
+  def _note(self, step: int, values: Any):
     """Takes in the metrics of a finished step, and stops at a bad one."""
     values = {k: float(v) for k, v in jax.device_get(values).items()}
     for key in ('loss', 'grad_norm'):
@@ -291,17 +332,19 @@ class Trainer:
     self.detector.add_accuracy(
       step, values['correct'] / max(values['weight'], 1e-9)
     )
-    progress.advance()
-    if step % self.config.log.every == 0:
+    rates, due = self.meter.rates(), step % self.config.log.every == 0
+    self.progress.advance(
+      figures=metrics.figures(rates) if due or self.progress.stale() else ''
+    )
+    if due:
       row = {
         'step': step,
         'split': 'train',
-        **self.meter.rates(),
+        **rates,
         'learning_rate': float(self.schedule(step - 1)),
         'grad_norm': values['grad_norm'],
       }
       self.log.write(row)
-      progress.show(row)
       self.meter.reset()
 
   def _not_finite(self, what: str):
@@ -334,7 +377,8 @@ class Trainer:
 
   def _analyze(self, split: str, measure: Callable[..., dict[str, Any]]):
     begun = time.perf_counter()
-    row = measure(self.state['params'], self.step)
+    with self.progress.doing(split):
+      row = measure(self.state['params'], self.step)
     seconds = time.perf_counter() - begun
     self.log.write(
       {'step': self.step, 'split': split, 'seconds': seconds, **row}
@@ -386,7 +430,8 @@ class Trainer:
   def _finish(self, first: int) -> dict[str, Any]:
     """Measures the test split once, and writes results.json."""
     path = self.workdir / 'results.json'
-    self.checkpointer.wait()
+    with self.progress.doing('saving'):
+      self.checkpointer.wait()
     if first == self.step and path.exists():
       results = json.loads(path.read_text())
       if results['steps'] == self.step:
@@ -394,7 +439,8 @@ class Trainer:
         return results
     rows = metrics.read_lines(self.log.path)
     batches = self._open('test')
-    test = self.measure(batches)
+    with self.progress.doing('evaluating'):
+      test = self.measure(batches)
     batches.close()
     if not metrics.is_writer():
       return test
