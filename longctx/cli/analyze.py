@@ -1,4 +1,4 @@
-r"""What the heads of a trained model do, as a page to look at.
+r"""Analysis of the heads of a trained model, as a page to look at.
 
     python -m longctx.analysis --workdir=runs/induction
     python -m longctx.analysis --workdir=runs/induction --rows=32 --seq_len=128

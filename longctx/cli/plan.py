@@ -1,4 +1,4 @@
-r"""What a config costs on a machine that is not there.
+r"""Plan of what a config costs on a machine that is not there.
 
     python -m longctx.plan --config=configs/ring_1m.py:pod --topology=v5p:4x4x8
     python -m longctx.plan --config=configs/ring_1m.py:pod \

@@ -26,7 +26,7 @@ from longctx.typing import Array, Bool, Float, Int, Key, Shaped
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GateConfig:
-  """Where the gate stands, and how much passes.
+  """Gate config: where it stands, and how much passes.
 
   Attributes:
     keep: spans of the context that pass; 0: no gate.
@@ -83,7 +83,7 @@ class GateConfig:
 
 
 class Kept(NamedTuple):
-  """What passes.
+  """Kept spans, which pass the gate.
 
   Attributes:
     places: in natural order, ascending; -1 behind the last one.
@@ -104,7 +104,7 @@ class Kept(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Passed:
-  """What the blocks above the gate read, and how it was chosen.
+  """Passed tokens, which blocks above the gate read, and their scores.
 
   Attributes:
     x: outputs of the blocks below, of n tokens.

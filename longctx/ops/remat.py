@@ -1,4 +1,4 @@
-"""What a block keeps for its backward pass besides products."""
+"""Rematerialization: what a block keeps for its backward pass."""
 
 from typing import Any
 

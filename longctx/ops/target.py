@@ -1,4 +1,4 @@
-"""What machine a program is made for: this one, unless said otherwise.
+"""Compilation target: the machine a program is made for.
 
 Implementations are chosen while a program is traced, and the compiler of a pod
 runs on machines that have none of its chips. `compiling_for` tells the ops so.

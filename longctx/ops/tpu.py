@@ -1,4 +1,4 @@
-"""What kernels for TPUs have in common: chips, limits, products."""
+"""TPU kernels in common: chips, limits, products."""
 
 import jax
 from jax import lax

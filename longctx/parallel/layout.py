@@ -1,4 +1,4 @@
-"""Where the tokens of a sequence lie when several devices share it.
+"""Sequence layouts (zigzag, striped): where tokens lie on several devices.
 
 A layout is a permutation of the sequence, cut into one shard per device. With
 T = 16 tokens on R = 4 devices:
@@ -43,7 +43,7 @@ PER_TOKEN = (
 
 @dataclasses.dataclass(frozen=True)
 class SequenceLayout:
-  """How `seq_len` tokens are spread over `num_shards` shards.
+  """Sequence layout: `seq_len` tokens spread over `num_shards` shards.
 
   Any length works: padding fills the last shards up and stands at the end of
   the natural order, at positions `seq_len` and beyond.

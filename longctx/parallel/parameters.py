@@ -1,4 +1,4 @@
-"""Where parameters and optimizer state lie on a mesh: one rule for all.
+"""Parameter sharding (FSDP): one rule for parameters and optimizer state.
 
 Along `model` (tensor parallelism, arXiv:1909.08053) the projections into heads
 and into the MLP are split by what they make, those back and those within a head

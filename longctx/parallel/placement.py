@@ -1,4 +1,4 @@
-"""Where the tokens of a model lie, as one value to hand down."""
+"""Placement of tokens on a mesh, as one value to hand down."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
