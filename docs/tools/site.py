@@ -110,19 +110,26 @@ def run_notebooks(folder: pathlib.Path) -> None:
       raise RuntimeError(f'docs/notebooks/{name}.py failed, see above')
 
 
+def _tree(names: list[str]) -> list:
+  """Navigation to the pages of modules, those of a package under its own."""
+  below = {name: [] for name in names}
+  for name in names[1:]:
+    parent = name.rpartition('.')[0]
+    below[parent if parent in below else names[0]].append(name)
+
+  def entry(name: str) -> str | dict:
+    page = f'api/{name}.md'
+    title = name.rpartition('.')[2]
+    return {title: [page, *map(entry, below[name])] if below[name] else page}
+
+  return [f'api/{names[0]}.md', *map(entry, below[names[0]])]
+
+
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
   """Completes the navigation by the API reference and the project's pages."""
-  rooms = {}
-  for module in modules():
-    room = '.'.join(module.split('.')[:2])
-    title = module.removeprefix('longctx.')
-    rooms.setdefault(room, []).append({title: f'api/{module}.md'})
   for entry in config.nav:
     if 'API' in entry:
-      entry['API'] = [
-        pages[0] if len(pages) == 1 else {room.removeprefix('longctx.'): pages}
-        for room, pages in rooms.items()
-      ]
+      entry['API'] = _tree(modules())
     if 'Project' in entry:
       entry['Project'] = [
         {'Contributing': 'contributing.md'},

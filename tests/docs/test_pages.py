@@ -8,7 +8,10 @@ import shlex
 import pytest
 
 from longctx.attention import VARIANTS
+from longctx.cli import commands as cli
+from longctx.cli import config_file, flags
 from longctx.tasks import TASKS
+from longctx.training.config import ExperimentConfig, from_config_dict
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = {
@@ -29,13 +32,14 @@ pages = pytest.mark.parametrize('page', PAGES)
 
 
 def shell_commands(text):
-  """Words of each `python …` line in the code blocks without a language."""
+  """Words of each `python …`, in code blocks without a language and inline."""
   for language, block in FENCE.findall(text):
-    if language:
-      continue
-    for line in block.replace('\\\n', ' ').splitlines():
-      if line.startswith('python '):
-        yield shlex.split(line, comments=True)[1:]
+    if not language:
+      for line in block.replace('\\\n', ' ').splitlines():
+        if line.startswith('python '):
+          yield shlex.split(line, comments=True)[1:]
+  for line in re.findall(r'`python ([^`]+)`', FENCE.sub('', text)):
+    yield shlex.split(' '.join(line.split()))
 
 
 COMMANDS = {
@@ -107,19 +111,38 @@ def test_source_lines_are_not_quoted(page):
 
 
 @pytest.mark.parametrize('command', COMMANDS)
-def test_command_is_there(command):
+def test_command_takes_its_arguments(command):
   program, *arguments = COMMANDS[command]
   if program == '-m':
-    module = arguments.pop(0)
-    path = ROOT / module.replace('.', '/')
+    program = arguments.pop(0)
+    path = ROOT / program.replace('.', '/')
     path = path / '__main__.py' if path.is_dir() else path.with_suffix('.py')
   else:
     path = ROOT / program
   assert path.is_file(), command
-  for argument in arguments:
-    if argument.startswith('--config='):
-      config = ROOT / argument.removeprefix('--config=').partition(':')[0]
-      assert config.is_file(), command
+  called = program if program.endswith('.py') else f'-m {program}'
+  names = [
+    name
+    for name, known in cli.COMMANDS.items()
+    if known.prog == f'python {called}' or known.prog == f'python {program}'
+  ]
+  if not names:
+    # Of a benchmark or a study.
+    source = path.read_text() + (ROOT / 'studies/common.py').read_text()
+    for flag in re.findall(r'--(\w+)', ' '.join(arguments)):
+      assert f"'--{flag}'" in source, f'{command}: no flag --{flag}'
+    return
+  if not arguments:
+    return
+  (name,) = names
+  mode = f'{name} {arguments[0]}'
+  if mode in cli.COMMANDS:
+    name = mode
+    arguments = arguments[1:]
+  args = flags.parse(name, arguments)
+  if getattr(args, 'config', None):
+    config = config_file.load(args.config, args.overrides)
+    from_config_dict(ExperimentConfig, config)
 
 
 @pytest.mark.parametrize('name', VARIANTS)
