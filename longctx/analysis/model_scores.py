@@ -177,7 +177,7 @@ def norms(
   """
   at = jnp.atleast_2d(context.true_positions(h.shape[1]))
   first = real & (at == 0)
-  _, k, v = layer.heads(h, context)
+  _, k, v, _ = layer.heads(h, context)
   found = {}
   for name, y in (('key', k), ('value', v), ('hidden', x[:, :, None])):
     length = jnp.linalg.norm(y.astype(jnp.float32), axis=-1)
