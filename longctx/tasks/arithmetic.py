@@ -118,10 +118,8 @@ class Arithmetic(Task):
     tokens[places] = lines
     tokens[-2:] = QUERY, names[m - 1]
     answer = (first + (signs * numbers)[:m].sum()) % self.modulus
-    relevant = np.zeros(T, bool)
-    relevant[places[:m]] = True
     return scored(
-      tokens, [-1], answers=FIRST_NUMBER + answer, relevant=relevant
+      tokens, [-1], answers=FIRST_NUMBER + answer, relevant=places[:m]
     )
 
   def solve(self, tokens: np.ndarray) -> np.ndarray:

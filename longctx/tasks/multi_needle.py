@@ -108,8 +108,7 @@ class MultiNeedle(Task):
     tokens[first_query:] = queries.ravel()
     # An answer is predicted from its key and from all its symbols but the last.
     places = np.arange(first_query, T + 1).reshape(m, width)[:, 1:-1]
-    relevant = np.zeros(T, bool)
-    relevant[begins[asked, None] + np.arange(width)] = True
+    relevant = begins[asked, None] + np.arange(width)
     return scored(
       tokens[:-1], places.ravel(), labels=tokens[1:], relevant=relevant
     )

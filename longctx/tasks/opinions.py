@@ -307,9 +307,7 @@ class Opinions(Task):
       if instruction == 'plain_rewrite':
         said += list(case.views[:1])
       written = [*case.units[said].ravel(), QUERY, *question, END]
-    relevant = np.zeros(self.seq_len, bool)
-    for unit in case.facts:
-      relevant[1 + UNIT * unit :][:UNIT] = True
+    relevant = 1 + UNIT * case.facts[:, None] + np.arange(UNIT)
     tokens = np.full(self.seq_len + 1, PAD, np.int32)
     whole = np.concatenate([read, written])
     tokens[: len(whole)] = whole

@@ -137,10 +137,12 @@ def scored(
   """The example whose predictions count at some places, with weight 1.
 
   Labels are those given, or `answers` at those places and 0 elsewhere, or else
-  the token after each.
+  the token after each. Relevant tokens are given by their places.
   """
   weights = np.zeros(len(tokens), np.float32)
   weights[places] = 1
+  if relevant is not None:
+    relevant = np.isin(np.arange(len(tokens)), relevant)
   if answers is not None:
     labels = np.zeros_like(tokens)
     labels[places] = answers

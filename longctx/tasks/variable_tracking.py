@@ -113,9 +113,8 @@ class VariableTracking(Task):
     tokens[begins + 2] = sources.ravel()
     asked = int(rng.integers(C))
     tokens[-2:] = QUERY, variables[asked, -1]
-    relevant = np.zeros(T, bool)
     chain = begins.reshape(C, -1)[asked]
-    relevant[chain[:, None] + np.arange(3)] = True
+    relevant = chain[:, None] + np.arange(3)
     return scored(tokens, [-1], answers=values[asked], relevant=relevant)
 
   def solve(self, tokens: np.ndarray) -> np.ndarray:
