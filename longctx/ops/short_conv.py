@@ -29,7 +29,7 @@ def short_conv(
   Returns:
     out in the dtype of x, summed in float32, and the state after the last
     step: the last W - 1 inputs, in the dtype of x, zero where they belong to
-    an earlier document than the last step.
+    an earlier segment than the last step.
 
   Raises:
     ValueError: if shapes do not fit.
@@ -45,25 +45,25 @@ def short_conv(
   if segment_ids is not None and segment_ids.shape != (B, T):
     raise ValueError(f'{segment_ids.shape=} must be {(B, T)}')
   inputs = jnp.concatenate([initial_state.astype(x.dtype), x], axis=1)
-  document = _count_documents(segment_ids, W - 1)
+  segment_index = _index_segments(segment_ids, W - 1)
 
-  def visible(x, begin, step_document):
-    if document is None:
+  def visible(x, begin, step_segment):
+    if segment_index is None:
       return x
-    same = document[:, begin : begin + x.shape[1]] == step_document
+    same = segment_index[:, begin : begin + x.shape[1]] == step_segment
     return jnp.where(same[..., None], x, 0)
 
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   out = jnp.zeros(x.shape, dtype)
-  current = None if document is None else document[:, W - 1 :]
+  current = None if segment_index is None else segment_index[:, W - 1 :]
   for w in range(W):
     taps = visible(inputs[:, w : w + T], w, current)
     out += kernel[w].astype(dtype) * taps.astype(dtype)
-  last = None if document is None else document[:, -1:]
+  last = None if segment_index is None else segment_index[:, -1:]
   return out.astype(x.dtype), visible(inputs[:, T:], T, last)
 
 
-def _count_documents(segment_ids, before):
+def _index_segments(segment_ids, before):
   """How often the id has changed so far, with `before` zeros in front."""
   if segment_ids is None:
     return None

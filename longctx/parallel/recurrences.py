@@ -10,7 +10,7 @@ from longctx.ops.recurrence.additive import final_state as linear_final
 from longctx.ops.recurrence.delta import final_state as delta_final
 from longctx.parallel.axes import make_axes
 from longctx.parallel.layout import SequenceLayout
-from longctx.parallel.state_scan import Recurrence, run_recurrence
+from longctx.parallel.state_scan import ShardedRecurrence, run_recurrence
 from longctx.typing import Array, Float, Int
 
 
@@ -60,7 +60,7 @@ def linear_attention(
   if log_decay is not None and log_decay.shape not in (q.shape, q.shape[:3]):
     raise ValueError(f'{log_decay.shape=} must be {q.shape[:3]} or {q.shape}')
 
-  def element(inputs, document):
+  def element(inputs, segment_index):
     k, v = inputs['k'], inputs['v']
     if normalize:
       v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
@@ -70,14 +70,14 @@ def linear_attention(
       v,
       num_heads=heads,
       log_decay=inputs['log_decay'],
-      document=document,
+      segment_index=segment_index,
     )
 
-  def outputs(inputs, document, state):
+  def outputs(inputs, segment_index, state):
     return ops.linear_attention(
       **inputs,
       scale=scale,
-      segment_ids=document,
+      segment_ids=segment_index,
       initial_state=state,
       normalize=normalize,
       chunk_size=chunk_size,
@@ -85,7 +85,7 @@ def linear_attention(
     )
 
   return run_recurrence(
-    Recurrence(
+    ShardedRecurrence(
       element=element,
       combine=_combine_factors,
       no_decay=jnp.ones_like,
@@ -144,24 +144,24 @@ def gated_delta_rule(
   if beta.shape != q.shape[:3]:
     raise ValueError(f'{beta.shape=} must be {q.shape[:3]}')
 
-  def element(inputs, document):
+  def element(inputs, segment_index):
     inputs = {name: x for name, x in inputs.items() if name != 'q'}
     return delta_final.final_state(
-      **inputs, document=document, chunk_size=chunk_size
+      **inputs, segment_index=segment_index, chunk_size=chunk_size
     )
 
-  def outputs(inputs, document, state):
+  def outputs(inputs, segment_index, state):
     return ops.gated_delta_rule(
       **inputs,
       scale=scale,
-      segment_ids=document,
+      segment_ids=segment_index,
       initial_state=state,
       chunk_size=chunk_size,
       implementation=implementation,
     )
 
   return run_recurrence(
-    Recurrence(
+    ShardedRecurrence(
       element=element,
       combine=_combine_matrices,
       no_decay=_identity_matrices,

@@ -22,18 +22,18 @@ from longctx.typing import Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
-class Recurrence:
+class ShardedRecurrence:
   """S' = decay S + state, as three functions of a stretch of tokens.
 
-  The functions take arrays [B, L, ...] by name, and the number of document
-  changes so far, int32[B, L], or None without documents.
+  The functions take arrays [B, L, ...] by name, and how often the
+  segment id has changed so far, int32[B, L], or None without segments.
 
   Attributes:
-    element: (arrays, document) -> (decay, state) of the whole stretch, with
-      axes [B, ...].
+    element: (arrays, segment_index) -> (decay, state) of the whole
+      stretch, with axes [B, ...].
     combine: of two elements, the earlier first.
     no_decay: the decay that changes nothing, like another decay.
-    outputs: (arrays, document, entering state) -> (out, state at the end).
+    outputs: (arrays, segment_index, entering state) -> (out, state at the end).
     writes: names of arrays that are set to zero where there is padding, so that
       it changes no state.
     state_shape: of one row, without the axis B.
@@ -48,7 +48,7 @@ class Recurrence:
 
 
 def run_recurrence(
-  recurrence: Recurrence,
+  recurrence: ShardedRecurrence,
   inputs: Mapping[str, Array | None],
   *,
   mesh: Mesh,
@@ -205,7 +205,7 @@ def of_last_run(
   return jax.lax.psum(jnp.where(is_owner, x[:, -1], 0), axis)
 
 
-def starts_document(
+def starts_segment(
   segment_ids: Int[Array, 'B L'],
   layout: SequenceLayout,
   axis: str | tuple[str, ...],
@@ -259,14 +259,16 @@ def _shard(recurrence, inputs, segment_ids, initial_state, *, layout, axis):
     return x.reshape(B, layout.spans_per_shard, *x.shape[1:])
 
   inputs = jax.tree.map(by_run, inputs)
-  document = enters = None
+  segment_index = enters = None
   if segment_ids is not None:
-    starts = by_run(starts_document(segment_ids, layout, axis))
-    document = jnp.cumsum(starts.at[:, 0].set(False), axis=1, dtype=jnp.int32)
+    starts = by_run(starts_segment(segment_ids, layout, axis))
+    segment_index = jnp.cumsum(
+      starts.at[:, 0].set(False), axis=1, dtype=jnp.int32
+    )
     # Whether the first token of a run sees the state that enters it.
     enters = ~starts[:, 0, None, None, None]
 
-  decay, change = recurrence.element(inputs, document)
+  decay, change = recurrence.element(inputs, segment_index)
   if enters is not None:
     decay = jnp.where(enters, decay, 0)
   state = run_states(
@@ -280,6 +282,6 @@ def _shard(recurrence, inputs, segment_ids, initial_state, *, layout, axis):
   state = state.reshape(-1, *state.shape[2:])
   if enters is not None:
     state = jnp.where(enters, state, 0)
-  out, state = recurrence.outputs(inputs, document, state)
+  out, state = recurrence.outputs(inputs, segment_index, state)
   last_state = of_last_run(runs_apart(state), layout, axis)
   return out.reshape(B, L, *out.shape[2:]), last_state

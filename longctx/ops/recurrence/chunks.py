@@ -27,8 +27,8 @@ SMALLEST_LOG_DECAY = -100.0
 _SMALLEST_HALF = 8
 
 
-class Documents(NamedTuple):
-  """The documents of one chunk, as numbers that never come back.
+class ChunkSegments(NamedTuple):
+  """The segments of one chunk, as numbers that never come back.
 
   within: [B, C], of each step. before: [B], of the state that enters.
   """
@@ -37,24 +37,24 @@ class Documents(NamedTuple):
   before: Int[Array, ' B']
 
 
-class Products(NamedTuple):
+class ChunkProducts(NamedTuple):
   """What the steps of a chunk have to do with each other and with the state.
 
     scores_ij = Σ_p q_ip exp(L_ip - L_jp) k_jp    where j <= i sees i, else zero
     q = exp(L_i) q_i                              for the state that enters
     k = exp(L_C - L_j) k_j                        for the state that leaves
-    kept = exp(L_C)                               of the entering state
+    chunk_decay = exp(L_C)                        of the entering state
 
-  with zeros where a document ends in between.
+  with zeros where a segment ends in between.
   """
 
   scores: Float[Array, '*stack B N C C']
   q: Float[Array, '*stack B N C P']
   k: Float[Array, 'B N C P']
-  kept: Float[Array, 'B_or_1 N_or_1 P_or_1 1']
+  chunk_decay: Float[Array, 'B_or_1 N_or_1 P_or_1 1']
 
 
-def count_documents(
+def index_segments(
   segment_ids: Int[Array, 'B T'] | None,
 ) -> Int[Array, 'B T'] | None:
   """How often the id has changed so far: an id may come back, a count not."""
@@ -65,10 +65,10 @@ def count_documents(
 
 
 def scan_chunks(
-  chunk: Callable[[Array, Any, Documents | None], tuple[Array, Array]],
+  chunk: Callable[[Array, Any, ChunkSegments | None], tuple[Array, Array]],
   state: Array,
   inputs: Any,
-  document: Int[Array, 'B T'] | None,
+  segment_index: Int[Array, 'B T'] | None,
   *,
   chunk_size: int,
   own_vjp: bool = True,
@@ -81,11 +81,11 @@ def scan_chunks(
   works: the last chunk is padded with zeros, steps that must change nothing.
 
   Args:
-    chunk: chunk(state, inputs, documents) -> (out [B, C, N, V], next state), a
+    chunk: chunk(state, inputs, segments) -> (out [B, C, N, V], next state), a
       function of its arguments alone.
     state: what enters the first chunk.
     inputs: a tree of arrays [B, T, ...].
-    document: the number of document changes in the row so far.
+    segment_index: how often the id of the row has changed so far.
     chunk_size: C, best a power of two for the sake of halving. A sequence that
       is shorter makes one chunk, as long as the next power of two.
     own_vjp: if not, JAX derives the backward pass, which keeps every state, and
@@ -100,60 +100,60 @@ def scan_chunks(
     x = x.reshape(B, -1, chunk_size, *x.shape[2:])
     return jnp.moveaxis(x, 1, 0)
 
-  documents = None
-  if document is not None:
-    within = split(document, 'edge')
+  segments = None
+  if segment_index is not None:
+    within = split(segment_index, 'edge')
     before = jnp.concatenate(
       [jnp.zeros_like(within[:1, :, 0]), within[:-1, :, -1]]
     )
-    documents = Documents(within, before)
+    segments = ChunkSegments(within, before)
   scan = _scan if own_vjp else _scan_forward
-  out, state = scan(chunk, state, jax.tree.map(split, inputs), documents)
+  out, state = scan(chunk, state, jax.tree.map(split, inputs), segments)
   out = jnp.moveaxis(out, 0, 1).reshape(B, -1, *out.shape[3:])
   return out[:, :T], state
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(chunk, state, inputs, documents):
+def _scan(chunk, state, inputs, segments):
   """(out [T/C, B, C, N, V], last state) of inputs stacked chunk by chunk."""
-  return _scan_forward(chunk, state, inputs, documents)
+  return _scan_forward(chunk, state, inputs, segments)
 
 
-def _scan_forward(chunk, state, inputs, documents):
+def _scan_forward(chunk, state, inputs, segments):
   def step(state, stacked):
     out, state = chunk(state, *stacked)
     return state, out
 
-  state_and_out = jax.lax.scan(_recomputed(step), state, (inputs, documents))
+  state_and_out = jax.lax.scan(_recomputed(step), state, (inputs, segments))
   return state_and_out[::-1]
 
 
-def _scan_fwd(chunk, state, inputs, documents):
-  results = _scan_forward(chunk, state, inputs, documents)
-  return results, (state, inputs, documents)
+def _scan_fwd(chunk, state, inputs, segments):
+  results = _scan_forward(chunk, state, inputs, segments)
+  return results, (state, inputs, segments)
 
 
-def _scan_bwd(chunk, saved, cotangents):
-  state, inputs, documents = saved
-  out_bar, state_bar = cotangents
+def _scan_bwd(chunk, saved, dresults):
+  state, inputs, segments = saved
+  dout, dstate = dresults
 
   def forward(state, stacked):
     # The output of the chunk is not used, so XLA does not compute it.
     return chunk(state, *stacked)[1], state
 
-  def backward(state_bar, stacked):
-    state, inputs, documents, out_bar = stacked
-    _, vjp = jax.vjp(lambda *x: chunk(*x, documents), state, inputs)
-    return vjp((out_bar, state_bar))
+  def backward(dstate, stacked):
+    state, inputs, segments, dout = stacked
+    _, vjp = jax.vjp(lambda *x: chunk(*x, segments), state, inputs)
+    return vjp((dout, dstate))
 
-  _, states = jax.lax.scan(_recomputed(forward), state, (inputs, documents))
-  state_bar, inputs_bar = jax.lax.scan(
+  _, states = jax.lax.scan(_recomputed(forward), state, (inputs, segments))
+  dstate, dinputs = jax.lax.scan(
     _recomputed(backward),
-    state_bar,
-    (states, inputs, documents, out_bar),
+    dstate,
+    (states, inputs, segments, dout),
     reverse=True,
   )
-  return state_bar, inputs_bar, None
+  return dstate, dinputs, None
 
 
 def _recomputed(step):
@@ -168,43 +168,45 @@ def products(
   q: Float[Array, '*stack B N C P'],
   k: Float[Array, 'B N C P'],
   log_decay: Float[Array, 'B N C P_or_1'] | None,
-  documents: Documents | None,
-) -> Products:
-  """The products of a chunk; see `Products`.
+  segments: ChunkSegments | None,
+) -> ChunkProducts:
+  """The products of a chunk; see `ChunkProducts`.
 
   Args:
     q: queries, or several stacks of them, as the delta rule's keys ask too.
     k: keys, one per query head.
     log_decay: of the step, one per head or one per head and channel.
-    documents: None where there is one only.
+    segments: None where there is one only.
   """
   C = k.shape[-2]
   visible, affected = jnp.tril(jnp.ones((C, C), bool)), None
-  if documents is not None:
-    within, before = documents
+  if segments is not None:
+    within, before = segments
     visible &= (within[:, :, None] == within[:, None, :])[:, None]
     continues = jnp.diff(within, axis=1, prepend=before[:, None]) == 0
     affected = visible & continues[:, None, None, :]
 
   if log_decay is None:
     scores = jnp.where(visible, _product(q, k), 0)
-    kept = jnp.ones((1, 1, 1, 1), k.dtype)
+    chunk_decay = jnp.ones((1, 1, 1, 1), k.dtype)
   else:
     total = _cumulative(log_decay, affected)
     scores = _decayed_scores(q, k, total, visible)
     end = total[..., -1:, :]
     q = q * jnp.exp(_gap(total, 0))
     k = k * jnp.exp(_gap(end, total))
-    kept = jnp.swapaxes(jnp.exp(_gap(end, 0)), -1, -2)
+    chunk_decay = jnp.swapaxes(jnp.exp(_gap(end, 0)), -1, -2)
 
-  if documents is not None:
-    # Only steps of the entering document see the entering state, and only the
-    # last document of the chunk goes on.
+  if segments is not None:
+    # Only steps of the entering segment see the entering state, and only the
+    # last segment of the chunk goes on.
     last = within[:, -1]
     q = jnp.where((within == before[:, None])[:, None, :, None], q, 0)
     k = jnp.where((within == last[:, None])[:, None, :, None], k, 0)
-    kept = jnp.where((before == last)[:, None, None, None], kept, 0)
-  return Products(scores, q, k, kept)
+    chunk_decay = jnp.where(
+      (before == last)[:, None, None, None], chunk_decay, 0
+    )
+  return ChunkProducts(scores, q, k, chunk_decay)
 
 
 def _product(q, k):
@@ -274,7 +276,7 @@ def _cumulative(log_decay, affected):
   total = jnp.cumsum(parts, axis=-2)
   if affected is None:
     return total
-  # The decays of earlier documents cancel in every gap that is used. Without
+  # The decays of earlier segments cancel in every gap that is used. Without
   # them in the gradient they cancel there exactly too, not up to rounding.
   own = jnp.matmul(
     affected.astype(parts.dtype), parts, precision=jax.lax.Precision.HIGHEST

@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from longctx.ops import tpu
 from longctx.ops.recurrence.chunks import SMALLEST_LOG_DECAY
-from longctx.ops.recurrence.products_tpu import Documents
+from longctx.ops.recurrence.products_tpu import SegmentRows
 from longctx.ops.target import target
 from longctx.ops.tpu import VMEM_LIMIT
 from longctx.typing import Array, Float, Int
@@ -38,7 +38,7 @@ _MOST_STATES = 8 * _MIB
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockSizes:
+class ChunkBlocks:
   """What one step of the grid computes.
 
   Attributes:
@@ -55,7 +55,7 @@ class BlockSizes:
   @classmethod
   def choose(
     cls, *, T: int, K: int, G: int, P: int, V: int, chunk: int, heads: int
-  ) -> 'BlockSizes':
+  ) -> 'ChunkBlocks':
     """At most `chunk` steps and `heads` heads, as far as there are as many.
 
     Heads do not depend on each other, so the matrix unit is busy with one while
@@ -83,12 +83,12 @@ class Kernel:
 
   Attributes:
     name: of the recurrence, as profiles show it.
-    chunk: chunk(state [P, V], inputs, documents) -> (out [C, V], next state) of
+    chunk: chunk(state [P, V], inputs, segments) -> (out [C, V], next state) of
       one head, a function of its arguments alone that runs in a kernel. Inputs
       are by name: matrices [C, ...], and rows [1, C] of what is one number per
       step. All are float32.
-    plain: plain(state, inputs, document) -> (out, state), the same in arrays
-      of the whole, which JAX can differentiate as often as it likes.
+    plain: plain(state, inputs, segment_index) -> (out, state), the same in
+      arrays of the whole, which JAX can differentiate as often as it likes.
     sizes: of the blocks.
     flops, exponentials: of one chunk of one head.
     out_dtype: of the output.
@@ -98,7 +98,7 @@ class Kernel:
   name: str
   chunk: Callable[[Array, Mapping[str, Array], Any], tuple[Array, Array]]
   plain: Callable[[Array, Mapping[str, Array], Any], tuple[Array, Array]]
-  sizes: BlockSizes
+  sizes: ChunkBlocks
   flops: int
   exponentials: int
   out_dtype: jax.typing.DTypeLike
@@ -140,7 +140,7 @@ def scan_chunks(
   kernel: Kernel,
   state: Float[Array, 'B N P V'],
   inputs: Mapping[str, Array],
-  document: Int[Array, 'B T'] | None,
+  segment_index: Int[Array, 'B T'] | None,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N P V']]:
   """(out, last state) of a recurrence that `kernel` computes.
 
@@ -154,33 +154,41 @@ def scan_chunks(
     state: what enters the first chunk, float32.
     inputs: arrays [B, T, heads, ...] by name, 'k' and 'v' with K heads and all
       others with N. log_decay is cut off at SMALLEST_LOG_DECAY.
-    document: the number of document changes in the row so far.
+    segment_index: how often the id of the row has changed so far.
   """
-  return _run(kernel, state, dict(inputs), document)
+  return _run(kernel, state, dict(inputs), segment_index)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(kernel, state, inputs, document):
-  return _forward(kernel, state, inputs, document)
+def _run(kernel, state, inputs, segment_index):
+  return _forward(kernel, state, inputs, segment_index)
 
 
-def _run_fwd(kernel, state, inputs, document):
-  return _forward(kernel, state, inputs, document), (state, inputs, document)
+def _run_fwd(kernel, state, inputs, segment_index):
+  return _forward(kernel, state, inputs, segment_index), (
+    state,
+    inputs,
+    segment_index,
+  )
 
 
-def _run_bwd(kernel, saved, bars):
-  return *_backward(kernel, *saved, *bars), None
+def _run_bwd(kernel, saved, dresults):
+  return *_backward(kernel, *saved, *dresults), None
 
 
 _run.defvjp(_run_fwd, _run_bwd)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _forward(kernel, state, inputs, document):
+def _forward(kernel, state, inputs, segment_index):
   shape = _Shape.of(kernel, inputs)
   operands = _split(shape, inputs)
   out, state = _call_forward(
-    kernel, shape, shape.by_group(state), operands, _rows_of(shape, document)
+    kernel,
+    shape,
+    shape.by_group(state),
+    operands,
+    _rows_of(shape, segment_index),
   )
   out = jnp.moveaxis(out.reshape(shape.B, shape.N, -1, shape.V), 1, 2)
   return out[:, : shape.T], state.reshape(shape.B, shape.N, shape.P, shape.V)
@@ -188,43 +196,43 @@ def _forward(kernel, state, inputs, document):
 
 @_forward.defjvp
 def _forward_jvp(kernel, primals, tangents):
-  *primals, document = primals
-  plain = functools.partial(_plain, kernel, document)
+  *primals, segment_index = primals
+  plain = functools.partial(_plain, kernel, segment_index)
   _, change = jax.jvp(plain, primals, list(tangents[:-1]))
-  return _forward(kernel, *primals, document), change
+  return _forward(kernel, *primals, segment_index), change
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _backward(kernel, state, inputs, document, out_bar, state_bar):
+def _backward(kernel, state, inputs, segment_index, dout, dstate):
   """The gradients of `state` and of `inputs`."""
   shape = _Shape.of(kernel, inputs)
   operands, join = jax.vjp(functools.partial(_split, shape), inputs)
-  (out_bar,) = _split(shape, {'q': out_bar}).values()
-  rows = _rows_of(shape, document)
+  (dout,) = _split(shape, {'q': dout}).values()
+  rows = _rows_of(shape, segment_index)
   states = _call_forward(
     kernel, shape, shape.by_group(state), operands, rows, states=True
   )
-  bar, bars = _call_backward(
-    kernel, shape, states, operands, rows, out_bar, shape.by_group(state_bar)
+  dfirst, doperands = _call_backward(
+    kernel, shape, states, operands, rows, dout, shape.by_group(dstate)
   )
-  return bar.reshape(state.shape), *join(bars)
+  return dfirst.reshape(state.shape), *join(doperands)
 
 
 @_backward.defjvp
 def _backward_jvp(kernel, primals, tangents):
-  def plain(state, inputs, *bars):
-    f = functools.partial(_plain, kernel, document)
-    return jax.vjp(f, state, inputs)[1](bars)
+  def plain(state, inputs, *dresults):
+    f = functools.partial(_plain, kernel, segment_index)
+    return jax.vjp(f, state, inputs)[1](dresults)
 
-  state, inputs, document, *bars = primals
-  primals = [state, inputs, *bars]
+  state, inputs, segment_index, *dresults = primals
+  primals = [state, inputs, *dresults]
   tangents = [*tangents[:2], *tangents[3:]]
   _, change = jax.jvp(plain, primals, tangents)
-  return _backward(kernel, state, inputs, document, *bars), change
+  return _backward(kernel, state, inputs, segment_index, *dresults), change
 
 
-def _plain(kernel, document, state, inputs):
-  out, state = kernel.plain(state, inputs, document)
+def _plain(kernel, segment_index, state, inputs):
+  out, state = kernel.plain(state, inputs, segment_index)
   return out.astype(kernel.out_dtype), state
 
 
@@ -236,7 +244,7 @@ class _Shape:
   states of all their query heads stay in VMEM while the last axis goes round.
   """
 
-  sizes: BlockSizes
+  sizes: ChunkBlocks
   B: int
   T: int
   K: int
@@ -302,7 +310,7 @@ class _Shape:
       lambda b, k, c, g: (b, k, 0, 0, 0),
     )
 
-  def of_documents(self, at):
+  def of_segments(self, at):
     """Of an array [B, T / C, 2, C]."""
     return pl.BlockSpec(
       (None, None, 2, self.sizes.chunk), lambda b, k, c, g: (b, at(c), 0, 0)
@@ -343,20 +351,20 @@ def _split(shape, inputs):
   return {name: split(name, x) for name, x in inputs.items()}
 
 
-def _rows_of(shape, document):
-  """[B, T / C, 2, C]: the document of each step, and of the step before it."""
-  if document is None:
+def _rows_of(shape, segment_index):
+  """[B, T / C, 2, C]: the segment of each step, and of the step before it."""
+  if segment_index is None:
     return None
-  document = document.astype(jnp.int32)
+  segment_index = segment_index.astype(jnp.int32)
   pad = -shape.T % shape.sizes.chunk
-  document = jnp.pad(document, [(0, 0), (0, pad)], mode='edge')
-  previous = jnp.pad(document[:, :-1], [(0, 0), (1, 0)])
-  rows = jnp.stack([document, previous], axis=1)
+  segment_index = jnp.pad(segment_index, [(0, 0), (0, pad)], mode='edge')
+  previous = jnp.pad(segment_index[:, :-1], [(0, 0), (1, 0)])
+  rows = jnp.stack([segment_index, previous], axis=1)
   rows = rows.reshape(shape.B, 2, shape.chunks, shape.sizes.chunk)
   return jnp.moveaxis(rows, 1, 2)
 
 
-def _call_forward(kernel, shape, state, operands, documents, *, states=False):
+def _call_forward(kernel, shape, state, operands, segments, *, states=False):
   """(out, last state), or with `states` the states that enter the chunks."""
   at = lambda c: c
   if states:
@@ -372,11 +380,11 @@ def _call_forward(kernel, shape, state, operands, documents, *, states=False):
     functools.partial(_forward_kernel, kernel, states),
     kernel,
     shape,
-    (state, operands, documents),
+    (state, operands, segments),
     (
       shape.of_state(),
       shape.of_operands(operands, at),
-      None if documents is None else shape.of_documents(at),
+      None if segments is None else shape.of_segments(at),
     ),
     (out, jax.ShapeDtypeStruct(state.shape, state.dtype)),
     (out_spec, shape.of_state()),
@@ -387,21 +395,21 @@ def _call_forward(kernel, shape, state, operands, documents, *, states=False):
 
 
 def _forward_kernel(kernel, states, inputs, outputs, scratch):
-  first, operands, documents = inputs
+  first, operands, segments = inputs
   out, carried = outputs
 
   @pl.when((pl.program_id(2) == 0) & (pl.program_id(3) == 0))
   def _():
     carried[...] = first[...]
 
-  documents = _documents(documents)
+  segments = _segments(segments)
   heads = _heads(kernel, carried)
   entering = [carried[k, n] for k, _, n in heads]
   if states:
     for (k, g, _), state in zip(heads, entering, strict=True):
       out[k, g] = state
   results = [
-    kernel.chunk(state, _read(operands, k, g), documents)
+    kernel.chunk(state, _read(operands, k, g), segments)
     for (k, g, _), state in zip(heads, entering, strict=True)
   ]
   for (k, g, n), (values, state) in zip(heads, results, strict=True):
@@ -410,9 +418,7 @@ def _forward_kernel(kernel, states, inputs, outputs, scratch):
       out[k, g] = values.astype(out.dtype)
 
 
-def _call_backward(
-  kernel, shape, states, operands, documents, out_bar, state_bar
-):
+def _call_backward(kernel, shape, states, operands, segments, dout, dstate):
   """The gradients of the first state and of the operands."""
   at = lambda c: shape.chunks - 1 - c
   as_outputs = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -427,15 +433,15 @@ def _call_backward(
     functools.partial(_backward_kernel, kernel),
     kernel,
     shape,
-    (states, operands, documents, out_bar, state_bar),
+    (states, operands, segments, dout, dstate),
     (
       shape.of_chunk(shape.P, shape.V, at),
       operand_specs,
-      None if documents is None else shape.of_documents(at),
+      None if segments is None else shape.of_segments(at),
       shape.of_query(shape.V, at),
       shape.of_state(),
     ),
-    (as_outputs(state_bar), jax.tree.map(as_outputs, operands)),
+    (as_outputs(dstate), jax.tree.map(as_outputs, operands)),
     (shape.of_state(), operand_specs),
     name='gradients',
     scratch=scratch,
@@ -444,33 +450,33 @@ def _call_backward(
 
 
 def _backward_kernel(kernel, inputs, outputs, scratch):
-  states, operands, documents, out_bar, last_bar = inputs
-  carried, bars = outputs
+  states, operands, segments, dout, dlast = inputs
+  carried, doperands = outputs
   group_step = pl.program_id(3)
 
   @pl.when((pl.program_id(2) == 0) & (group_step == 0))
   def _():
-    carried[...] = last_bar[...]
+    carried[...] = dlast[...]
 
-  documents = _documents(documents)
+  segments = _segments(segments)
   heads = _heads(kernel, carried)
   gradients = []
   for k, g, n in heads:
     _, vjp = jax.vjp(
-      lambda state, inputs: kernel.chunk(state, inputs, documents),
+      lambda state, inputs: kernel.chunk(state, inputs, segments),
       states[k, g],
       _read(operands, k, g),
     )
-    gradients.append(vjp((out_bar[k, g].astype(jnp.float32), carried[k, n])))
+    gradients.append(vjp((dout[k, g].astype(jnp.float32), carried[k, n])))
 
   sums = {}
-  for (k, g, n), (state_bar, input_bars) in zip(heads, gradients, strict=True):
-    carried[k, n] = state_bar
-    for name, x in input_bars.items():
+  for (k, g, n), (dstate, dinputs) in zip(heads, gradients, strict=True):
+    carried[k, n] = dstate
+    for name, x in dinputs.items():
       if name in _KEY_HEADS:
         sums[name, k] = sums[name, k] + x if (name, k) in sums else x
       else:
-        bars[name][k, g] = x.astype(bars[name].dtype)
+        doperands[name][k, g] = x.astype(doperands[name].dtype)
   for (name, k), x in sums.items():
     if scratch:
       total = scratch[name]
@@ -482,7 +488,7 @@ def _backward_kernel(kernel, inputs, outputs, scratch):
       total[k] += x
       x = total[k]
     # Overwritten until the last query heads have added theirs.
-    bars[name][k] = x.astype(bars[name].dtype)
+    doperands[name][k] = x.astype(doperands[name].dtype)
 
 
 def _heads(kernel, carried):
@@ -505,11 +511,11 @@ def _read(operands, k, g):
   }
 
 
-def _documents(rows):
+def _segments(rows):
   if rows is None:
     return None
   rows = rows[...]
-  return Documents(rows[:1], rows[1:])
+  return SegmentRows(rows[:1], rows[1:])
 
 
 def _call(

@@ -22,8 +22,8 @@ from longctx.typing import Array, Float, Int
 _CONTRACTED = {'NN': ((1,), (0,)), 'NT': ((1,), (1,)), 'TN': ((0,), (0,))}
 
 
-class Documents(NamedTuple):
-  """The documents of one chunk, as numbers that never come back.
+class SegmentRows(NamedTuple):
+  """The segments of one chunk, as numbers that never come back.
 
   within: [1, C], of each step. previous: [1, C], of the step before each.
   """
@@ -32,13 +32,13 @@ class Documents(NamedTuple):
   previous: Int[Array, '1 C']
 
 
-class Products(NamedTuple):
-  """`chunks.Products` of one head; one of `scores` and of `q` per reader."""
+class HeadProducts(NamedTuple):
+  """`ChunkProducts` of one head; one of `scores` and of `q` per reader."""
 
   scores: list[Float[Array, 'C C']]
   q: list[Float[Array, 'C P']]
   k: Float[Array, 'C P']
-  kept: Float[Array, 'P_or_1 1']
+  chunk_decay: Float[Array, 'P_or_1 1']
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -68,13 +68,13 @@ def _product_fwd(a, b, form, exact):
   return product(a, b, form, exact), (a, b)
 
 
-def _product_bwd(form, exact, saved, bar):
+def _product_bwd(form, exact, saved, dout):
   a, b = saved
   if form == 'NN':
-    return product(bar, b, 'NT', exact), product(a, bar, 'TN', exact)
+    return product(dout, b, 'NT', exact), product(a, dout, 'TN', exact)
   if form == 'NT':
-    return product(bar, b, 'NN', exact), product(bar, a, 'TN', exact)
-  return product(b, bar, 'NT', exact), product(a, bar, 'NN', exact)
+    return product(dout, b, 'NN', exact), product(dout, a, 'TN', exact)
+  return product(b, dout, 'NT', exact), product(a, dout, 'NN', exact)
 
 
 product.defvjp(_product_fwd, _product_bwd)
@@ -84,26 +84,26 @@ def products(
   readers: Sequence[Float[Array, 'C P']],
   k: Float[Array, 'C P'],
   log_decay: Float[Array, '1 C'] | Float[Array, 'C P'] | None,
-  documents: Documents | None,
-) -> Products:
-  """The products of a chunk; see `chunks.Products`.
+  segments: SegmentRows | None,
+) -> HeadProducts:
+  """The products of a chunk; see `chunks.ChunkProducts`.
 
   Args:
     readers: queries, or several that ask alike, as the delta rule's keys do.
     k: keys.
     log_decay: of the step, as a row for one per head, or per channel.
-    documents: None where there is one only.
+    segments: None where there is one only.
   """
   C, P = k.shape
   i, j = indices(C)
   visible = i >= j
-  if documents is not None:
-    within = documents.within.T
-    visible &= within == documents.within
+  if segments is not None:
+    within = segments.within.T
+    visible &= within == segments.within
 
   if log_decay is None:
     scores = [product(q, k, 'NT') for q in readers]
-    kept = jnp.ones((1, 1), k.dtype)
+    chunk_decay = jnp.ones((1, 1), k.dtype)
   elif log_decay.shape[0] == 1:
     # The row i, column t: what step t adds to the sums up to step i.
     parts = jnp.where(i >= j, log_decay, 0)
@@ -114,26 +114,26 @@ def products(
     readers = [q * so_far for q in readers]
     still = jnp.where(i >= j, 0, log_decay).sum(1, keepdims=True)
     k = k * jnp.exp(still)
-    kept = jnp.exp(log_decay.sum(1, keepdims=True))
+    chunk_decay = jnp.exp(log_decay.sum(1, keepdims=True))
   else:
     levels, so_far, still = _sums(log_decay)
     scores = _decayed_products(readers, k, levels)
-    kept = jnp.exp(so_far[C - 1 :]).T
+    chunk_decay = jnp.exp(so_far[C - 1 :]).T
     so_far = jnp.exp(so_far)
     readers = [q * so_far for q in readers]
     k = k * jnp.exp(still)
 
   scores = [jnp.where(visible, x, 0) for x in scores]
-  if documents is not None:
-    # Only steps of the entering document see the entering state, and only the
-    # last document of the chunk goes on.
-    before = documents.previous[:, :1]
-    last = documents.within[:, C - 1 :]
+  if segments is not None:
+    # Only steps of the entering segment see the entering state, and only the
+    # last segment of the chunk goes on.
+    before = segments.previous[:, :1]
+    last = segments.within[:, C - 1 :]
     within = jnp.broadcast_to(within, (C, P))
     readers = [jnp.where(within == before, q, 0) for q in readers]
     k = jnp.where(within == last, k, 0)
-    kept = kept * (before == last).astype(kept.dtype)
-  return Products(scores, list(readers), k, kept)
+    chunk_decay = chunk_decay * (before == last).astype(chunk_decay.dtype)
+  return HeadProducts(scores, list(readers), k, chunk_decay)
 
 
 def product_costs(
@@ -212,5 +212,5 @@ def _other_half(x, size):
 
 _other_half.defvjp(
   lambda x, size: (_other_half(x, size), None),
-  lambda size, _, bar: (_other_half(bar, size),),
+  lambda size, _, dout: (_other_half(dout, size),),
 )

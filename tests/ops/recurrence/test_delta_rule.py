@@ -288,16 +288,22 @@ def test_final_state_equals_that_of_the_recurrence(decay):
   # One row is one document, one continues into others, one only begins.
   changes = np.zeros((3, 21), np.int32)
   changes[1, [4, 13]] = changes[2, 0] = 1
-  document = jnp.asarray(changes.cumsum(1))
+  segment_index = jnp.asarray(changes.cumsum(1))
 
   def last(q, initial_state, **inputs):
     del q
-    factor, state = final_state(**inputs, document=document, chunk_size=8)
+    factor, state = final_state(
+      **inputs, segment_index=segment_index, chunk_size=8
+    )
     return factor @ initial_state + state
 
   def expected(log_decay=None, **inputs):
     _, state = reference.gated_delta_rule(
-      **inputs, log_decay=log_decay, scale=1.0, document=document, chunk_size=1
+      **inputs,
+      log_decay=log_decay,
+      scale=1.0,
+      segment_index=segment_index,
+      chunk_size=1,
     )
     return state
 

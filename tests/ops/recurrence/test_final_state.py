@@ -25,10 +25,12 @@ def test_final_state_equals_that_of_the_recurrence(decay, packed):
   # One row is one document, one continues into others, one only begins.
   changes = np.zeros((B, T), np.int32)
   changes[1, [4, 13]] = changes[2, 0] = 1
-  document = jnp.asarray(changes.cumsum(1)) if packed else None
+  segment_index = jnp.asarray(changes.cumsum(1)) if packed else None
 
   def last(inputs, initial_state):
-    decay, state = final_state(**inputs, num_heads=N, document=document)
+    decay, state = final_state(
+      **inputs, num_heads=N, segment_index=segment_index
+    )
     return decay * initial_state + state
 
   def expected(inputs, initial_state):
@@ -38,7 +40,7 @@ def test_final_state_equals_that_of_the_recurrence(decay, packed):
       inputs['v'],
       log_decay=inputs.get('log_decay'),
       scale=1.0,
-      document=document,
+      segment_index=segment_index,
       initial_state=initial_state,
       chunk_size=1,
     )

@@ -8,7 +8,7 @@ from longctx.ops.recurrence.additive import (
   pallas_tpu,
   reference,
 )
-from longctx.ops.recurrence.chunks import count_documents
+from longctx.ops.recurrence.chunks import index_segments
 from longctx.ops.target import target
 from longctx.typing import Array, Float, Int
 
@@ -52,7 +52,7 @@ def linear_attention(
       is right as long as no product of it overflows.
     scale: factor of the output; cancels under `normalize`.
     segment_ids: the state is set to zero wherever the id changes from one step
-      to the next, so packed documents do not see each other.
+      to the next, so packed segments do not see each other.
     initial_state: S_0, as returned by an earlier call; the first segment
       continues it. None: zero.
     normalize: divide by q_t · z_t; where that is zero, so is the output.
@@ -93,7 +93,7 @@ def linear_attention(
     v,
     log_decay=log_decay,
     scale=scale,
-    document=count_documents(segment_ids),
+    segment_index=index_segments(segment_ids),
     initial_state=initial_state.astype(dtype),
     chunk_size=chunk_size,
     # A quotient is rounded once, after the division.

@@ -24,7 +24,7 @@ def linear_attention(
   *,
   log_decay: Float[Array, 'B T N'] | Float[Array, 'B T N P'] | None,
   scale: float,
-  document: Int[Array, 'B T'] | None,
+  segment_index: Int[Array, 'B T'] | None,
   initial_state: Float[Array, 'B N P V'],
   chunk_size: int,
   out_dtype: jax.typing.DTypeLike | None = None,
@@ -40,13 +40,13 @@ def linear_attention(
     chunk,
     initial_state,
     (q, k, v, log_decay),
-    document,
+    segment_index,
     chunk_size=chunk_size,
   )
   return (scale * out).astype(out_dtype or state.dtype), state
 
 
-def chunk(state, inputs, documents):
+def chunk(state, inputs, segments):
   """(out [B, C, N, V], next state) of one chunk, in the dtype of `state`."""
   q, k, v, log_decay = inputs
   group = q.shape[2] // k.shape[2]
@@ -56,6 +56,8 @@ def chunk(state, inputs, documents):
   if log_decay is not None:
     log_decay = jnp.swapaxes(log_decay.astype(state.dtype), 1, 2)
     log_decay = log_decay.reshape(*q.shape[:3], -1)
-  scores, q, k, kept = products(q, k, log_decay, documents)
+  scores, q, k, chunk_decay = products(q, k, log_decay, segments)
   out = scores @ v + q @ state
-  return jnp.swapaxes(out, 1, 2), kept * state + jnp.swapaxes(k, -1, -2) @ v
+  return jnp.swapaxes(out, 1, 2), chunk_decay * state + jnp.swapaxes(
+    k, -1, -2
+  ) @ v

@@ -13,7 +13,7 @@ def final_state(
   *,
   num_heads: int,
   log_decay: Float[Array, 'B T N'] | Float[Array, 'B T N P'] | None = None,
-  document: Int[Array, 'B T'] | None = None,
+  segment_index: Int[Array, 'B T'] | None = None,
 ) -> tuple[Float[Array, 'B N_or_1 P_or_1 1'], Float[Array, 'B N P V']]:
   """What T steps do to a state: S_T = decay S_0 + state.
 
@@ -29,18 +29,18 @@ def final_state(
   Args:
     k, v, log_decay: as in `longctx.ops.recurrence.linear_attention`.
     num_heads: N, a multiple of K.
-    document: the number of document changes in the row so far; the state does
-      not pass from one number to another. Zero continues S_0.
+    segment_index: how often the id has changed so far; the state does not pass
+      from one number to another. Zero continues S_0.
 
   Returns:
     decay, with axes of length 1 where it does not vary, and state, in float32
     (float64 for float64 inputs).
   """
   compute = jax.checkpoint(_final_state, static_argnums=0)
-  return compute(num_heads, k, v, log_decay, document)
+  return compute(num_heads, k, v, log_decay, segment_index)
 
 
-def _final_state(num_heads, k, v, log_decay, document):
+def _final_state(num_heads, k, v, log_decay, segment_index):
   B, T, K, P = k.shape
   N, V = num_heads, v.shape[-1]
   dtype = jnp.promote_types(jnp.result_type(k, v), jnp.float32)
@@ -53,9 +53,9 @@ def _final_state(num_heads, k, v, log_decay, document):
     after = jnp.pad(total[:, 1:], [(0, 0), (0, 1), (0, 0), (0, 0)])
     k = k * jnp.exp(after).reshape(B, T, K, N // K, -1)
     decay = jnp.exp(total[:, 0])[..., None]
-  if document is not None:
-    last = document[:, -1:]
-    k = jnp.where((document == last)[:, :, None, None, None], k, 0)
+  if segment_index is not None:
+    last = segment_index[:, -1:]
+    k = jnp.where((segment_index == last)[:, :, None, None, None], k, 0)
     decay = jnp.where((last == 0)[:, :, None, None], decay, 0)
   state = jnp.einsum('BTKGP,BTKV->BKGPV', k, v)
   state = jnp.broadcast_to(state, (B, K, N // K, P, V))

@@ -10,7 +10,7 @@ import jax
 
 from longctx.ops.recurrence import chunks
 from longctx.ops.recurrence.additive import chunked
-from longctx.ops.recurrence.chunks_tpu import BlockSizes, Kernel, scan_chunks
+from longctx.ops.recurrence.chunks_tpu import ChunkBlocks, Kernel, scan_chunks
 from longctx.ops.recurrence.products_tpu import product, product_costs, products
 from longctx.ops.target import target
 from longctx.typing import Array, Float, Int
@@ -25,7 +25,7 @@ def linear_attention(
   *,
   log_decay: Float[Array, 'B T N'] | Float[Array, 'B T N P'] | None,
   scale: float,
-  document: Int[Array, 'B T'] | None,
+  segment_index: Int[Array, 'B T'] | None,
   initial_state: Float[Array, 'B N P V'],
   chunk_size: int,
   out_dtype: jax.typing.DTypeLike | None = None,
@@ -47,7 +47,7 @@ def linear_attention(
   T, N, P = q.shape[1:]
   K, V = v.shape[2:]
   by_channel = log_decay is not None and log_decay.ndim == 4
-  sizes = BlockSizes.choose(
+  sizes = ChunkBlocks.choose(
     T=T, K=K, G=N // K, P=P, V=V, chunk=_CHUNK, heads=2 if by_channel else 4
   )
   inputs = dict(q=q, k=k, v=v)
@@ -65,25 +65,25 @@ def linear_attention(
     out_dtype=out_dtype or initial_state.dtype,
     interpret=target().platform != 'tpu',
   )
-  return scan_chunks(kernel, initial_state, inputs, document)
+  return scan_chunks(kernel, initial_state, inputs, segment_index)
 
 
-def _chunk(scale, state, inputs, documents):
+def _chunk(scale, state, inputs, segments):
   """(out [C, V], next state [P, V]) of one chunk of one head."""
-  (scores,), (q,), k, kept = products(
-    [inputs['q']], inputs['k'], inputs.get('log_decay'), documents
+  (scores,), (q,), k, chunk_decay = products(
+    [inputs['q']], inputs['k'], inputs.get('log_decay'), segments
   )
   v = inputs['v']
   out = product(scores, v) + product(q, state)
-  return scale * out, kept * state + product(k, v, 'TN')
+  return scale * out, chunk_decay * state + product(k, v, 'TN')
 
 
-def _plain(scale, state, inputs, document):
+def _plain(scale, state, inputs, segment_index):
   out, state = chunks.scan_chunks(
     chunked.chunk,
     state,
     tuple(inputs.get(name) for name in ('q', 'k', 'v', 'log_decay')),
-    document,
+    segment_index,
     chunk_size=_CHUNK // 2,
     own_vjp=False,
   )

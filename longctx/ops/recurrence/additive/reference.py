@@ -13,7 +13,7 @@ def linear_attention(
   *,
   log_decay: Float[Array, 'B T N'] | Float[Array, 'B T N P'] | None,
   scale: float,
-  document: Int[Array, 'B T'] | None,
+  segment_index: Int[Array, 'B T'] | None,
   initial_state: Float[Array, 'B N P V'],
   chunk_size: int,
   out_dtype: jax.typing.DTypeLike | None = None,
@@ -26,8 +26,8 @@ def linear_attention(
 
   Args:
     q, k, v, log_decay, scale: as in `longctx.ops.recurrence.linear_attention`.
-    document: the number of document changes in the row so far; the state does
-      not pass from one number to another. Zero continues `initial_state`.
+    segment_index: how often the id has changed so far; the state does not pass
+      from one number to another. Zero continues `initial_state`.
     initial_state: S_0, in the dtype in which everything is summed.
     chunk_size: not used; taken so that every implementation is called alike.
     out_dtype: of out; None: that of `initial_state`.
@@ -46,9 +46,9 @@ def linear_attention(
   if log_decay.ndim == 3:
     log_decay = jnp.broadcast_to(log_decay[..., None], (B, T, N, P))
   decay = jnp.exp(log_decay.astype(dtype))
-  if document is None:
-    document = jnp.zeros((B, T), int)
-  same = jnp.diff(document, axis=1, prepend=0) == 0
+  if segment_index is None:
+    segment_index = jnp.zeros((B, T), int)
+  same = jnp.diff(segment_index, axis=1, prepend=0) == 0
   decay = jnp.where(same[:, :, None, None], decay, 0)
 
   def step(state, inputs):

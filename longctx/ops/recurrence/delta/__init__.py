@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from longctx.ops.recurrence import chunks_tpu
-from longctx.ops.recurrence.chunks import count_documents
+from longctx.ops.recurrence.chunks import index_segments
 from longctx.ops.recurrence.delta import chunked, pallas_tpu, reference
 from longctx.ops.target import target
 from longctx.typing import Array, Float, Int
@@ -55,7 +55,7 @@ def gated_delta_rule(
       product of it overflows.
     scale: factor of the output.
     segment_ids: the state is set to zero wherever the id changes from one step
-      to the next, so packed documents do not see each other.
+      to the next, so packed segments do not see each other.
     initial_state: S_0, as returned by an earlier call; the first segment
       continues it. None: zero.
     chunk_size: C of the chunked implementations, best a power of two; 'pallas'
@@ -87,7 +87,7 @@ def gated_delta_rule(
     beta,
     log_decay=log_decay,
     scale=scale,
-    document=count_documents(segment_ids),
+    segment_index=index_segments(segment_ids),
     initial_state=initial_state.astype(dtype),
     chunk_size=chunk_size,
     out_dtype=v.dtype,

@@ -35,7 +35,7 @@ def gated_delta_rule(
   *,
   log_decay: Float[Array, 'B T N'] | Float[Array, 'B T N P'] | None,
   scale: float,
-  document: Int[Array, 'B T'] | None,
+  segment_index: Int[Array, 'B T'] | None,
   initial_state: Float[Array, 'B N P V'],
   chunk_size: int,
   out_dtype: jax.typing.DTypeLike | None = None,
@@ -52,13 +52,13 @@ def gated_delta_rule(
     chunk,
     initial_state,
     (q, k, v, beta, log_decay),
-    document,
+    segment_index,
     chunk_size=chunk_size,
   )
   return (scale * out).astype(out_dtype or state.dtype), state
 
 
-def chunk(state, inputs, documents):
+def chunk(state, inputs, segments):
   """(out [B, C, N, V], next state) of one chunk, in the dtype of `state`."""
   q, k, v, beta, log_decay = inputs
   group = q.shape[2] // k.shape[2]
@@ -72,14 +72,16 @@ def chunk(state, inputs, documents):
     log_decay = log_decay.reshape(*q.shape[:3], -1)
   # A key asks what the state holds for it, as a query does.
   readers = jnp.stack([q, k])
-  (scores, overlaps), (q, reader), k, kept = products(
-    readers, k, log_decay, documents
+  (scores, overlaps), (q, reader), k, chunk_decay = products(
+    readers, k, log_decay, segments
   )
   beta = beta[..., None]
   inverse = _inverse(beta * jnp.tril(overlaps, -1))
   u = inverse @ (beta * (v - reader @ state))
   out = scores @ u + q @ state
-  return jnp.swapaxes(out, 1, 2), kept * state + jnp.swapaxes(k, -1, -2) @ u
+  return jnp.swapaxes(out, 1, 2), chunk_decay * state + jnp.swapaxes(
+    k, -1, -2
+  ) @ u
 
 
 def _inverse(below):

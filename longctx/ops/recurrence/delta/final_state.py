@@ -13,7 +13,7 @@ def final_state(
   beta: Float[Array, 'B T N'],
   *,
   log_decay: Float[Array, 'B T N'] | Float[Array, 'B T N P'] | None = None,
-  document: Int[Array, 'B T'] | None = None,
+  segment_index: Int[Array, 'B T'] | None = None,
   chunk_size: int = 64,
 ) -> tuple[Float[Array, 'B N P P'], Float[Array, 'B N P V']]:
   """What T steps do to a state: S_T = decay S_0 + state.
@@ -29,17 +29,17 @@ def final_state(
 
   Args:
     k, v, beta, log_decay, chunk_size: as in `delta_rule`.
-    document: the number of document changes in the row so far; the state does
-      not pass from one number to another. Zero continues S_0.
+    segment_index: how often the id has changed so far; the state does not pass
+      from one number to another. Zero continues S_0.
 
   Returns:
     decay and state, in float32 (float64 for float64 inputs).
   """
   compute = jax.checkpoint(_final_state, static_argnums=0)
-  return compute(chunk_size, k, v, beta, log_decay, document)
+  return compute(chunk_size, k, v, beta, log_decay, segment_index)
 
 
-def _final_state(chunk_size, k, v, beta, log_decay, document):
+def _final_state(chunk_size, k, v, beta, log_decay, segment_index):
   B, T, K, P = k.shape
   N, V = beta.shape[2], v.shape[-1]
   dtype = jnp.promote_types(jnp.result_type(k, v), jnp.float32)
@@ -52,7 +52,7 @@ def _final_state(chunk_size, k, v, beta, log_decay, document):
     beta,
     log_decay=log_decay,
     scale=1.0,
-    document=document,
+    segment_index=segment_index,
     initial_state=both,
     chunk_size=chunk_size,
   )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from longctx.ops.recurrence import chunks
-from longctx.ops.recurrence.chunks_tpu import BlockSizes, Kernel, scan_chunks
+from longctx.ops.recurrence.chunks_tpu import ChunkBlocks, Kernel, scan_chunks
 from longctx.ops.recurrence.delta import chunked
 from longctx.ops.recurrence.products_tpu import (
   indices,
@@ -34,7 +34,7 @@ def gated_delta_rule(
   *,
   log_decay: Float[Array, 'B T N'] | Float[Array, 'B T N P'] | None,
   scale: float,
-  document: Int[Array, 'B T'] | None,
+  segment_index: Int[Array, 'B T'] | None,
   initial_state: Float[Array, 'B N P V'],
   chunk_size: int,
   out_dtype: jax.typing.DTypeLike | None = None,
@@ -55,7 +55,7 @@ def gated_delta_rule(
   T, N, P = q.shape[1:]
   K, V = v.shape[2:]
   by_channel = log_decay is not None and log_decay.ndim == 4
-  sizes = BlockSizes.choose(
+  sizes = ChunkBlocks.choose(
     T=T,
     K=K,
     G=N // K,
@@ -81,22 +81,22 @@ def gated_delta_rule(
     out_dtype=out_dtype or initial_state.dtype,
     interpret=target().platform != 'tpu',
   )
-  return scan_chunks(kernel, initial_state, inputs, document)
+  return scan_chunks(kernel, initial_state, inputs, segment_index)
 
 
-def _chunk(scale, state, inputs, documents):
+def _chunk(scale, state, inputs, segments):
   """(out [C, V], next state [P, V]) of one chunk of one head."""
   k = inputs['k']
   # A key asks what the state holds for it, as a query does.
-  (scores, overlaps), (q, reader), k, kept = products(
-    [inputs['q'], k], k, inputs.get('log_decay'), documents
+  (scores, overlaps), (q, reader), k, chunk_decay = products(
+    [inputs['q'], k], k, inputs.get('log_decay'), segments
   )
   beta = inputs['beta'].T
   i, j = indices(k.shape[0])
   below = jnp.where(i > j, beta * overlaps, 0)
   u = _solve(below, beta * (inputs['v'] - product(reader, state)))
   out = product(scores, u) + product(q, state)
-  return scale * out, kept * state + product(k, u, 'TN')
+  return scale * out, chunk_decay * state + product(k, u, 'TN')
 
 
 @jax.custom_vjp
@@ -111,10 +111,10 @@ def _solve_fwd(below, right):
   return solution, (inverse, solution)
 
 
-def _solve_bwd(saved, bar):
+def _solve_bwd(saved, dsolution):
   inverse, solution = saved
-  bar = product(inverse, bar, 'TN')
-  return -product(bar, solution, 'NT'), bar
+  dright = product(inverse, dsolution, 'TN')
+  return -product(dright, solution, 'NT'), dright
 
 
 _solve.defvjp(_solve_fwd, _solve_bwd)
@@ -148,13 +148,13 @@ def _inverse(below):
   return inverse
 
 
-def _plain(scale, state, inputs, document):
+def _plain(scale, state, inputs, segment_index):
   names = ('q', 'k', 'v', 'beta', 'log_decay')
   out, state = chunks.scan_chunks(
     chunked.chunk,
     state,
     tuple(inputs.get(name) for name in names),
-    document,
+    segment_index,
     chunk_size=64,
     own_vjp=False,
   )
