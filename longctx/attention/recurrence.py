@@ -60,11 +60,11 @@ class Recurrence:
     beta: Float[Array, 'B T N'] | None,
     **options: Any,
   ) -> tuple[Float[Array, 'B T N V'], Float[Array, '...']]:
-    """(out, state) by the op that `ops` has for it, here or on a mesh."""
-    options['scale'] = self.scale
-    if self.delta:
-      return ops.gated_delta_rule(q, k, v, beta, **options)
-    return ops.linear_attention(q, k, v, normalize=self.normalize, **options)
+    """(out, state) by `ops.linear_recurrence`, here or on a mesh."""
+    if self.delta != (beta is not None):
+      raise ValueError(f'{self.delta=}, and the delta rule alone takes beta')
+    options |= dict(scale=self.scale, normalize=self.normalize)
+    return ops.linear_recurrence(q, k, v, beta, **options)
 
   @property
   def state_shape(self) -> tuple[int, int, int]:

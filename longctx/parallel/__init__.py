@@ -14,7 +14,11 @@ from longctx.parallel.mesh import (
   topology_mesh,
 )
 from longctx.parallel.placement import Placement, sequence_axes
-from longctx.parallel.recurrences import gated_delta_rule, linear_attention
+from longctx.parallel.recurrences import (
+  gated_delta_rule,
+  linear_attention,
+  linear_recurrence,
+)
 from longctx.parallel.schemes import SCHEMES, dot_product_attention
 
 __all__ = [
@@ -26,6 +30,7 @@ __all__ = [
   'has_accelerator',
   'join_processes',
   'linear_attention',
+  'linear_recurrence',
   'make_mesh',
   'sequence_axes',
   'short_conv',

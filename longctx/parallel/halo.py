@@ -1,4 +1,4 @@
-"""What neighbouring shards of a sequence read of each other."""
+"""Halo exchange: what neighbouring shards of a sequence read of each other."""
 
 import functools
 
@@ -26,7 +26,7 @@ def short_conv(
 
     out_t = Σ_w kernel[w] x_{t - (W - 1) + w}
 
-  Contiguous and zigzag: every run of neighbouring tokens gets the W - 1 tokens
+  Contiguous and zigzag: every span of neighbouring tokens gets the W - 1 tokens
   before it, so the bytes sent do not depend on T. Striped: neighbouring tokens
   are on neighbouring devices, so every shard is sent min(W, R) - 1 times.
 
@@ -46,7 +46,7 @@ def short_conv(
     out, in the order and dtype of x, summed in float32.
 
   Raises:
-    ValueError: shapes do not fit, or runs are shorter than W - 1.
+    ValueError: shapes do not fit, or spans are shorter than W - 1.
   """
   B, T, D = x.shape
   W = kernel.shape[0]
@@ -60,7 +60,7 @@ def short_conv(
   layout = make_layout(layout, T, shards, in_layout=in_layout)
   if layout.spans_per_shard and layout.span_len < W - 1:
     raise ValueError(
-      f'{layout} has runs of {layout.span_len} tokens, and a kernel of width '
+      f'{layout} has spans of {layout.span_len} tokens, and a kernel of width '
       f'{W} reads {W - 1} tokens back: take fewer shards, or striped'
     )
   channels = axes.spec(heads=True)
@@ -70,7 +70,7 @@ def short_conv(
       segment_ids = layout.apply(segment_ids)
   out = jax.shard_map(
     functools.partial(
-      _run_conv if layout.spans_per_shard else _striped_conv,
+      _span_conv if layout.spans_per_shard else _striped_conv,
       layout=layout,
       axis=axis,
     ),
@@ -82,18 +82,18 @@ def short_conv(
   return out if in_layout else layout.restore(out)
 
 
-def of_preceding_run(
-  x: Shaped[Array, 'B runs ...'],
+def of_preceding_span(
+  x: Shaped[Array, 'B spans ...'],
   layout: SequenceLayout,
   axis: str | tuple[str, ...],
-) -> Shaped[Array, 'B runs ...']:
-  """What the run before each run of this shard holds; zero for the first run.
+) -> Shaped[Array, 'B spans ...']:
+  """What the span before each of this shard holds; zero for the first span.
 
   To be called inside shard_map.
 
   Args:
-    x: one value per run of the shard.
-    layout: contiguous, with run r on shard r, or zigzag, with the runs r and
+    x: one value per span of the shard.
+    layout: contiguous, with span r on shard r, or zigzag, with the spans r and
       2R - 1 - r on shard r.
     axis: the mesh axes of the sequence.
   """
@@ -104,27 +104,34 @@ def of_preceding_run(
     return first[:, None]
   descending = [(r + 1, r) for r in range(R - 1)]
   second = jax.lax.ppermute(x[:, 1], axis, descending)
-  # The last shard holds the two runs in the middle of the sequence.
+  # The last shard holds the two spans in the middle of the sequence.
   is_last = jax.lax.axis_index(axis) == R - 1
   return jnp.stack([first, jnp.where(is_last, x[:, 0], second)], axis=1)
 
 
-def _run_conv(x, kernel, segment_ids, *, layout, axis):
-  """The convolution of a shard that consists of runs."""
+def _span_conv(
+  x: Float[Array, 'B L D'],
+  kernel: Float[Array, 'W D'],
+  segment_ids: Int[Array, 'B L'] | None,
+  *,
+  layout: SequenceLayout,
+  axis: str | tuple[str, ...],
+) -> Float[Array, 'B L D']:
+  """The convolution of a shard that consists of spans."""
   B, L, D = x.shape
   halo = kernel.shape[0] - 1
   if halo == 0:
     return local_short_conv(x, kernel)[0]
-  runs = (B, layout.spans_per_shard, layout.span_len)
-  x = x.reshape(*runs, D)
-  before = of_preceding_run(x[:, :, layout.span_len - halo :], layout, axis)
+  spans = (B, layout.spans_per_shard, layout.span_len)
+  x = x.reshape(*spans, D)
+  before = of_preceding_span(x[:, :, layout.span_len - halo :], layout, axis)
   if segment_ids is not None:
-    segment_ids = segment_ids.reshape(runs)
-    ids = of_preceding_run(
+    segment_ids = segment_ids.reshape(spans)
+    ids = of_preceding_span(
       segment_ids[:, :, layout.span_len - halo :], layout, axis
     )
     ids = jnp.concatenate([ids, segment_ids[:, :, :1]], axis=2)
-    # What the first token of the run sees: nothing from before a change.
+    # What the first token of the span sees: nothing from before a change.
     same = ids[:, :, 1:] == ids[:, :, :-1]
     seen = jax.lax.cumprod(same.astype(jnp.int32), axis=2, reverse=True)
     before = jnp.where(seen[..., None] == 1, before, 0)
@@ -138,7 +145,14 @@ def _run_conv(x, kernel, segment_ids, *, layout, axis):
   return out.reshape(B, L, D)
 
 
-def _striped_conv(x, kernel, segment_ids, *, layout, axis):
+def _striped_conv(
+  x: Float[Array, 'B L D'],
+  kernel: Float[Array, 'W D'],
+  segment_ids: Int[Array, 'B L'] | None,
+  *,
+  layout: SequenceLayout,
+  axis: str | tuple[str, ...],
+) -> Float[Array, 'B L D']:
   """The convolution of a shard with every R-th token."""
   W, R = kernel.shape[0], layout.num_shards
   index = jax.lax.axis_index(axis)

@@ -127,13 +127,9 @@ class Placement:
       **options,
     )
 
-  def linear_attention(self, *arrays: Any, **options: Any) -> Any:
-    """`parallel.linear_attention` of arrays that lie here."""
-    return recurrences.linear_attention(*arrays, **self._place(), **options)
-
-  def gated_delta_rule(self, *arrays: Any, **options: Any) -> Any:
-    """`parallel.gated_delta_rule` of arrays that lie here."""
-    return recurrences.gated_delta_rule(*arrays, **self._place(), **options)
+  def linear_recurrence(self, *arrays: Any, **options: Any) -> Any:
+    """`parallel.linear_recurrence` of arrays that lie here."""
+    return recurrences.linear_recurrence(*arrays, **self._place(), **options)
 
   def short_conv(self, *arrays: Any, **options: Any) -> Any:
     """`parallel.short_conv` of arrays that lie here."""

@@ -1,16 +1,28 @@
-"""The recurrences of ops on a mesh: their elements, and the call of each."""
+"""Linear recurrences over sequences that no single device holds: state scan.
+
+What a span of tokens does to a recurrent state is an element (decay, state),
+S' = decay S + state, whose size does not depend on the span. Every shard makes
+the elements of its spans; a scan over the shards gives each span the state that
+enters it; then every shard computes its outputs as if it were alone.
+"""
 
 import functools
+from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from longctx.ops import recurrence as ops
-from longctx.ops.recurrence.additive import final_state as linear_final
-from longctx.ops.recurrence.delta import final_state as delta_final
-from longctx.parallel.axes import make_axes
+from longctx.ops.recurrence.final_state import final_state
+from longctx.ops.recurrence.steps import Steps
+from longctx.parallel.axes import make_axes, make_layout
 from longctx.parallel.layout import SequenceLayout
-from longctx.parallel.state_scan import ShardedRecurrence, run_recurrence
+from longctx.parallel.state_scan import (
+  of_last_span,
+  span_states,
+  starts_segment,
+)
 from longctx.typing import Array, Float, Int
 
 
@@ -18,6 +30,46 @@ def linear_attention(
   q: Float[Array, 'B T N P'],
   k: Float[Array, 'B T K P'],
   v: Float[Array, 'B T K V'],
+  *,
+  mesh: Mesh,
+  **options: Any,
+) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N P W']]:
+  """`ops.recurrence.linear_attention` of a sequence on several devices.
+
+  Time of a shard: that of the op on its tokens, and T P V / R per head for the
+  elements; log2(R) messages per span of P V numbers per head, whatever T (see
+  `wire_bytes`).
+
+  Args: as in `linear_recurrence`.
+  """
+  return linear_recurrence(q, k, v, mesh=mesh, **options)
+
+
+def gated_delta_rule(
+  q: Float[Array, 'B T N P'],
+  k: Float[Array, 'B T K P'],
+  v: Float[Array, 'B T K V'],
+  beta: Float[Array, 'B T N'],
+  *,
+  mesh: Mesh,
+  **options: Any,
+) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N P V']]:
+  """`ops.recurrence.gated_delta_rule` of a sequence on several devices.
+
+  A span multiplies the state that enters it by a matrix, so a message is of
+  P (P + V) numbers per head, whatever T, and a shard runs the chunked rule
+  twice: once on values [v, 0] for that matrix, once for its outputs.
+
+  Args: as in `linear_recurrence`.
+  """
+  return linear_recurrence(q, k, v, beta, mesh=mesh, **options)
+
+
+def linear_recurrence(
+  q: Float[Array, 'B T N P'],
+  k: Float[Array, 'B T K P'],
+  v: Float[Array, 'B T K V'],
+  beta: Float[Array, 'B T N'] | None = None,
   *,
   mesh: Mesh,
   axis: str | tuple[str, ...] = 'seq',
@@ -31,16 +83,14 @@ def linear_attention(
   chunk_size: int = 64,
   implementation: str | None = None,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N P W']]:
-  """`ops.recurrence.linear_attention` of a sequence on several devices.
+  """Linear attention, or with `beta` the gated delta rule, on several devices.
 
-  Time of a shard: that of the op on its tokens, and T P V / R per head for the
-  elements; log2(R) messages per run of P V numbers per head, whatever T (see
-  `wire_bytes`). Zigzag takes twice as many, one after another, as contiguous,
-  and has nothing to balance here: it is for stacks with softmax attention.
+  Zigzag takes twice as many messages, one after another, as contiguous, and has
+  nothing to balance here: it is for stacks with softmax attention.
 
   Args:
-    q, k, v, log_decay, scale, segment_ids, initial_state, normalize,
-    chunk_size, implementation: as in `longctx.ops.recurrence.linear_attention`.
+    q, k, v, beta, log_decay, scale, segment_ids, initial_state, normalize,
+    chunk_size, implementation: as in `longctx.ops.recurrence`.
     mesh: batch on 'data', heads on 'model', if the mesh has these axes and
       `axis` does not name them.
     axis: mesh axis of the sequence, or several, the first outermost.
@@ -56,127 +106,44 @@ def linear_attention(
     ValueError: shapes do not fit, each other or the mesh.
     NotImplementedError: the layout is striped.
   """
-  _, _, N, P = q.shape
+  B, T, N, P = q.shape
   if log_decay is not None and log_decay.shape not in (q.shape, q.shape[:3]):
     raise ValueError(f'{log_decay.shape=} must be {q.shape[:3]} or {q.shape}')
-
-  def element(inputs, segment_index):
-    k, v = inputs['k'], inputs['v']
-    if normalize:
-      v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-    heads = inputs['q'].shape[2]
-    return linear_final.final_state(
-      k,
-      v,
-      num_heads=heads,
-      log_decay=inputs['log_decay'],
-      segment_index=segment_index,
-    )
-
-  def outputs(inputs, segment_index, state):
-    return ops.linear_attention(
-      **inputs,
-      scale=scale,
-      segment_ids=segment_index,
-      initial_state=state,
-      normalize=normalize,
-      chunk_size=chunk_size,
-      implementation=implementation,
-    )
-
-  return run_recurrence(
-    ShardedRecurrence(
-      element=element,
-      combine=_combine_factors,
-      no_decay=jnp.ones_like,
-      outputs=outputs,
-      writes=('k', 'log_decay'),
-      state_shape=(N, P, v.shape[-1] + normalize),
-    ),
-    dict(q=q, k=k, v=v, log_decay=log_decay),
-    mesh=mesh,
-    axis=axis,
-    layout=layout,
-    in_layout=in_layout,
-    segment_ids=segment_ids,
-    initial_state=initial_state,
-  )
-
-
-def gated_delta_rule(
-  q: Float[Array, 'B T N P'],
-  k: Float[Array, 'B T K P'],
-  v: Float[Array, 'B T K V'],
-  beta: Float[Array, 'B T N'],
-  *,
-  mesh: Mesh,
-  axis: str | tuple[str, ...] = 'seq',
-  layout: str | SequenceLayout = 'contiguous',
-  in_layout: bool = False,
-  log_decay: Float[Array, 'B T N'] | Float[Array, 'B T N P'] | None = None,
-  scale: float = 1.0,
-  segment_ids: Int[Array, 'B T'] | None = None,
-  initial_state: Float[Array, 'B N P V'] | None = None,
-  chunk_size: int = 64,
-  implementation: str | None = None,
-) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N P V']]:
-  """`ops.recurrence.gated_delta_rule` of a sequence on several devices.
-
-  A run multiplies the state that enters it by a matrix, so a message is of
-  P (P + V) numbers per head, whatever T, and a shard runs the chunked rule
-  twice: once on values [v, 0] for that matrix, once for its outputs.
-
-  Args:
-    q, k, v, beta, log_decay, scale, segment_ids, initial_state, chunk_size,
-    implementation: as in `longctx.ops.recurrence.gated_delta_rule`.
-    mesh, axis, layout, in_layout: as in `linear_attention`.
-
-  Returns:
-    out, in the order of q, and the last state, the same on all shards.
-
-  Raises:
-    ValueError: shapes do not fit, each other or the mesh.
-    NotImplementedError: the layout is striped.
-  """
-  _, _, N, P = q.shape
-  if log_decay is not None and log_decay.shape not in (q.shape, q.shape[:3]):
-    raise ValueError(f'{log_decay.shape=} must be {q.shape[:3]} or {q.shape}')
-  if beta.shape != q.shape[:3]:
+  if beta is not None and beta.shape != q.shape[:3]:
     raise ValueError(f'{beta.shape=} must be {q.shape[:3]}')
-
-  def element(inputs, segment_index):
-    inputs = {name: x for name, x in inputs.items() if name != 'q'}
-    return delta_final.final_state(
-      **inputs, segment_index=segment_index, chunk_size=chunk_size
+  state_shape = (B, N, P, v.shape[-1] + normalize)
+  if initial_state is not None and initial_state.shape != state_shape:
+    raise ValueError(f'{initial_state.shape=} must be {state_shape}')
+  axes = make_axes(mesh, axis)
+  axes.check(batch=B, query_heads=N, key_heads=k.shape[2])
+  shards = axes.size(axes.seq)
+  layout = make_layout(layout, T, shards, in_layout=in_layout)
+  if not layout.spans_per_shard:
+    raise NotImplementedError(
+      'a recurrence needs spans of neighbouring tokens, which a striped '
+      "sequence has not: take layout 'contiguous' or 'zigzag'"
     )
-
-  def outputs(inputs, segment_index, state):
-    return ops.gated_delta_rule(
-      **inputs,
+  arrays = Steps(q, k, v, beta, log_decay), segment_ids
+  if not in_layout:
+    arrays = jax.tree.map(layout.apply, arrays)
+  by_head = axes.spec(heads=True)
+  state_spec = PartitionSpec(axes.data, axes.heads)
+  out, state = jax.shard_map(
+    functools.partial(
+      _shard,
+      layout=layout,
+      axis=axis,
+      normalize=normalize,
       scale=scale,
-      segment_ids=segment_index,
-      initial_state=state,
       chunk_size=chunk_size,
       implementation=implementation,
-    )
-
-  return run_recurrence(
-    ShardedRecurrence(
-      element=element,
-      combine=_combine_matrices,
-      no_decay=_identity_matrices,
-      outputs=outputs,
-      writes=('beta', 'log_decay'),
-      state_shape=(N, P, v.shape[-1]),
     ),
-    dict(q=q, k=k, v=v, beta=beta, log_decay=log_decay),
     mesh=mesh,
-    axis=axis,
-    layout=layout,
-    in_layout=in_layout,
-    segment_ids=segment_ids,
-    initial_state=initial_state,
-  )
+    in_specs=(by_head, axes.spec(), state_spec),
+    out_specs=(by_head, state_spec),
+    check_vma=False,
+  )(*arrays, initial_state)
+  return out if in_layout else layout.restore(out), state
 
 
 def wire_bytes(
@@ -202,7 +169,7 @@ def wire_bytes(
   Args:
     B, N, P, V: rows, query heads, size of keys and of values.
     mesh, axis, normalize: as in `linear_attention`.
-    layout: 'contiguous' or 'zigzag', with a scan per run.
+    layout: 'contiguous' or 'zigzag', with a scan per span.
     decay: None, 'head' or 'channel'; 'matrix' for the delta rule.
     packed: whether there are segment_ids, int32.
     with_state: whether the last state is used; else it is not sent.
@@ -223,28 +190,101 @@ def wire_bytes(
   sent = state * sum(pairs) + decay_bytes * sum(pairs[:-1])
   if packed:
     sent += 4 * (B // data) * (R - 1)
-  runs = {'contiguous': 1, 'zigzag': 2}[layout]
+  spans = {'contiguous': 1, 'zigzag': 2}[layout]
   groups = mesh.size // R
   return {
-    'collective-permute': groups * runs * sent,
+    'collective-permute': groups * spans * sent,
     'all-reduce': groups * 2 * (R - 1) * state * with_state,
   }
 
 
-def _combine_factors(earlier, later):
-  """The element of two runs, one after the other; decays are factors."""
-  return earlier[0] * later[0], later[0] * earlier[1] + later[1]
+def _shard(
+  steps: Steps,
+  segment_ids: Int[Array, 'B L'] | None,
+  initial_state: Float[Array, 'B N P W'] | None,
+  *,
+  layout: SequenceLayout,
+  axis: str | tuple[str, ...],
+  normalize: bool,
+  chunk_size: int,
+  **options: Any,
+) -> tuple[Float[Array, 'B L N V'], Float[Array, 'B N P W']]:
+  """(out, last state) of one shard; see `linear_recurrence`."""
+  B, L, N, P = steps.q.shape
+  dtype = jnp.result_type(*jax.tree.leaves(steps))
+  dtype = jnp.promote_types(dtype, jnp.float32)
+  if initial_state is None:
+    # The heads of this device alone.
+    width = steps.v.shape[-1] + normalize
+    initial_state = jnp.zeros((B, N, P, width), dtype)
+  if layout.is_padded:
+    steps = _drop_padding(steps, layout, axis)
 
+  def by_span(x: Array) -> Array:
+    return x.reshape(B * layout.spans_per_shard, layout.span_len, *x.shape[2:])
 
-def _combine_matrices(earlier, later):
-  """Likewise; decays are matrices, applied from the left."""
-  multiply = functools.partial(jnp.matmul, precision='highest')
-  return (
-    multiply(later[0], earlier[0]),
-    multiply(later[0], earlier[1]) + later[1],
+  def spans_apart(x: Array) -> Array:
+    return x.reshape(B, layout.spans_per_shard, *x.shape[1:])
+
+  steps = jax.tree.map(by_span, steps)
+  segment_index = enters = None
+  if segment_ids is not None:
+    starts = by_span(starts_segment(segment_ids, layout, axis))
+    segment_index = jnp.cumsum(
+      starts.at[:, 0].set(False), axis=1, dtype=jnp.int32
+    )
+    # Whether the first token of a span sees the state that enters it.
+    enters = ~starts[:, 0, None, None, None]
+
+  written = steps
+  if normalize:
+    v = [steps.v, jnp.ones_like(steps.v[..., :1])]
+    written = steps._replace(v=jnp.concatenate(v, axis=-1))
+  decay, change = final_state(written, segment_index, chunk_size=chunk_size)
+  if enters is not None:
+    decay = jnp.where(enters, decay, 0)
+  no_decay, times = jnp.ones_like(decay[:B]), jnp.multiply
+  if steps.beta is not None:
+    no_decay = jnp.broadcast_to(jnp.eye(P, dtype=decay.dtype), no_decay.shape)
+    times = functools.partial(jnp.matmul, precision='highest')
+
+  def combine(earlier, later):
+    return times(later[0], earlier[0]), times(later[0], earlier[1]) + later[1]
+
+  state = span_states(
+    initial_state.astype(dtype),
+    (spans_apart(decay), spans_apart(change)),
+    combine,
+    (no_decay, jnp.zeros_like(change[:B])),
+    layout,
+    axis,
   )
+  state = state.reshape(-1, *state.shape[2:])
+  if enters is not None:
+    state = jnp.where(enters, state, 0)
+  out, state = ops.linear_recurrence(
+    *steps[:4],
+    log_decay=steps.log_decay,
+    segment_ids=segment_index,
+    initial_state=state,
+    normalize=normalize,
+    chunk_size=chunk_size,
+    **options,
+  )
+  last_state = of_last_span(spans_apart(state), layout, axis)
+  return out.reshape(B, L, *out.shape[2:]), last_state
 
 
-def _identity_matrices(decay: Array) -> Array:
-  eye = jnp.eye(decay.shape[-1], dtype=decay.dtype)
-  return jnp.broadcast_to(eye, decay.shape)
+def _drop_padding(
+  steps: Steps, layout: SequenceLayout, axis: str | tuple[str, ...]
+) -> Steps:
+  """The steps, with such as change no state where there is padding."""
+  positions = layout.positions(jax.lax.axis_index(axis))
+
+  def drop(name: str, x: Array) -> Array:
+    if name not in ('k', 'beta', 'log_decay'):
+      return x
+    is_token = (positions < layout.seq_len).reshape(-1, *[1] * (x.ndim - 2))
+    return jnp.where(is_token, x, 0)
+
+  return steps.map(drop)

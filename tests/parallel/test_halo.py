@@ -149,7 +149,7 @@ def test_bytes_on_the_wire_are_those_of_the_docstring(layout, expected):
   ('change', 'message'),
   [
     (dict(T=8, layout='contiguous'), 'fewer shards, or striped'),
-    (dict(T=16, layout='zigzag'), 'runs of 2 tokens, .* reads 3 tokens back'),
+    (dict(T=16, layout='zigzag'), 'spans of 2 tokens, .* reads 3 tokens back'),
     (dict(D=5), 'channels=5 must be a multiple of the mesh axis model=2'),
   ],
 )

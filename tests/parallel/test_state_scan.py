@@ -36,7 +36,7 @@ def test_exclusive_scan_keeps_the_order(R, reverse):
 
 
 @pytest.mark.parametrize('name', ['contiguous', 'zigzag'])
-def test_run_states_take_matrices_for_decays(name):
+def test_span_states_take_matrices_for_decays(name):
   # As in the delta rule: S' = decay S + state, with a decay per run, [2, 2].
   layout = SequenceLayout(name, 20, 5)
   count = layout.spans_per_shard * layout.num_shards
@@ -51,7 +51,7 @@ def test_run_states_take_matrices_for_decays(name):
 
   result = jax.jit(
     jax.shard_map(
-      lambda begin, *elements: state_scan.run_states(
+      lambda begin, *elements: state_scan.span_states(
         begin[None],
         elements,
         combine,

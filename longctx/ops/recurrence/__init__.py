@@ -1,6 +1,15 @@
 """Linear recurrences: linear attention and the gated delta rule, by chunks."""
 
-from longctx.ops.recurrence.additive import IMPLEMENTATIONS, linear_attention
-from longctx.ops.recurrence.delta import gated_delta_rule
+from longctx.ops.recurrence.api import (
+  IMPLEMENTATIONS,
+  gated_delta_rule,
+  linear_attention,
+  linear_recurrence,
+)
 
-__all__ = ['IMPLEMENTATIONS', 'gated_delta_rule', 'linear_attention']
+__all__ = [
+  'IMPLEMENTATIONS',
+  'gated_delta_rule',
+  'linear_attention',
+  'linear_recurrence',
+]

@@ -1,4 +1,4 @@
-"""Feature maps phi: the kernel phi(q) · phi(k) that linear attention sums.
+"""Feature maps phi of linear attention: it sums the kernel phi(q) · phi(k).
 
 A map is a frozen dataclass with two methods,
 

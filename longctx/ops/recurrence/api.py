@@ -1,21 +1,16 @@
-"""Causal linear attention: a recurrence with a matrix state per head."""
+"""Linear attention and the gated delta rule: one recurrence, by two names."""
 
 import jax.numpy as jnp
 
-from longctx.ops.recurrence import chunks_tpu
-from longctx.ops.recurrence.additive import (
-  chunked,
-  pallas_tpu,
-  reference,
-)
-from longctx.ops.recurrence.chunks import index_segments
+from longctx.ops.recurrence import chunked, pallas_tpu, reference
+from longctx.ops.recurrence.steps import Steps, index_segments
 from longctx.ops.target import target
 from longctx.typing import Array, Float, Int
 
 IMPLEMENTATIONS = {
-  'reference': reference.linear_attention,
-  'xla': chunked.linear_attention,
-  'pallas': pallas_tpu.linear_attention,
+  'reference': reference.recurrence,
+  'xla': chunked.recurrence,
+  'pallas': pallas_tpu.recurrence,
 }
 
 
@@ -72,14 +67,101 @@ def linear_attention(
     NotImplementedError: 'pallas' does not support the call: float64, GPUs, more
       than 512 channels.
   """
-  _check(q, k, v, log_decay, segment_ids, chunk_size)
+  return linear_recurrence(
+    q,
+    k,
+    v,
+    log_decay=log_decay,
+    scale=scale,
+    segment_ids=segment_ids,
+    initial_state=initial_state,
+    normalize=normalize,
+    chunk_size=chunk_size,
+    implementation=implementation,
+  )
+
+
+def gated_delta_rule(
+  q: Float[Array, 'B T N P'],
+  k: Float[Array, 'B T K P'],
+  v: Float[Array, 'B T K V'],
+  beta: Float[Array, 'B T N'],
+  *,
+  log_decay: Float[Array, 'B T N'] | Float[Array, 'B T N P'] | None = None,
+  scale: float = 1.0,
+  segment_ids: Int[Array, 'B T'] | None = None,
+  initial_state: Float[Array, 'B N P V'] | None = None,
+  chunk_size: int = 64,
+  implementation: str | None = None,
+) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N P V']]:
+  """A linear memory that replaces what it held for a key, rather than adding.
+
+    S_t = (I - beta_t k_t k_tᵀ) exp(log_decay_t) S_{t-1} + beta_t k_t v_tᵀ
+    out_t = scale q_t S_t
+
+  For a key of length one, k_t S_t = (1 - beta_t) k_t S_{t-1} + beta_t v_t: a
+  step of size beta_t of gradient descent on |k_t S - v_t|² / 2.
+
+  DeltaNet (Yang et al., arXiv 2406.06484) has no decay, Gated DeltaNet (Yang et
+  al., arXiv 2412.06464) one per head, Kimi Delta Attention (Kimi Linear, arXiv
+  2510.26692) one per head and channel of the key.
+
+  Time T (2 C (P + V) + C² / 3 + 3 P V) per head in chunks of C steps; state P V
+  numbers per head, whatever T.
+
+  Args:
+    q, k, v, log_decay, scale, segment_ids, initial_state, implementation: as in
+      `linear_attention`. The caller divides keys by their length.
+    beta: the size of a step. A key's row of the state is shrunk by
+      1 - beta |k|², so the state stays bounded where beta |k|² is in [0, 2].
+    chunk_size: C of the chunked implementations, best a power of two; 'pallas'
+      takes the next one from 16 to 128. Smaller ones are more precise where
+      beta |k|² is near 2 and keys are nearly parallel.
+
+  Returns, Raises: as in `linear_attention`.
+  """
+  return linear_recurrence(
+    q,
+    k,
+    v,
+    beta,
+    log_decay=log_decay,
+    scale=scale,
+    segment_ids=segment_ids,
+    initial_state=initial_state,
+    chunk_size=chunk_size,
+    implementation=implementation,
+  )
+
+
+def linear_recurrence(
+  q: Float[Array, 'B T N P'],
+  k: Float[Array, 'B T K P'],
+  v: Float[Array, 'B T K V'],
+  beta: Float[Array, 'B T N'] | None = None,
+  *,
+  log_decay: Float[Array, 'B T N'] | Float[Array, 'B T N P'] | None = None,
+  scale: float = 1.0,
+  segment_ids: Int[Array, 'B T'] | None = None,
+  initial_state: Float[Array, 'B N P W'] | None = None,
+  normalize: bool = False,
+  chunk_size: int = 64,
+  implementation: str | None = None,
+) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N P W']]:
+  """Linear attention, or with `beta` the gated delta rule.
+
+  Args and errors are theirs; the delta rule has nothing to normalize by.
+  """
+  _check(q, k, v, beta, log_decay, segment_ids, normalize, chunk_size)
   B, _, N, P = q.shape
   V = v.shape[-1]
   dtype = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
+  out_dtype = v.dtype
   if normalize:
-    # z is the state of one more value, which is always one.
+    # z is the state of one more value, which is always one. A quotient is
+    # rounded once, after the division.
     v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-    scale = 1.0
+    scale, out_dtype = 1.0, dtype
   state_shape = (B, N, P, v.shape[-1])
   if initial_state is None:
     initial_state = jnp.zeros(state_shape, dtype)
@@ -88,16 +170,12 @@ def linear_attention(
       f'{initial_state.shape=} must be {state_shape} with {normalize=}'
     )
   out, state = _implementation(implementation, q, k, v)(
-    q,
-    k,
-    v,
-    log_decay=log_decay,
+    Steps(q, k, v, beta, log_decay),
+    initial_state.astype(dtype),
+    index_segments(segment_ids),
     scale=scale,
-    segment_index=index_segments(segment_ids),
-    initial_state=initial_state.astype(dtype),
     chunk_size=chunk_size,
-    # A quotient is rounded once, after the division.
-    out_dtype=dtype if normalize else v.dtype,
+    out_dtype=out_dtype,
   )
   if normalize:
     total = out[..., V:]
@@ -113,14 +191,14 @@ def _implementation(name, q, k, v):
       f'unknown implementation {name!r}; known: {sorted(IMPLEMENTATIONS)}'
     )
   if name == 'pallas' or (name is None and target().platform == 'tpu'):
-    reason = chunks_tpu.unsupported_reason(q, k, v)
+    reason = pallas_tpu.unsupported_reason(q, k, v)
     if reason and name:
       raise NotImplementedError(f'implementation={name!r}: {reason}')
     name = 'xla' if reason else 'pallas'
   return IMPLEMENTATIONS[name or 'xla']
 
 
-def _check(q, k, v, log_decay, segment_ids, chunk_size):
+def _check(q, k, v, beta, log_decay, segment_ids, normalize, chunk_size):
   B, T, N, P = q.shape
   K = k.shape[2]
   if k.shape != (B, T, K, P) or v.shape[:3] != k.shape[:3]:
@@ -129,6 +207,10 @@ def _check(q, k, v, log_decay, segment_ids, chunk_size):
     raise ValueError(f'{q.shape=} has no steps')
   if N % K:
     raise ValueError(f'{N=} query heads must be a multiple of {K=} key heads')
+  if beta is not None and beta.shape != (B, T, N):
+    raise ValueError(f'{beta.shape=} must be {(B, T, N)}, one per query head')
+  if beta is not None and normalize:
+    raise ValueError('the delta rule has no sum of keys to normalize by')
   if log_decay is not None and log_decay.shape not in (q.shape, q.shape[:3]):
     raise ValueError(f'{log_decay.shape=} must be {q.shape[:3]} or {q.shape}')
   if segment_ids is not None and segment_ids.shape != (B, T):

@@ -1,34 +1,27 @@
-"""Recurrences with a matrix state, in chunks of C steps.
+"""Decayed scores of a chunk: products of its queries and keys under a decay.
 
-What linear attention and the delta rule have in common: the scan over chunks
-with its custom VJP, and the products of queries and keys of a chunk under a
-decay, where L_t is the sum of log_decay from the start of the chunk to t.
-
-Where log_decay <= 0, no exponent is positive, so nothing overflows, however
-strong the decay: differences are taken before the exponential, and where q and
-k must be scaled apart (one decay per channel), both are scaled towards a step
-that lies between them.
+L_t is the sum of log_decay from the start of the chunk to t. Where log_decay
+<= 0, no exponent is positive, so nothing overflows, however strong the decay:
+differences are taken before the exponential, and where q and k must be scaled
+apart (one decay per channel), both are scaled towards a step that lies between
+them.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from longctx.typing import Array, Float, Int
+from longctx.ops.recurrence.steps import SMALLEST_LOG_DECAY
+from longctx.typing import Array, Bool, Float, Int
 
-# exp(-100) is zero in float32; a stronger decay would only cost precision in
-# the sums of its neighbours.
-SMALLEST_LOG_DECAY = -100.0
 # Below this many steps the [C, C, P] exponentials of a decay per channel cost
 # less than another halving.
 _SMALLEST_HALF = 8
 
 
 class ChunkSegments(NamedTuple):
-  """The segments of one chunk, as numbers that never come back.
+  """Segments of one chunk, as numbers that never come back.
 
   within: [B, C], of each step. before: [B], of the state that enters.
   """
@@ -52,116 +45,6 @@ class ChunkProducts(NamedTuple):
   q: Float[Array, '*stack B N C P']
   k: Float[Array, 'B N C P']
   chunk_decay: Float[Array, 'B_or_1 N_or_1 P_or_1 1']
-
-
-def index_segments(
-  segment_ids: Int[Array, 'B T'] | None,
-) -> Int[Array, 'B T'] | None:
-  """How often the id has changed so far: an id may come back, a count not."""
-  if segment_ids is None:
-    return None
-  changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-  return jnp.pad(jnp.cumsum(changed, axis=1, dtype=jnp.int32), [(0, 0), (1, 0)])
-
-
-def scan_chunks(
-  chunk: Callable[[Array, Any, ChunkSegments | None], tuple[Array, Array]],
-  state: Array,
-  inputs: Any,
-  segment_index: Int[Array, 'B T'] | None,
-  *,
-  chunk_size: int,
-  own_vjp: bool = True,
-) -> tuple[Float[Array, 'B T N V'], Array]:
-  """(out, last state) of a recurrence that `chunk` computes C steps at a time.
-
-  The backward pass keeps the inputs only and computes the T/C states between
-  chunks again (memory T P V / C per head while it runs); it can itself be
-  differentiated, forwards and backwards, with a few times that memory. Any T
-  works: the last chunk is padded with zeros, steps that must change nothing.
-
-  Args:
-    chunk: chunk(state, inputs, segments) -> (out [B, C, N, V], next state), a
-      function of its arguments alone.
-    state: what enters the first chunk.
-    inputs: a tree of arrays [B, T, ...].
-    segment_index: how often the id of the row has changed so far.
-    chunk_size: C, best a power of two for the sake of halving. A sequence that
-      is shorter makes one chunk, as long as the next power of two.
-    own_vjp: if not, JAX derives the backward pass, which keeps every state, and
-      the scan can be differentiated forwards too.
-  """
-  B, T = jax.tree.leaves(inputs)[0].shape[:2]
-  chunk_size = min(chunk_size, 1 << (T - 1).bit_length())
-  pad = -T % chunk_size
-
-  def split(x, mode='constant'):
-    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2), mode=mode)
-    x = x.reshape(B, -1, chunk_size, *x.shape[2:])
-    return jnp.moveaxis(x, 1, 0)
-
-  segments = None
-  if segment_index is not None:
-    within = split(segment_index, 'edge')
-    before = jnp.concatenate(
-      [jnp.zeros_like(within[:1, :, 0]), within[:-1, :, -1]]
-    )
-    segments = ChunkSegments(within, before)
-  scan = _scan if own_vjp else _scan_forward
-  out, state = scan(chunk, state, jax.tree.map(split, inputs), segments)
-  out = jnp.moveaxis(out, 0, 1).reshape(B, -1, *out.shape[3:])
-  return out[:, :T], state
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(chunk, state, inputs, segments):
-  """(out [T/C, B, C, N, V], last state) of inputs stacked chunk by chunk."""
-  return _scan_forward(chunk, state, inputs, segments)
-
-
-def _scan_forward(chunk, state, inputs, segments):
-  def step(state, stacked):
-    out, state = chunk(state, *stacked)
-    return state, out
-
-  state_and_out = jax.lax.scan(_recomputed(step), state, (inputs, segments))
-  return state_and_out[::-1]
-
-
-def _scan_fwd(chunk, state, inputs, segments):
-  results = _scan_forward(chunk, state, inputs, segments)
-  return results, (state, inputs, segments)
-
-
-def _scan_bwd(chunk, saved, dresults):
-  state, inputs, segments = saved
-  dout, dstate = dresults
-
-  def forward(state, stacked):
-    # The output of the chunk is not used, so XLA does not compute it.
-    return chunk(state, *stacked)[1], state
-
-  def backward(dstate, stacked):
-    state, inputs, segments, dout = stacked
-    _, vjp = jax.vjp(lambda *x: chunk(*x, segments), state, inputs)
-    return vjp((dout, dstate))
-
-  _, states = jax.lax.scan(_recomputed(forward), state, (inputs, segments))
-  dstate, dinputs = jax.lax.scan(
-    _recomputed(backward),
-    dstate,
-    (states, inputs, segments, dout),
-    reverse=True,
-  )
-  return dstate, dinputs, None
-
-
-def _recomputed(step):
-  """A step of which a second derivative keeps what it is given, and no more."""
-  return jax.checkpoint(step, prevent_cse=False)
-
-
-_scan.defvjp(_scan_fwd, _scan_bwd)
 
 
 def products(
@@ -209,11 +92,18 @@ def products(
   return ChunkProducts(scores, q, k, chunk_decay)
 
 
-def _product(q, k):
+def _product(
+  q: Float[Array, '*stack C P'], k: Float[Array, '*#stack D P']
+) -> Float[Array, '*stack C D']:
   return q @ jnp.swapaxes(k, -1, -2)
 
 
-def _decayed_scores(q, k, total, visible):
+def _decayed_scores(
+  q: Float[Array, '*stack B N C P'],
+  k: Float[Array, 'B N C P'],
+  total: Float[Array, '2 B N C P_or_1'],
+  visible: Bool[Array, '*B_1 C C'],
+) -> Float[Array, '*stack B N C C']:
   if total.shape[-1] == 1:
     gap = _gap(total, jnp.swapaxes(total, -1, -2))
     return _product(q, k) * jnp.exp(jnp.where(visible, gap, -jnp.inf))
@@ -224,7 +114,11 @@ def _decayed_scores(q, k, total, visible):
   return jnp.where(visible, _decayed_products(q[None], k, total)[0], 0)
 
 
-def _decayed_products(q, k, total):
+def _decayed_products(
+  q: Float[Array, '... C P'],
+  k: Float[Array, '... C P'],
+  total: Float[Array, '2 ... C P'],
+) -> Float[Array, '... C C']:
   """Σ_p q_ip exp(L_ip - L_jp) k_jp for j <= i; anything finite for j > i.
 
   The chunk is halved again and again: where i lies in the second half and j in
@@ -259,16 +153,18 @@ def _decayed_products(q, k, total):
   return jnp.block([[first, above], [below, second]])
 
 
-def _cumulative(log_decay, affected):
-  """The sums of log_decay over the steps so far, [2, B, N, C, P].
+def _cumulative(
+  log_decay: Float[Array, 'B N C P'], affected: Bool[Array, 'B 1 C C'] | None
+) -> Float[Array, '2 B N C P']:
+  """The sums of log_decay over the steps so far.
 
   A sum of -500 in one float32 has an error of 3e-5, which would be a relative
   error of the scores between weakly decaying steps after strong ones. So the
   sum is kept in two parts, of which the first, in multiples of 1/1024, is
   exact.
 
-  affected: [B, 1, C, C], whether the state of a step depends on the decay of an
-  earlier one, or None where it always does.
+  affected: whether the state of a step depends on the decay of an earlier one,
+  or None where it always does.
   """
   log_decay = jnp.maximum(log_decay, SMALLEST_LOG_DECAY)
   coarse = jnp.round(log_decay * 1024) / 1024
@@ -284,7 +180,9 @@ def _cumulative(log_decay, affected):
   return own + jax.lax.stop_gradient(total - own)
 
 
-def _gap(later, earlier):
+def _gap(
+  later: Float[Array, '2 ...'], earlier: Float[Array, '2 ...'] | int
+) -> Float[Array, '...']:
   """The sum of log_decay after `earlier`, up to `later`."""
   coarse, fine = later - earlier
   return coarse + fine

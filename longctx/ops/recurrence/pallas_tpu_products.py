@@ -1,9 +1,9 @@
-"""The products of one chunk of one head, inside of a Pallas TPU kernel.
+"""Decayed scores of a chunk of one head, inside of a Pallas TPU kernel.
 
-`chunks.products` in matrices [C, P] and [C, C], of which the TPU's matrix unit
-multiplies whole ones alone. C is a power of two. Sums of log_decay are sums of
-neighbouring steps only, never differences of longer sums, so they are precise
-however strong the decay before them.
+`chunk_products.products` in matrices [C, P] and [C, C], of which the TPU's
+matrix unit multiplies whole ones alone. C is a power of two. Sums of log_decay
+are sums of neighbouring steps only, never differences of longer sums, so they
+are precise however strong the decay before them.
 """
 
 import functools
@@ -23,7 +23,7 @@ _CONTRACTED = {'NN': ((1,), (0,)), 'NT': ((1,), (1,)), 'TN': ((0,), (0,))}
 
 
 class SegmentRows(NamedTuple):
-  """The segments of one chunk, as numbers that never come back.
+  """Segments of one chunk, as numbers that never come back.
 
   within: [1, C], of each step. previous: [1, C], of the step before each.
   """
@@ -64,11 +64,18 @@ def product(
   )
 
 
-def _product_fwd(a, b, form, exact):
+def _product_fwd(
+  a: Float[Array, 'M N'], b: Float[Array, 'X Y'], form: str, exact: bool
+) -> tuple[Array, tuple[Array, Array]]:
   return product(a, b, form, exact), (a, b)
 
 
-def _product_bwd(form, exact, saved, dout):
+def _product_bwd(
+  form: str,
+  exact: bool,
+  saved: tuple[Array, Array],
+  dout: Float[Array, 'I J'],
+) -> tuple[Float[Array, 'M N'], Float[Array, 'X Y']]:
   a, b = saved
   if form == 'NN':
     return product(dout, b, 'NT', exact), product(a, dout, 'TN', exact)
@@ -86,7 +93,7 @@ def products(
   log_decay: Float[Array, '1 C'] | Float[Array, 'C P'] | None,
   segments: SegmentRows | None,
 ) -> HeadProducts:
-  """The products of a chunk; see `chunks.ChunkProducts`.
+  """The products of a chunk; see `ChunkProducts`.
 
   Args:
     readers: queries, or several that ask alike, as the delta rule's keys do.
@@ -154,7 +161,11 @@ def indices(C: int) -> tuple[Int[Array, 'C C'], Int[Array, 'C C']]:
   return i, j
 
 
-def _decayed_products(readers, k, levels):
+def _decayed_products(
+  readers: Sequence[Float[Array, 'C P']],
+  k: Float[Array, 'C P'],
+  levels: Sequence[tuple[int, Float[Array, 'C P']]],
+) -> list[Float[Array, 'C C']]:
   """Σ_p q_ip exp(L_ip - L_jp) k_jp for j <= i; anything finite for j > i.
 
   Where the chunk is halved again and again, every i > j are once in the second
@@ -178,8 +189,10 @@ def _decayed_products(readers, k, levels):
   ]
 
 
-def _sums(x):
-  """(levels, so far, still): sums of x [C, P] over neighbouring steps.
+def _sums(
+  x: Float[Array, 'C P'],
+) -> tuple[list[tuple[int, Array]], Float[Array, 'C P'], Float[Array, 'C P']]:
+  """(levels, so far, still): sums of x over neighbouring steps.
 
   Of a level of parts of 2 size steps, (size, total): the sum after the first
   half up to the step, if it is in the second; else that of the steps after it
@@ -202,8 +215,8 @@ def _sums(x):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _other_half(x, size):
-  """x [C, P] with the halves, `size` steps each, of all parts exchanged."""
+def _other_half(x: Float[Array, 'C P'], size: int) -> Float[Array, 'C P']:
+  """x with the halves, `size` steps each, of all parts exchanged."""
   row = lax.broadcasted_iota(jnp.int32, x.shape, 0)
   down = pltpu.roll(x, size, 0)
   up = pltpu.roll(x, x.shape[0] - size, 0)
