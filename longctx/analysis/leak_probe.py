@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longctx.masks import Mask
+from longctx.masks import Mask, check_mask
 from longctx.typing import Array, Bool, Float, Int
 
 
@@ -144,6 +144,7 @@ def allowed_pairs(
     positions: that the mask reads; None means those of a layer, 0, 1, … in
       each document.
   """
+  check_mask(mask, seq_len)
   at = np.arange(seq_len) if positions is None else np.asarray(positions)
   if positions is None and segment_ids is not None:
     ids = np.asarray(segment_ids)

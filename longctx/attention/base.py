@@ -141,7 +141,8 @@ class Attention(nnx.Module, abc.ABC):
     if reads_later:
       raise NotImplementedError(
         f'{type(self).__name__} reads tokens that are not there yet, under '
-        f'{reads_later[0]}: to decode, take a causal layer'
+        f'{reads_later[0]}: to decode, take a causal layer, or a mask that is '
+        'known to be causal, such as mask & masks.Causal()'
       )
     return spec
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from longctx.attention import segments
 from longctx.attention.recurrence import Recurrence
-from longctx.masks import Mask
+from longctx.masks import Mask, check_mask
 from longctx.ops import dot_product_attention as softmax
 from longctx.ops import recurrence as recurrences
 from longctx.ops import short_conv as convolution
@@ -151,6 +151,7 @@ class Context:
     Returns:
       As in ops, for the Q queries that are read.
     """
+    check_mask(mask)
     q, k, v, options = biased(q, k, v, q_bias, k_bias, options)
     T, positions = q.shape[1], self.positions
     moves = all(part.shift_invariant for part in mask.primitives())

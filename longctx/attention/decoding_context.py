@@ -14,7 +14,7 @@ from jax import lax
 from longctx import parallel
 from longctx.attention.cache_spec import CacheBuilder
 from longctx.attention.context import Context, biased
-from longctx.masks import KVRetention
+from longctx.masks import KVRetention, check_mask
 from longctx.ops import recurrence as recurrences
 from longctx.ops import short_conv as convolution
 from longctx.ops.block_selection import Summary
@@ -115,6 +115,7 @@ class DecodingContext(Context):
   def dot_product_attention(
     self, q, k, v, *, mask, q_bias=None, k_bias=None, **options
   ):
+    check_mask(mask)
     retention = mask.kv_retention()
     if not mask.is_causal:
       self.builder.reads_later.append(mask)

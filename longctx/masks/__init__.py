@@ -18,6 +18,7 @@ from longctx.masks.algebra import (
   Positions,
   Primitive,
   Range,
+  check_mask,
 )
 from longctx.masks.patterns import (
   Beyond,
@@ -53,4 +54,5 @@ __all__ = [
   'RandomBlocks',
   'Range',
   'SlidingWindow',
+  'check_mask',
 ]

@@ -1,38 +1,20 @@
-"""What a mask is, how masks combine, and how their pairs are counted.
-
-How block maps stay exact without a T x S array: a primitive mask either depends
-on the offset q - k alone (`Causal`, `SlidingWindow`, `Dilated`), or is constant
-on a grid of rectangles whose edges it lists (`PrefixColumns`, `RandomBlocks`).
-Cutting the plane along all the edges leaves cells in which any combination of
-masks is a function of q - k, and pairs in a cell follow from a table of second
-cumulative sums over the T + S - 1 offsets. Memory is O(T + S + cells).
-"""
+"""Mask algebra: attention masks, `&` and `|`, and what is derived from them."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
-import itertools
-import math
+import operator
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
+from longctx.masks import checks, counting
+from longctx.masks.counting import Positions, Range
 from longctx.typing import Bool, Int
 
-Positions = jax.Array | np.ndarray | int
-
 EMPTY, PARTIAL, FULL = 0, 1, 2
-
-
-class Range(NamedTuple):
-  """The smallest and the largest position of a block, or of many."""
-
-  low: Positions
-  high: Positions
 
 
 class KVRetention(NamedTuple):
@@ -72,19 +54,21 @@ class KVRetention(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Mask(abc.ABC):
-  """Which keys a query may read, as a function of their positions."""
+  """Attention mask: which keys a query may read, by their positions."""
+
+  # Arrays leave `array & mask` to the mask, which refuses them.
+  __array_ufunc__ = None
 
   @abc.abstractmethod
   def allowed(self, q_positions: Positions, k_positions: Positions):
-    """True where the query may read the key.
+    """True where the query may read the key; pair by pair, and in integers.
 
     Args:
       q_positions: integer positions of queries, any shape.
       k_positions: integer positions of keys, broadcastable against the queries.
 
     Returns:
-      Booleans of the broadcast shape, numpy for numpy positions and jax.numpy
-      for jax.numpy positions.
+      Booleans that broadcast to the shape of the pairs.
     """
 
   def bounds(self, q: Range, k: Range):
@@ -127,10 +111,13 @@ class Mask(abc.ABC):
   def __or__(self, other: Mask) -> Mask:
     return Or(self, other)
 
+  # For what is no mask, and is refused.
+  __rand__, __ror__ = __and__, __or__
+
   def dense(self, T: int, S: int) -> Bool[np.ndarray, 'T S']:
     """The mask as a T x S array, for oracles and pictures."""
     q, k = np.arange(T)[:, None], np.arange(S)[None, :]
-    return np.broadcast_to(self.allowed(q, k), (T, S))
+    return counting.allowed_on_host(self, q, k)
 
   def block_map(
     self, T: int, S: int, block_q: int, block_k: int
@@ -188,68 +175,33 @@ class Mask(abc.ABC):
     self, q_edges: np.ndarray, k_edges: np.ndarray
   ) -> Iterator[np.ndarray]:
     """Yields, per interval of queries, the allowed pairs per key interval."""
-    T, S = int(q_edges[-1]), int(k_edges[-1])
-    fixed = tuple(
-      p for p in dict.fromkeys(self.primitives()) if not p.shift_invariant
-    )
-    q_cuts, k_cuts = np.unique(q_edges), np.unique(k_edges)
-    for primitive in fixed:
-      q_cuts = np.union1d(q_cuts, primitive.q_cuts(T))
-      k_cuts = np.union1d(k_cuts, primitive.k_cuts(S))
-    k_cuts = k_cuts[(k_cuts >= k_edges[0]) & (k_cuts <= S)]
-    first_cell = np.searchsorted(k_cuts, k_edges[:-1])
-
-    @functools.lru_cache(maxsize=2 ** len(fixed))
-    def table(code: int) -> np.ndarray:
-      # Offsets q - k run from -(S - 1) to T - 1.
-      offsets = np.arange(-(S - 1), T)
-
-      def leaf(primitive):
-        if primitive.shift_invariant:
-          return primitive.allowed(offsets, 0)
-        return np.full(offsets.shape, code >> fixed.index(primitive) & 1, bool)
-
-      allowed = self.combine(leaf)
-      once = np.concatenate([[0], np.cumsum(allowed, dtype=np.int64)])
-      return np.concatenate([[0], np.cumsum(once)])
-
-    for q_start, q_stop in itertools.pairwise(q_edges):
-      inside = q_cuts[(q_cuts > q_start) & (q_cuts < q_stop)]
-      q_cells = np.concatenate([[q_start], inside, [q_stop]])
-      q0, q1 = q_cells[:-1, None], q_cells[1:, None]
-      k0, k1 = k_cuts[None, :-1], k_cuts[None, 1:]
-      code = np.zeros((q0.shape[0], k0.shape[1]), np.int32)
-      for bit, primitive in enumerate(fixed):
-        code |= np.asarray(primitive.allowed(q0, k0), np.int32) << bit
-      counts = np.zeros(code.shape, np.int64)
-      for value in np.unique(code):
-        # sums[x] = sum over y < x of (allowed offsets below y - (S - 1)).
-        sums = table(int(value))
-        cell = (
-          sums[q1 - k0 + S]
-          - sums[q0 - k0 + S]
-          - sums[q1 - k1 + S]
-          + sums[q0 - k1 + S]
-        )
-        counts = np.where(code == value, cell, counts)
-      yield np.add.reduceat(counts.sum(0), first_cell)
+    check_mask(self, int(q_edges[-1]), int(k_edges[-1]))
+    return counting.count_rows(self, q_edges, k_edges)
 
 
 @dataclasses.dataclass(frozen=True)
 class Primitive(Mask):
-  """A mask that is not made of other masks.
+  """Attention mask that is not made of others, such as one of your own.
 
-  Either a function of q - k alone (`shift_invariant`), or constant between the
-  positions listed by `q_cuts` and `k_cuts`.
+  A frozen dataclass that defines `allowed` is right everywhere. The rest are
+  declarations, which make it fast: `shift_invariant` (of q - k alone) or `cuts`
+  for block maps and counts, `bounds` to skip blocks at positions known at run
+  time, `is_causal` and `kv_retention` for decoding. `check_mask` holds them
+  against `allowed`.
   """
 
   shift_invariant = False
 
-  def q_cuts(self, T: int) -> np.ndarray:
-    return np.array([], np.int64)
+  def cuts(self, T: int, S: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Positions of queries, and of keys, between which `allowed` is constant.
 
-  def k_cuts(self, S: int) -> np.ndarray:
-    return np.array([], np.int64)
+    Args:
+      T: number of queries; cuts beyond are of no use.
+      S: number of keys.
+
+    Returns:
+      None where nothing is declared: pairs are then counted one by one.
+    """
 
   def primitives(self) -> tuple[Primitive, ...]:
     return (self,)
@@ -260,30 +212,39 @@ class Primitive(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class _Combination(Mask):
-  """Two masks joined by a Boolean operator."""
+  """Combination of two attention masks by a Boolean operator."""
 
   a: Mask
   b: Mask
 
+  def __post_init__(self):
+    check_mask(self.a)
+    check_mask(self.b)
+
+  @staticmethod
+  @abc.abstractmethod
+  def join(a: Any, b: Any) -> Any:
+    """The operator, on Booleans."""
+
   def primitives(self) -> tuple[Primitive, ...]:
     return self.a.primitives() + self.b.primitives()
+
+  def allowed(self, q_positions: Positions, k_positions: Positions):
+    a = self.a.allowed(q_positions, k_positions)
+    return self.join(a, self.b.allowed(q_positions, k_positions))
+
+  def combine(self, leaf: Callable[[Primitive], np.ndarray]) -> np.ndarray:
+    return self.join(self.a.combine(leaf), self.b.combine(leaf))
+
+  def bounds(self, q: Range, k: Range):
+    return tuple(map(self.join, self.a.bounds(q, k), self.b.bounds(q, k)))
 
 
 @dataclasses.dataclass(frozen=True)
 class And(_Combination):
-  """Pairs that both masks allow."""
+  """Intersection of two attention masks: the pairs that both allow."""
 
-  def allowed(self, q_positions: Positions, k_positions: Positions):
-    a = self.a.allowed(q_positions, k_positions)
-    return a & self.b.allowed(q_positions, k_positions)
-
-  def combine(self, leaf: Callable[[Primitive], np.ndarray]) -> np.ndarray:
-    return self.a.combine(leaf) & self.b.combine(leaf)
-
-  def bounds(self, q: Range, k: Range):
-    some, all_ = self.a.bounds(q, k)
-    also, also_all = self.b.bounds(q, k)
-    return some & also, all_ & also_all
+  join = staticmethod(operator.and_)
 
   @property
   def is_causal(self) -> bool:
@@ -291,28 +252,15 @@ class And(_Combination):
 
   def kv_retention(self) -> KVRetention:
     # Each of both holds; the narrower window keeps less in the end.
-    narrow = lambda retention: (
-      math.inf if retention.window is None else retention.window,
-      retention.columns,
-    )
-    return min(self.a.kv_retention(), self.b.kv_retention(), key=narrow)
+    size = lambda kept: (kept.window is None, kept.window, kept.columns)
+    return min(self.a.kv_retention(), self.b.kv_retention(), key=size)
 
 
 @dataclasses.dataclass(frozen=True)
 class Or(_Combination):
-  """Pairs that either mask allows."""
+  """Union of two attention masks: the pairs that either allows."""
 
-  def allowed(self, q_positions: Positions, k_positions: Positions):
-    a = self.a.allowed(q_positions, k_positions)
-    return a | self.b.allowed(q_positions, k_positions)
-
-  def combine(self, leaf: Callable[[Primitive], np.ndarray]) -> np.ndarray:
-    return self.a.combine(leaf) | self.b.combine(leaf)
-
-  def bounds(self, q: Range, k: Range):
-    some, all_ = self.a.bounds(q, k)
-    also, also_all = self.b.bounds(q, k)
-    return some | also, all_ | also_all
+  join = staticmethod(operator.or_)
 
   @property
   def is_causal(self) -> bool:
@@ -320,6 +268,48 @@ class Or(_Combination):
 
   def kv_retention(self) -> KVRetention:
     return self.a.kv_retention().union(self.b.kv_retention())
+
+
+def check_mask(mask: Any, T: int | None = None, S: int | None = None) -> None:
+  """Raises unless it is a mask whose declarations agree with `allowed`.
+
+  Checked once per mask and size, and only what is not of this package: all
+  pairs of the first 64 positions, and of some beyond them up to T and S. What
+  is false between those goes unnoticed.
+
+  Args:
+    mask: who reads whom.
+    T: number of queries; None to see only whether it is a mask.
+    S: number of keys, that of the queries when None.
+
+  Raises:
+    TypeError: an array or anything else that is no mask.
+    ValueError: a declaration that is false.
+    NotImplementedError: an `allowed` that computes in floats.
+  """
+  if not isinstance(mask, Mask):
+    raise TypeError(
+      f'a mask is a rule over positions, and {type(mask).__name__} is no '
+      'Mask: take one, such as Causal() & SlidingWindow(127), and give what is '
+      'packed or padded as q_segment_ids and k_segment_ids'
+    )
+  for part in () if T is None else _own_parts(mask):
+    if vars(part) and '__eq__' not in vars(type(part)):
+      raise TypeError(
+        f'{type(part).__name__} must be a @dataclasses.dataclass(frozen=True): '
+        'otherwise masks that differ count as equal, and share programs'
+      )
+    checks.check_declarations(part, T, T if S is None else S)
+
+
+def _own_parts(mask: Mask) -> list[Mask]:
+  """The parts of a mask that are not of this package."""
+  if type(mask) in (And, Or):
+    return _own_parts(mask.a) + _own_parts(mask.b)
+  parts = dict.fromkeys((mask, *mask.primitives()))
+  return [
+    p for p in parts if not type(p).__module__.startswith('longctx.masks')
+  ]
 
 
 def _edges(length: int, block: int) -> np.ndarray:

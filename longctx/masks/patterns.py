@@ -1,4 +1,4 @@
-"""The masks that other masks are made of."""
+"""Attention mask patterns: causal, windows, sinks, global and block-sparse."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WORD_BITS, MOST_WORDS = 31, 640
 
 @dataclasses.dataclass(frozen=True)
 class Full(Primitive):
-  """Every query reads every key."""
+  """Full (bidirectional) attention mask: every query reads every key."""
 
   shift_invariant = True
 
@@ -31,7 +31,7 @@ class Full(Primitive):
 
 @dataclasses.dataclass(frozen=True)
 class Causal(Primitive):
-  """A query reads the keys up to its own position."""
+  """Causal mask: a query reads the keys up to its own position."""
 
   shift_invariant = True
 
@@ -43,12 +43,12 @@ class Causal(Primitive):
     return True
 
   def bounds(self, q: Range, k: Range):
-    return q.high >= k.low, q.low >= k.high
+    return self.allowed(q.high, k.low), self.allowed(q.low, k.high)
 
 
 @dataclasses.dataclass(frozen=True)
 class SlidingWindow(Primitive):
-  """Keys in [q - left, q + right]: left + 1 + right keys, its own included."""
+  """Sliding window mask: keys in [q - left, q + right], its own included."""
 
   left: int
   right: int = 0
@@ -76,7 +76,7 @@ class SlidingWindow(Primitive):
 
 @dataclasses.dataclass(frozen=True)
 class Dilated(Primitive):
-  """Every `dilation`-th key on both sides, `window` of them with its own.
+  """Dilated sliding window mask: every `dilation`-th key on both sides.
 
   Keys at q - i dilation and q + i dilation for 0 <= i < window. Combine with
   `Causal()` for a decoder. Longformer (arXiv:2004.05150), section 3.1.
@@ -107,81 +107,54 @@ class Dilated(Primitive):
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefixColumns(Primitive):
-  """The first n keys, which all queries read: sinks, or global keys."""
+class _Prefix(Primitive):
+  """Mask of the first n tokens, as queries, as keys or as both."""
 
   n: int
 
   def __post_init__(self):
     _check(self, n=0)
 
-  def k_cuts(self, S: int) -> np.ndarray:
-    return np.array([min(self.n, S)])
+  def cuts(self, T: int, S: int):
+    return np.array([self.n]), np.array([self.n])
+
+  def bounds(self, q: Range, k: Range):
+    return self.allowed(q.low, k.low), self.allowed(q.high, k.high)
+
+  def kv_retention(self) -> KVRetention:
+    return KVRetention(self.n, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixColumns(_Prefix):
+  """Attention sinks, or global keys: the first n, which all queries read."""
 
   def allowed(self, q_positions: Positions, k_positions: Positions):
     return k_positions + 0 * q_positions < self.n
 
-  def bounds(self, q: Range, k: Range):
-    return k.low + 0 * q.low < self.n, k.high + 0 * q.low < self.n
-
-  def kv_retention(self) -> KVRetention:
-    return KVRetention(self.n, 0)
-
 
 @dataclasses.dataclass(frozen=True)
-class PrefixRows(Primitive):
-  """The first n queries, which read all keys: global tokens as readers."""
-
-  n: int
-
-  def __post_init__(self):
-    _check(self, n=0)
-
-  def q_cuts(self, T: int) -> np.ndarray:
-    return np.array([min(self.n, T)])
+class PrefixRows(_Prefix):
+  """Global queries: the first n, which read all keys."""
 
   def allowed(self, q_positions: Positions, k_positions: Positions):
     return q_positions + 0 * k_positions < self.n
 
-  def bounds(self, q: Range, k: Range):
-    return q.low + 0 * k.low < self.n, q.high + 0 * k.low < self.n
-
-  def kv_retention(self) -> KVRetention:
-    return KVRetention(self.n, 0)
-
 
 @dataclasses.dataclass(frozen=True)
-class GlobalTokens(Primitive):
-  """The first n tokens read all the others and are read by all of them.
+class GlobalTokens(_Prefix):
+  """Global tokens: the first n read all the others and are read by them.
 
   Longformer (arXiv:2004.05150), section 3.1: symmetric global attention.
   """
 
-  n: int
-
-  def __post_init__(self):
-    _check(self, n=0)
-
-  def q_cuts(self, T: int) -> np.ndarray:
-    return np.array([min(self.n, T)])
-
-  def k_cuts(self, S: int) -> np.ndarray:
-    return np.array([min(self.n, S)])
-
   def allowed(self, q_positions: Positions, k_positions: Positions):
     return (q_positions < self.n) | (k_positions < self.n)
-
-  def bounds(self, q: Range, k: Range):
-    some = (q.low < self.n) | (k.low < self.n)
-    return some, (q.high < self.n) | (k.high < self.n)
-
-  def kv_retention(self) -> KVRetention:
-    return KVRetention(self.n, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Beyond(Primitive):
-  """Pairs of queries and keys that both lie beyond a prefix.
+  """Mask without a prefix: queries and keys that both lie beyond the first.
 
   What `GlobalTokens` and `PrefixColumns` leave: schedules that treat the first
   tokens apart give the rest of a mask by `mask & Beyond(rows, columns)`.
@@ -197,23 +170,19 @@ class Beyond(Primitive):
   def __post_init__(self):
     _check(self, rows=0, columns=0)
 
-  def q_cuts(self, T: int) -> np.ndarray:
-    return np.array([min(self.rows, T)])
-
-  def k_cuts(self, S: int) -> np.ndarray:
-    return np.array([min(self.columns, S)])
+  def cuts(self, T: int, S: int):
+    return np.array([self.rows]), np.array([self.columns])
 
   def allowed(self, q_positions: Positions, k_positions: Positions):
     return (q_positions >= self.rows) & (k_positions >= self.columns)
 
   def bounds(self, q: Range, k: Range):
-    some = (q.high >= self.rows) & (k.high >= self.columns)
-    return some, (q.low >= self.rows) & (k.low >= self.columns)
+    return self.allowed(q.high, k.high), self.allowed(q.low, k.low)
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomBlocks(Primitive):
-  """Each block of queries reads `per_row` random blocks of keys.
+  """Random block mask: a block of queries reads `per_row` blocks of keys.
 
   The candidates are cut into `per_row` equal strata and one block is drawn from
   each, so draws never repeat; a row with fewer candidates reads them all.
@@ -238,11 +207,8 @@ class RandomBlocks(Primitive):
     if self.num_blocks is not None:
       _check(self, num_blocks=1)
 
-  def q_cuts(self, T: int) -> np.ndarray:
-    return np.arange(0, T, self.block)
-
-  def k_cuts(self, S: int) -> np.ndarray:
-    return np.arange(0, S, self.block)
+  def cuts(self, T: int, S: int):
+    return np.arange(0, T, self.block), np.arange(0, S, self.block)
 
   def allowed(self, q_positions: Positions, k_positions: Positions):
     row, column = q_positions // self.block, k_positions // self.block
@@ -252,10 +218,8 @@ class RandomBlocks(Primitive):
     return seen
 
   def bounds(self, q: Range, k: Range):
-    row, one_row = (
-      q.low // self.block,
-      q.low // self.block == q.high // self.block,
-    )
+    row = q.low // self.block
+    one_row = row == q.high // self.block
     first, last = k.low // self.block, k.high // self.block
     some = row + first < 0
     for exists, drawn in self._draws(row):
@@ -274,7 +238,7 @@ class RandomBlocks(Primitive):
 
 @dataclasses.dataclass(frozen=True)
 class BlockSparse(Primitive):
-  """Any pattern of blocks; positions beyond the pattern are not allowed.
+  """Block-sparse mask of any pattern; positions beyond it are not allowed.
 
   Attributes:
     block: positions per block, of queries and of keys.
@@ -295,25 +259,15 @@ class BlockSparse(Primitive):
     rows = tuple(tuple(int(cell) for cell in row) for row in table)
     object.__setattr__(self, 'pattern', rows)
 
-  def q_cuts(self, T: int) -> np.ndarray:
-    return np.arange(0, T, self.block)
-
-  def k_cuts(self, S: int) -> np.ndarray:
-    return np.arange(0, S, self.block)
+  def cuts(self, T: int, S: int):
+    return np.arange(0, T, self.block), np.arange(0, S, self.block)
 
   def allowed(self, q_positions: Positions, k_positions: Positions):
-    on_device = isinstance(q_positions, jax.Array) or isinstance(
-      k_positions, jax.Array
-    )
     row, column = q_positions // self.block, k_positions // self.block
-    if on_device and self.is_small:
+    if _numpy_of(row, column) is jnp and self.is_small:
       return self._bits(row, column)
-    xp = jnp if on_device else np
-    table = xp.asarray(np.asarray(self.pattern, bool))
-    inside = (row < table.shape[0]) & (column < table.shape[1])
-    row = xp.minimum(row, table.shape[0] - 1)
-    column = xp.minimum(column, table.shape[1] - 1)
-    return inside & table[row, column]
+    # A row and a column of zeros more, for what is beyond.
+    return _at(np.pad(self.pattern, (0, 1)) == 1, row, column)
 
   @property
   def is_small(self) -> bool:
@@ -337,24 +291,29 @@ class BlockSparse(Primitive):
 
   def bounds(self, q: Range, k: Range):
     # Counts of ones in rectangles, from sums over all the blocks before.
-    table = np.asarray(self.pattern, np.int32)
-    sums = np.pad(table, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
-    on_device = any(isinstance(x, jax.Array) for x in (*q, *k))
-    sums = jnp.asarray(sums) if on_device else sums
-    xp = jnp if on_device else np
-    rows, columns = table.shape
+    sums = np.pad(self.pattern, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    sums = sums.astype(np.int32)
     top, bottom = q.low // self.block, q.high // self.block + 1
     left, right = k.low // self.block, k.high // self.block + 1
-    area = (bottom - top) * (right - left)
-    top, bottom = xp.minimum(top, rows), xp.minimum(bottom, rows)
-    left, right = xp.minimum(left, columns), xp.minimum(right, columns)
     ones = (
-      sums[bottom, right]
-      - sums[top, right]
-      - sums[bottom, left]
-      + sums[top, left]
+      _at(sums, bottom, right)
+      - _at(sums, top, right)
+      - _at(sums, bottom, left)
+      + _at(sums, top, left)
     )
-    return ones > 0, ones == area
+    return ones > 0, ones == (bottom - top) * (right - left)
+
+
+def _at(table: np.ndarray, row: Positions, column: Positions):
+  """table[row, column]; the last of either stands for what is beyond."""
+  xp = _numpy_of(row, column)
+  row = xp.minimum(row, len(table) - 1)
+  return xp.asarray(table)[row, xp.minimum(column, table.shape[1] - 1)]
+
+
+def _numpy_of(*positions: Positions):
+  """jax.numpy for positions in a program, else numpy."""
+  return jnp if any(isinstance(x, jax.Array) for x in positions) else np
 
 
 def _check(mask: Primitive, **minimum: int) -> None:
@@ -373,7 +332,7 @@ def _random_bits(row: Positions, seed: int, draw: int):
   The same integers in numpy and jax.numpy, so that a block map made on the host
   agrees with the element mask inside a kernel.
   """
-  xp = jnp if isinstance(row, jax.Array) else np
+  xp = _numpy_of(row)
   salt = (seed * 0x9E3779B9 + draw * 0x85EBCA6B + 1) & 0xFFFFFFFF
   # Wrapping is what the hash is made of; numpy warns of it for scalars.
   with np.errstate(over='ignore'):

@@ -22,6 +22,7 @@ from longctx.masks import (
   Mask,
   PrefixColumns,
   PrefixRows,
+  check_mask,
 )
 from longctx.parallel.layout import SequenceLayout
 from longctx.typing import Bool, Int
@@ -140,6 +141,7 @@ def without_padding(
       anywhere.
   """
   T = layout.seq_len
+  check_mask(mask, T)
   beyond = np.array([T, layout.padded_len])
   reads = layout.is_padded and (
     not natural or mask.count(np.array([0, T]), beyond).any()
@@ -153,10 +155,13 @@ def make_schedule(mask: Mask, ring: Ring) -> Schedule:
   T = ring.layout.seq_len
   if ring.size == 1:
     return Schedule(mask, 0, 0, ())
-  short = [p for p in mask.primitives() if getattr(p, 'n', T) < T]
-  keys = [p.n for p in short if isinstance(p, PrefixColumns | GlobalTokens)]
-  queries = [p.n for p in short if isinstance(p, PrefixRows | GlobalTokens)]
-  keys, queries = max(keys, default=0), max(queries, default=0)
+
+  def prefix(*kinds: type[Mask]) -> int:
+    of_kind = [p.n for p in mask.primitives() if isinstance(p, kinds)]
+    return max((n for n in of_kind if n < T), default=0)
+
+  keys = prefix(PrefixColumns, GlobalTokens)
+  queries = prefix(PrefixRows, GlobalTokens)
   schedules = []
   for broadcast in ((0, 0), (keys, 0), (keys, queries)):
     schedule = Schedule(mask, *broadcast, ())

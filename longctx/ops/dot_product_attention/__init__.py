@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longctx.masks import Causal, Mask
+from longctx.masks import Causal, Mask, check_mask
 from longctx.ops.dot_product_attention import (
   cudnn,
   decode,
@@ -222,6 +222,8 @@ def resolve(
   _check_names(normalizer, implementation)
   B, T, N, H = q.shape
   S = k.shape[1]
+  at_zero = q_positions is None and k_positions is None
+  check_mask(mask, *((T, S) if at_zero else (max(T, S),)))
   if k_segment_ids is None and T == S:
     k_segment_ids = q_segment_ids
   if (q_segment_ids is None) != (k_segment_ids is None):
