@@ -13,7 +13,7 @@ class SelectionArgs(NamedTuple):
   """Arguments of every implementation of MoBA and NSA, defaults filled in.
 
   Attributes:
-    q_positions: b is 1 or B, as of the keys; None: 0 to T - 1.
+    q_positions: Bq is 1 or B, as is Bk; None: 0 to T - 1.
     k_positions: None: 0 to S - 1.
     q_segment_ids: given where those of the keys are.
     k_segment_ids: None where all tokens are of one segment.
@@ -21,8 +21,8 @@ class SelectionArgs(NamedTuple):
     summaries: of blocks, that a decoder keeps.
   """
 
-  q_positions: Int[Array, 'b T'] | None
-  k_positions: Int[Array, 'b S'] | None
+  q_positions: Int[Array, 'Bq T'] | None
+  k_positions: Int[Array, 'Bk S'] | None
   q_segment_ids: Int[Array, 'B T'] | None
   k_segment_ids: Int[Array, 'B S'] | None
   scale: float
@@ -32,7 +32,7 @@ class SelectionArgs(NamedTuple):
 
   def positions(
     self, T: int, S: int
-  ) -> tuple[Int[Array, 'b T'], Int[Array, 'b S']]:
+  ) -> tuple[Int[Array, 'Bq T'], Int[Array, 'Bk S']]:
     """Of T queries and S keys, the natural ones where none are given."""
     q, k = self.q_positions, self.k_positions
     return (
