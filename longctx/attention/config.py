@@ -29,6 +29,7 @@ class AttentionConfig:
     implementation: of the op, by name; None takes the best that fits.
     block_q: queries per block of softmax attention; None takes a heuristic.
     block_k: keys per block; likewise.
+    chunk_size: tokens C that a recurrence mixes by one matrix product.
   """
 
   d_model: int = 64
@@ -45,10 +46,11 @@ class AttentionConfig:
   implementation: str | None = None
   block_q: int | None = None
   block_k: int | None = None
+  chunk_size: int = 64
 
   def __post_init__(self):
     widths = ('d_model', 'num_heads', 'num_kv_heads', 'head_dim', 'value_dim')
-    for name in widths:
+    for name in (*widths, 'chunk_size'):
       value = getattr(self, name)
       if value is not None and value < 1:
         raise ValueError(f'{name}={value} must be at least 1')

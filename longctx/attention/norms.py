@@ -1,4 +1,4 @@
-"""Norms, gates and decays that several recurrent layers have in common.
+"""RMS norm, layer norm, gates and decays of recurrent layers.
 
 Everything is computed in float32, or float64 where its input is.
 """
@@ -76,6 +76,19 @@ def softplus_decay(
   dtype = accum_dtype(logits)
   dt = jax.nn.softplus(logits.astype(dtype) + bias.astype(dtype))
   return dt, -jnp.exp(log_rate.astype(dtype)) * dt
+
+
+def decay_parameters(
+  config: AttentionConfig, size: int, *, low: float, rngs: nnx.Rngs
+) -> tuple[nnx.Param, nnx.Param]:
+  """(bias of `size`, log rates of heads) for `softplus_decay`, at first."""
+  dtype = config.param_dtype
+  return (
+    nnx.Param(initial_dt_bias(rngs.params(), size, dtype)),
+    nnx.Param(
+      initial_log_rates(rngs.params(), config.num_heads, dtype, low=low)
+    ),
+  )
 
 
 def initial_dt_bias(

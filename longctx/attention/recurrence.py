@@ -48,6 +48,7 @@ class Recurrence:
       heads=config.num_heads,
       key_dim=config.head_dim,
       value_dim=config.value_dim,
+      chunk_size=config.chunk_size,
     )
     return cls(**{**sizes, **fields})
 

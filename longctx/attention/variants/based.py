@@ -31,19 +31,13 @@ class BasedAttention(Attention):
 
   Attributes:
     feature_dim: d, instead of the config's head_dim.
-    chunk_size: tokens that are mixed by one matrix product.
   """
 
   unsupported = OF_RECURRENCES
   small: ClassVar = {'chunk_size': 8, 'feature_dim': 4}
 
   def __init__(
-    self,
-    config: AttentionConfig,
-    *,
-    feature_dim: int = 16,
-    chunk_size: int = 64,
-    rngs: nnx.Rngs,
+    self, config: AttentionConfig, *, feature_dim: int = 16, rngs: nnx.Rngs
   ):
     config = dataclasses.replace(config, head_dim=feature_dim)
     super().__init__(config, rngs=rngs)
@@ -51,10 +45,7 @@ class BasedAttention(Attention):
     self.query_features = Features(phi, config, is_query=True)
     self.key_features = Features(phi, config, is_query=False)
     self.recurrence = Recurrence.of(
-      config,
-      key_dim=phi.dim(feature_dim),
-      normalize=True,
-      chunk_size=chunk_size,
+      config, key_dim=phi.dim(feature_dim), normalize=True
     )
 
   def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:

@@ -27,26 +27,18 @@ class DeltaNetAttention(Attention):
 
   Time O(T (H V + C H)) in chunks of C, memory O(T); decoding keeps S, H x V
   numbers per head.
-
-  Attributes:
-    chunk_size: tokens C that are mixed by matrix products.
   """
 
   unsupported = OF_RECURRENCES
   small: ClassVar = {'chunk_size': 8}
 
-  def __init__(
-    self, config: AttentionConfig, *, chunk_size: int = 64, rngs: nnx.Rngs
-  ):
+  def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
     N, V = config.num_heads, config.value_dim
     self.beta = make_linear(config, config.d_model, N, rngs=rngs)
     self.norm_scale = nnx.Param(jnp.ones(V, config.param_dtype))
     self.recurrence = Recurrence.of(
-      config,
-      delta=True,
-      scale=config.head_dim**-0.5,
-      chunk_size=chunk_size,
+      config, delta=True, scale=config.head_dim**-0.5
     )
 
   def qkv_activation(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:

@@ -6,17 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from longctx.attention import norms
 from longctx.attention.base import QKV, Attention, AttentionConfig, make_linear
 from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
-from longctx.attention.norms import (
-  accum_dtype,
-  initial_dt_bias,
-  initial_log_rates,
-  l2_normalize,
-  rms_norm,
-  softplus_decay,
-)
 from longctx.attention.recurrence import Recurrence
 from longctx.typing import Array, Float
 
@@ -35,32 +28,23 @@ class GatedDeltaNetAttention(Attention):
 
   Time O(T (H V + C H)) in chunks of C, memory O(T); decoding keeps S, H x V
   numbers per head.
-
-  Attributes:
-    chunk_size: tokens C that are mixed by matrix products.
   """
 
   unsupported = OF_RECURRENCES
   small: ClassVar = {'chunk_size': 8}
 
-  def __init__(
-    self, config: AttentionConfig, *, chunk_size: int = 64, rngs: nnx.Rngs
-  ):
+  def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
     N, V, dtype = config.num_heads, config.value_dim, config.param_dtype
     self.beta = make_linear(config, config.d_model, N, rngs=rngs)
     self.dt = make_linear(config, config.d_model, N, rngs=rngs)
-    self.dt_bias = nnx.Param(initial_dt_bias(rngs.params(), N, dtype))
-    self.log_rate = nnx.Param(
-      initial_log_rates(rngs.params(), N, dtype, low=0.0)
+    self.dt_bias, self.log_rate = norms.decay_parameters(
+      config, N, low=0.0, rngs=rngs
     )
     self.gate = make_linear(config, config.d_model, N * V, rngs=rngs)
     self.norm_scale = nnx.Param(jnp.ones(V, dtype))
     self.recurrence = Recurrence.of(
-      config,
-      delta=True,
-      scale=config.head_dim**-0.5,
-      chunk_size=chunk_size,
+      config, delta=True, scale=config.head_dim**-0.5
     )
 
   def qkv_activation(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
@@ -69,15 +53,15 @@ class GatedDeltaNetAttention(Attention):
   def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The delta rule under α."""
     q, k, v, x = qkv
-    _, log_decay = softplus_decay(
+    _, log_decay = norms.softplus_decay(
       self.dt(x), self.dt_bias[...], self.log_rate[...]
     )
     return context.recurrence(
       self.recurrence,
-      l2_normalize(q),
-      l2_normalize(k),
+      norms.l2_normalize(q),
+      norms.l2_normalize(k),
       v,
-      beta=jax.nn.sigmoid(self.beta(x).astype(accum_dtype(x))),
+      beta=jax.nn.sigmoid(self.beta(x).astype(norms.accum_dtype(x))),
       log_decay=log_decay,
     )
 
@@ -86,4 +70,4 @@ class GatedDeltaNetAttention(Attention):
   ) -> Float[Array, 'B Q N V']:
     """Norm of each head, and the gate."""
     gate = jax.nn.silu(self.gate(x)).reshape(out.shape)
-    return (rms_norm(out) * self.norm_scale[...] * gate).astype(out.dtype)
+    return (norms.rms_norm(out) * self.norm_scale[...] * gate).astype(out.dtype)

@@ -30,7 +30,6 @@ class GatedLinearAttention(Attention):
   Attributes:
     gate_rank: rank of the projection that makes α.
     temperature: τ.
-    chunk_size: tokens that are mixed by one matrix product.
   """
 
   unsupported = OF_RECURRENCES
@@ -42,7 +41,6 @@ class GatedLinearAttention(Attention):
     *,
     gate_rank: int = 16,
     temperature: float = 16.0,
-    chunk_size: int = 64,
     rngs: nnx.Rngs,
   ):
     if temperature <= 0:
@@ -54,11 +52,7 @@ class GatedLinearAttention(Attention):
       config, gate_rank, N * H, use_bias=True, rngs=rngs
     )
     self.gate = make_linear(config, config.d_model, N * V, rngs=rngs)
-    self.recurrence = Recurrence.of(
-      config,
-      scale=H**-0.5,
-      chunk_size=chunk_size,
-    )
+    self.recurrence = Recurrence.of(config, scale=H**-0.5)
 
   def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The recurrence under α."""

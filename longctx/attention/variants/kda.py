@@ -6,18 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from longctx.attention import norms
 from longctx.attention.base import QKV, Attention, AttentionConfig, make_linear
 from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
-from longctx.attention.norms import (
-  accum_dtype,
-  initial_dt_bias,
-  initial_log_rates,
-  l2_normalize,
-  low_rank,
-  rms_norm,
-  softplus_decay,
-)
 from longctx.attention.recurrence import Recurrence
 from longctx.typing import Array, Float
 
@@ -37,36 +29,25 @@ class KimiDeltaAttention(Attention):
 
   Time O(T (H V + C H)) in chunks of C, memory O(T H); decoding keeps S, H x V
   numbers per head.
-
-  Attributes:
-    chunk_size: tokens C that are mixed by matrix products.
   """
 
   unsupported = OF_RECURRENCES
   small: ClassVar = {'chunk_size': 8}
 
-  def __init__(
-    self, config: AttentionConfig, *, chunk_size: int = 64, rngs: nnx.Rngs
-  ):
+  def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
     N, H, V = config.num_heads, config.head_dim, config.value_dim
     dtype = config.param_dtype
     self.beta = make_linear(config, config.d_model, N, rngs=rngs)
-    self.decay_down, self.decay_up = low_rank(config, V, N * H, rngs=rngs)
-    self.dt_bias = nnx.Param(initial_dt_bias(rngs.params(), N * H, dtype))
-    self.log_rate = nnx.Param(
-      initial_log_rates(rngs.params(), N, dtype, low=1.0)
+    self.decay_down, self.decay_up = norms.low_rank(config, V, N * H, rngs=rngs)
+    self.dt_bias, self.log_rate = norms.decay_parameters(
+      config, N * H, low=1.0, rngs=rngs
     )
-    self.gate_down, self.gate_up = low_rank(
+    self.gate_down, self.gate_up = norms.low_rank(
       config, V, N * V, use_bias=True, rngs=rngs
     )
     self.norm_scale = nnx.Param(jnp.ones(V, dtype))
-    self.recurrence = Recurrence.of(
-      config,
-      delta=True,
-      scale=H**-0.5,
-      chunk_size=chunk_size,
-    )
+    self.recurrence = Recurrence.of(config, delta=True, scale=H**-0.5)
 
   def qkv_activation(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
     return jax.nn.silu(x)
@@ -74,17 +55,17 @@ class KimiDeltaAttention(Attention):
   def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The delta rule under α."""
     q, k, v, x = qkv
-    _, log_decay = softplus_decay(
+    _, log_decay = norms.softplus_decay(
       self.decay_up(self.decay_down(x)).reshape(q.shape),
       self.dt_bias[...].reshape(q.shape[2:]),
       self.log_rate[...][:, None],
     )
     return context.recurrence(
       self.recurrence,
-      l2_normalize(q),
-      l2_normalize(k),
+      norms.l2_normalize(q),
+      norms.l2_normalize(k),
       v,
-      beta=jax.nn.sigmoid(self.beta(x).astype(accum_dtype(x))),
+      beta=jax.nn.sigmoid(self.beta(x).astype(norms.accum_dtype(x))),
       log_decay=log_decay,
     )
 
@@ -93,4 +74,4 @@ class KimiDeltaAttention(Attention):
   ) -> Float[Array, 'B Q N V']:
     """Norm of each head, and the gate."""
     gate = jax.nn.sigmoid(self.gate_up(self.gate_down(x))).reshape(out.shape)
-    return (rms_norm(out) * self.norm_scale[...] * gate).astype(out.dtype)
+    return (norms.rms_norm(out) * self.norm_scale[...] * gate).astype(out.dtype)

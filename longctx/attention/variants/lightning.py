@@ -32,19 +32,13 @@ class LightningAttention(Attention):
   Attributes:
     depth: where the layer stands, from 0, the first, to 1, the last, whose
       heads hardly forget.
-    chunk_size: tokens that are mixed by one matrix product.
   """
 
   unsupported = OF_RECURRENCES
   small: ClassVar = {'chunk_size': 8}
 
   def __init__(
-    self,
-    config: AttentionConfig,
-    *,
-    depth: float = 0.0,
-    chunk_size: int = 64,
-    rngs: nnx.Rngs,
+    self, config: AttentionConfig, *, depth: float = 0.0, rngs: nnx.Rngs
   ):
     if not 0 <= depth <= 1:
       raise ValueError(f'lightning: {depth=} must be in [0, 1]')
@@ -52,10 +46,7 @@ class LightningAttention(Attention):
     N, V = config.num_heads, config.value_dim
     self.depth = depth
     self.gate_down, self.gate_up = low_rank(config, V, N * V, rngs=rngs)
-    self.recurrence = Recurrence.of(
-      config,
-      chunk_size=chunk_size,
-    )
+    self.recurrence = Recurrence.of(config)
 
   def qkv_activation(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
     return jax.nn.silu(x)

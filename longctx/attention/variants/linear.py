@@ -10,9 +10,7 @@ from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
 from longctx.attention.features import Features
 from longctx.attention.recurrence import Recurrence
-from longctx.ops.recurrence.feature_maps import (
-  make_feature_map,
-)
+from longctx.ops.recurrence.feature_maps import make_feature_map
 from longctx.typing import Array, Float
 
 
@@ -33,7 +31,6 @@ class LinearAttention(Attention):
     feature_arguments: arguments of φ, such as {'num_features': 64} or
       {'num_features': 64, 'redraw_every': 1000}.
     normalize: divide by φ(q_t) z_t; without it, scale by 1 / √P.
-    chunk_size: tokens that are mixed by one matrix product.
   """
 
   unsupported = OF_RECURRENCES
@@ -46,7 +43,6 @@ class LinearAttention(Attention):
     feature_map: str = 'elu+1',
     feature_arguments: Mapping[str, int] | None = None,
     normalize: bool = True,
-    chunk_size: int = 64,
     rngs: nnx.Rngs,
   ):
     super().__init__(config, rngs=rngs)
@@ -59,7 +55,6 @@ class LinearAttention(Attention):
       key_dim=features,
       normalize=normalize,
       scale=1.0 if normalize else features**-0.5,
-      chunk_size=chunk_size,
     )
 
   def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:

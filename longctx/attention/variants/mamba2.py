@@ -6,16 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from longctx.attention import norms
 from longctx.attention.base import QKV, Attention, AttentionConfig, make_linear
 from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
-from longctx.attention.norms import (
-  accum_dtype,
-  initial_dt_bias,
-  initial_log_rates,
-  rms_norm,
-  softplus_decay,
-)
 from longctx.attention.recurrence import Recurrence
 from longctx.typing import Array, Float
 
@@ -35,31 +29,22 @@ class Mamba2Attention(Attention):
   num_kv_heads = 1 with one x for all.
 
   Time O(T H V), memory O(T); decoding keeps S, H x V numbers per head.
-
-  Attributes:
-    chunk_size: tokens that are mixed by one matrix product.
   """
 
   unsupported = OF_RECURRENCES
   small: ClassVar = {'chunk_size': 8}
 
-  def __init__(
-    self, config: AttentionConfig, *, chunk_size: int = 64, rngs: nnx.Rngs
-  ):
+  def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
     N, V, dtype = config.num_heads, config.value_dim, config.param_dtype
     self.dt = make_linear(config, config.d_model, N, rngs=rngs)
     self.gate = make_linear(config, config.d_model, N * V, rngs=rngs)
-    self.dt_bias = nnx.Param(initial_dt_bias(rngs.params(), N, dtype))
-    self.log_rate = nnx.Param(
-      initial_log_rates(rngs.params(), N, dtype, low=1.0)
+    self.dt_bias, self.log_rate = norms.decay_parameters(
+      config, N, low=1.0, rngs=rngs
     )
     self.skip = nnx.Param(jnp.ones(N, dtype))
     self.norm_scale = nnx.Param(jnp.ones(N * V, dtype))
-    self.recurrence = Recurrence.of(
-      config,
-      chunk_size=chunk_size,
-    )
+    self.recurrence = Recurrence.of(config)
 
   def qkv_activation(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
     return jax.nn.silu(x)
@@ -67,7 +52,7 @@ class Mamba2Attention(Attention):
   def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The recurrence, and D v beside it."""
     q, k, v, x = qkv
-    dt, log_decay = softplus_decay(
+    dt, log_decay = norms.softplus_decay(
       self.dt(x), self.dt_bias[...], self.log_rate[...]
     )
     # A step is a query head's own, so from here on its keys and values are too.
@@ -88,8 +73,8 @@ class Mamba2Attention(Attention):
   ) -> Float[Array, 'B Q N V']:
     """The gate, and a norm over the heads of each key head."""
     gate = jax.nn.silu(self.gate(x)).reshape(out.shape)
-    gated = out.astype(accum_dtype(out)) * gate
+    gated = out.astype(norms.accum_dtype(out)) * gate
     K = self.config.num_kv_heads
-    normed = rms_norm(gated.reshape(*out.shape[:2], K, -1))
+    normed = norms.rms_norm(gated.reshape(*out.shape[:2], K, -1))
     scaled = normed.reshape(*out.shape[:2], -1) * self.norm_scale[...]
     return scaled.reshape(out.shape).astype(out.dtype)

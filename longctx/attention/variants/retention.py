@@ -26,25 +26,16 @@ class RetentionAttention(Attention):
   The paper's positions are 'rope', which is what xPos comes down to under γ.
 
   Time O(T H V), memory O(T); decoding keeps S, H x V numbers per head.
-
-  Attributes:
-    chunk_size: tokens that are mixed by one matrix product.
   """
 
   unsupported = OF_RECURRENCES
   small: ClassVar = {'chunk_size': 8}
 
-  def __init__(
-    self, config: AttentionConfig, *, chunk_size: int = 64, rngs: nnx.Rngs
-  ):
+  def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
     width = config.num_heads * config.value_dim
     self.gate = make_linear(config, config.d_model, width, rngs=rngs)
-    self.recurrence = Recurrence.of(
-      config,
-      scale=config.head_dim**-0.5,
-      chunk_size=chunk_size,
-    )
+    self.recurrence = Recurrence.of(config, scale=config.head_dim**-0.5)
 
   def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The recurrence under the decays of `retention_log_decay`."""

@@ -14,9 +14,7 @@ from longctx.attention.context import Context
 from longctx.attention.features import Features
 from longctx.attention.norms import accum_dtype
 from longctx.attention.recurrence import Recurrence
-from longctx.ops.recurrence.feature_maps import (
-  make_feature_map,
-)
+from longctx.ops.recurrence.feature_maps import make_feature_map
 from longctx.typing import Array, Float
 
 
@@ -39,7 +37,6 @@ class WindowLinearAttention(Attention):
     window: keys that a query reads, its own position's included.
     feature_map: φ, by its name in ops.recurrence.feature_maps.
     feature_arguments: arguments of φ.
-    chunk_size: tokens that the linear branch mixes by one matrix product.
   """
 
   unsupported = OF_RECURRENCES
@@ -52,7 +49,6 @@ class WindowLinearAttention(Attention):
     window: int = 64,
     feature_map: str = 'elu+1',
     feature_arguments: Mapping[str, int] | None = None,
-    chunk_size: int = 64,
     rngs: nnx.Rngs,
   ):
     if window < 1:
@@ -64,10 +60,7 @@ class WindowLinearAttention(Attention):
     self.key_features = Features(phi, config, is_query=False)
     self.mix_logit = nnx.Param(jnp.zeros(config.num_heads, config.param_dtype))
     self.recurrence = Recurrence.of(
-      config,
-      key_dim=phi.dim(config.head_dim),
-      normalize=True,
-      chunk_size=chunk_size,
+      config, key_dim=phi.dim(config.head_dim), normalize=True
     )
 
   def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
