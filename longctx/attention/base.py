@@ -213,29 +213,25 @@ class Attention(nnx.Module, abc.ABC):
       q=self.apply_rope(qkv.q, context), k=self.apply_rope(qkv.k, context)
     )
 
-  def heads(self, x: Float[Array, 'B T D'], context: Context) -> QKV:
-    """Queries, keys and values, convolved."""
-    projected = self.query(x), self.key(x), self.value(x)
-    return QKV(*self.to_heads(*projected, context), x)
+  def heads(
+    self, x: Float[Array, 'B T D'], context: Context, suffix: str = ''
+  ) -> QKV:
+    """Queries, keys and values of each head, convolved.
 
-  def to_heads(
-    self,
-    q: Float[Array, 'B T NH'],
-    k: Float[Array, 'B T KH'],
-    v: Float[Array, 'B T KV'],
-    context: Context,
-  ) -> tuple[
-    Float[Array, 'B T N H'], Float[Array, 'B T K H'], Float[Array, 'B T K V']
-  ]:
-    """Projections, convolved and split into heads."""
-    config = self.config
-    if config.short_conv:
-      q = context.short_conv(q, self.query_conv[...])
-      k = context.short_conv(k, self.key_conv[...])
-      v = context.short_conv(v, self.value_conv[...])
-    q, k, v = map(self.qkv_activation, (q, k, v))
-    q, k = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in (q, k))
-    return q, k, v.reshape(*v.shape[:2], -1, config.value_dim)
+    Args:
+      x: inputs.
+      context: where the tokens are.
+      suffix: of the projections' names, for layers that have several.
+    """
+    config, parts = self.config, []
+    for name in ('query', 'key', 'value'):
+      y = getattr(self, name + suffix)(x)
+      if config.short_conv:
+        y = context.short_conv(y, getattr(self, f'{name}_conv')[...])
+      width = config.value_dim if name == 'value' else config.head_dim
+      y = self.qkv_activation(y)
+      parts.append(y.reshape(*y.shape[:2], -1, width))
+    return QKV(*parts, x)
 
   def apply_rope(
     self, x: Float[Array, 'B T K H'], context: Context

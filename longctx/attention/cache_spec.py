@@ -101,8 +101,9 @@ class CacheBuilder:
   ) -> int:
     """The place of the next state."""
     if self.is_tracing:
-      dtype = jnp.dtype(dtype).name
-      self.spec.append(CacheEntry(tuple(shape), dtype, is_sum=is_sum))
+      entry = CacheEntry(tuple(shape), jnp.dtype(dtype).name, is_sum=is_sum)
+      self.spec.append(entry)
+      self.arrays += empty_cache((entry,), 1)
     return self._next()
 
   def slots(
@@ -118,6 +119,8 @@ class CacheBuilder:
       return place, found
     if self.is_tracing:
       self.spec.append(self._entry(x, retention, is_sum))
+      # Nothing is read from them yet.
+      self.arrays.append(x)
     return self._next(), None
 
   def _entry(

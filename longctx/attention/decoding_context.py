@@ -56,10 +56,8 @@ class DecodingContext(Context):
 
   def cumulative_sum(self, x: Float[Array, 'B T N']) -> Float[Array, 'B T N']:
     place = self.builder.state(x.shape[2:], x.dtype, is_sum=True)
-    sums = jnp.cumsum(self._own(x), axis=1)
-    if self.builder.is_tracing:
-      return sums
-    sums = self.builder.arrays[place][:, None] + sums
+    before = self.builder.arrays[place][:, None]
+    sums = before + jnp.cumsum(self._own(x), axis=1)
     self.builder.arrays[place] = sums[:, -1]
     return sums
 
@@ -68,10 +66,8 @@ class DecodingContext(Context):
   ) -> Float[Array, 'B T E']:
     before = kernel.shape[0] - 1
     place = self.builder.state((before, x.shape[2]), x.dtype)
-    kernel = kernel.astype(x.dtype)
-    if self.builder.is_tracing:
-      return convolution.short_conv(x, kernel)[0]
     tail = self.builder.arrays[place]
+    kernel = kernel.astype(x.dtype)
     out, last = convolution.short_conv(x, kernel, initial_state=tail)
     if self.valid is not None:
       inputs = jnp.concatenate([tail, x], axis=1)
@@ -83,9 +79,6 @@ class DecodingContext(Context):
   def recurrence(self, recurrence, q, k, v, *, beta=None, log_decay=None):
     dtype = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
     place = self.builder.state(recurrence.state_shape, dtype, is_sum=True)
-    state = None
-    if not self.builder.is_tracing:
-      state = self.builder.arrays[place]
     # A token that is not the row's own adds nothing, and nothing fades by it.
     k, beta, log_decay = map(self._own, (k, beta, log_decay))
     implementation = self.implementation
@@ -100,16 +93,14 @@ class DecodingContext(Context):
           "'xla' or None"
         )
       implementation = 'xla'
-    out, state = recurrence.run(
+    out, self.builder.arrays[place] = recurrence.run(
       recurrences,
       *(q, k, v, beta),
       log_decay=log_decay,
-      initial_state=state,
+      initial_state=self.builder.arrays[place],
       chunk_size=min(recurrence.chunk_size, q.shape[1]),
       implementation=implementation,
     )
-    if not self.builder.is_tracing:
-      self.builder.arrays[place] = state
     return self.at_queries(out)
 
   def dot_product_attention(

@@ -1,4 +1,4 @@
-"""A feature map with the parameters that it learns, for one side of a layer."""
+"""Learned feature map of linear attention, for queries or for keys."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -10,7 +10,7 @@ from longctx.typing import Array, Float
 
 
 class Features(nnx.Module):
-  """φ of the queries or of the keys of a layer.
+  """Feature map φ of the queries or of the keys of a layer.
 
   Attributes:
     feature_map: φ.

@@ -1,4 +1,4 @@
-"""Documents packed into a row: counting and summing within each."""
+"""Packed segments of a row: counting and summing within each."""
 
 import jax
 import jax.numpy as jnp

@@ -201,25 +201,18 @@ def _stay(cache: Cache) -> Cache:
   if axes is None:
     return cache
   layers = tuple(
-    tuple(
-      lax.with_sharding_constraint(x, entry.sharding(axes))
-      for x, entry in zip(arrays, spec, strict=True)
-    )
-    for arrays, spec in zip(cache.layers, cache.specs, strict=True)
+    tuple(entry.sharding(axes) for entry in spec) for spec in cache.specs
   )
-  lengths = lax.with_sharding_constraint(cache.lengths, of_rows(axes))
-  return dataclasses.replace(cache, lengths=lengths, layers=layers)
+  places = dataclasses.replace(cache, lengths=of_rows(axes), layers=layers)
+  return lax.with_sharding_constraint(cache, places)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheDecoder:
   """Decoder over the KV cache of a model, see `decoding.decoder.Decoder`.
 
-  Attributes:
-    capacity: as in `init`.
-    mesh: as in `init`.
-    axis: as in `init`.
-    max_new: the most tokens of an answer, where a gate has to know; or None.
+  Attributes are the arguments of `init`, and `max_new`, the most tokens of an
+  answer, where a gate has to know.
   """
 
   capacity: int | None = None

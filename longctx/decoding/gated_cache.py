@@ -77,8 +77,11 @@ class GatedDecoder(CacheDecoder):
     places = jnp.where(valid, places, cache.outputs.shape[1])
     rows = jnp.arange(tokens.shape[0])[:, None]
     outputs = cache.outputs.at[rows, places].set(x, mode='drop')
-    cache = dataclasses.replace(cache, below=below, outputs=outputs)
-    return logits, _stay(cache)
+    if below.axes is not None:
+      # They stay where they were.
+      place = _of_tokens(below.axes)
+      outputs = lax.with_sharding_constraint(outputs, place)
+    return logits, dataclasses.replace(cache, below=below, outputs=outputs)
 
   def begin(self, model, cache, logits, **fields):
     """Lets pass what the prompts' last tokens ask for."""
@@ -105,15 +108,6 @@ def _above(model, cache, x, **fields):
   x, above = cache_lib.advance(model.above, cache.above, x, **fields)
   logits = model.logits(model.norm(x))
   return logits, dataclasses.replace(cache, above=above)
-
-
-def _stay(cache: GatedCache) -> GatedCache:
-  """Keeps the outputs where they were."""
-  axes = cache.below.axes
-  if axes is None:
-    return cache
-  outputs = lax.with_sharding_constraint(cache.outputs, _of_tokens(axes))
-  return dataclasses.replace(cache, outputs=outputs)
 
 
 def _of_tokens(axes: Axes | None) -> NamedSharding | None:

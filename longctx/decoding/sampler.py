@@ -142,8 +142,8 @@ class Generator:
       sampling: how tokens are drawn.
       stop_tokens: tokens that end a row.
       step: of the training that made the parameters; None: none.
-      mesh: that the cache is spread over, see `cache.init`; None: one device.
-      axis: mesh axis of the cache's slots, or several.
+      mesh: that the cache is spread over, as in `cache.init`.
+      axis: as in `cache.init`.
       max_new: the most tokens that are drawn, which a gated model makes room
         for; None: any number up to the capacity.
     """

@@ -1,4 +1,4 @@
-"""A hard gate on the context: what a question does not need is dropped.
+"""Hard context gate: what a question does not need is dropped.
 
 The blocks below the gate read the whole context. Then every token is scored
 against the question, a few spans are kept, and the blocks above read those
@@ -56,17 +56,11 @@ class GateConfig:
   threshold: float = 0.0
 
   def __post_init__(self):
-    for name, least in dict(
-      keep=0, span=1, question=1, answer=1, after=1, width=1
-    ).items():
-      if getattr(self, name) < least:
+    smallest = dict(keep=0, span=1, question=1, answer=1, after=1, width=1)
+    for name, least in {**smallest, 'labels': 0, 'noise': 0}.items():
+      if not getattr(self, name) >= least:
         raise ValueError(
           f'gate.{name}={getattr(self, name)} must be at least {least}'
-        )
-    for name in ('labels', 'noise'):
-      if not getattr(self, name) >= 0:
-        raise ValueError(
-          f'gate.{name}={getattr(self, name)} must not be negative'
         )
     if not 0 <= self.threshold < 1:
       raise ValueError(f'gate.threshold={self.threshold} must be in [0, 1)')
@@ -93,13 +87,11 @@ class Kept(NamedTuple):
   places: Int[Array, 'B n']
   weights: Float[Array, 'B n']
 
-  def take(
-    self, x: Shaped[Array, 'B T ...'], *, fill: float = 0
-  ) -> Shaped[Array, 'B n ...']:
-    """x, in natural order, at these places."""
+  def take(self, x: Shaped[Array, 'B T ...']) -> Shaped[Array, 'B n ...']:
+    """x, in natural order, at these places; zeros where there are none."""
     found = x[jnp.arange(x.shape[0])[:, None], self.places]
     there = (self.places >= 0).reshape(*self.places.shape, *[1] * (x.ndim - 2))
-    return jnp.where(there, found, jnp.asarray(fill, x.dtype))
+    return jnp.where(there, found, jnp.zeros((), x.dtype))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +119,7 @@ class Passed:
 
 
 class ContextGate(nnx.Module):
-  """Scores tokens against the question, and lets few of them pass."""
+  """Hard context gate: scores tokens against the question, lets few pass."""
 
   def __init__(self, config: GateConfig, d_model: int, *, rngs: nnx.Rngs):
     """Makes a gate; scores are float32 whatever the model computes in."""

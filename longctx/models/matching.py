@@ -1,5 +1,6 @@
 """Matching of models by parameters, state or FLOPs, so that costs are equal."""
 
+import bisect
 import dataclasses
 import functools
 
@@ -69,12 +70,11 @@ def match(
     changed = dataclasses.replace(config, **{vary: count * multiple})
     return cost_of(changed, cost, seq_len=seq_len)
 
-  # The first width that costs at least the target, by bisection.
-  low, high = 0, most // multiple
-  while high - low > 1:
-    middle = (low + high) // 2
-    low, high = (low, middle) if at(middle) >= target else (middle, high)
-  count = min({max(low, 1), high}, key=lambda n: abs(at(n) - target))
+  # The first width that costs at least the target, and the one before.
+  counts = range(1, most // multiple)
+  place = bisect.bisect_left(counts, target, key=at)
+  near = {max(place, 1), place + 1}
+  count = min(near, key=lambda n: abs(at(n) - target))
   found = at(count)
   if abs(found - target) > tolerance * target:
     raise ValueError(

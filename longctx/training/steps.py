@@ -79,13 +79,8 @@ def abstract_state(
   state = jax.eval_shape(_make_init(model, config), jax.random.key(config.seed))
   if placement is None:
     return state
-  return jax.tree.map(
-    lambda x, sharding: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=sharding
-    ),
-    state,
-    _state_shardings(state, config, placement),
-  )
+  shardings = _state_shardings(state, config, placement)
+  return jax.tree.map(lambda x, s: x.update(sharding=s), state, shardings)
 
 
 def _make_init(

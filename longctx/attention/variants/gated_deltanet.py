@@ -22,12 +22,7 @@ class GatedDeltaNetAttention(Attention):
       α_t = exp(-A softplus(W_α x_t + b_α))        β_t = σ(W_β x_t)
 
   'Gated Delta Networks' (arXiv:2412.06464): α is Mamba-2's decay, one per head;
-  q, k and v pass a silu, behind a convolution with `short_conv`, 4 in the
-  paper; q and k have length one; the norm is an RMS norm of each head's
-  outputs.
-
-  Time O(T (H V + C H)) in chunks of C, memory O(T); decoding keeps S, H x V
-  numbers per head.
+  all else, time and state as in `deltanet`.
   """
 
   unsupported = OF_RECURRENCES

@@ -21,14 +21,9 @@ class KimiDeltaAttention(Attention):
       out_t = norm(q_t S_t / √H) ⊙ σ(W_4 W_3 x_t + b)
       α_t = exp(-A softplus(W_2 W_1 x_t + b_α))        β_t = σ(W_β x_t)
 
-  'Kimi Linear' (arXiv:2510.26692): α is one number per head and
-  channel of the key, A one per head; W_1 and W_3 have the rank V of a head. q,
-  k and v pass a silu, behind a convolution with `short_conv`, 4 in the paper;
-  q and k have length one; the norm is an RMS norm of each head's outputs. The
-  paper has no positions.
-
-  Time O(T (H V + C H)) in chunks of C, memory O(T H); decoding keeps S, H x V
-  numbers per head.
+  'Kimi Linear' (arXiv:2510.26692): α is one number per head and channel of the
+  key, A one per head; W_1 and W_3 have the rank V of a head; all else and the
+  state as in `deltanet`. Memory O(T H). The paper has no positions.
   """
 
   unsupported = OF_RECURRENCES

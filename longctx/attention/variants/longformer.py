@@ -109,11 +109,9 @@ class LongformerAttention(Attention):
       order = np.argsort(np.concatenate([heads for heads, _ in self.of_heads]))
       out = jnp.concatenate(parts, axis=2)[:, :, order]
     if self.of_globals is not None:
-      q, k, own = self.to_heads(
-        self.query_global(x), self.key_global(x), self.value_global(x), context
-      )
-      v = context.values(own, v)
-      q, k = self.apply_rope(q, context), self.apply_rope(k, context)
+      own = self.heads(x, context, '_global')
+      v = context.values(own.v, v)
+      q, k = (self.apply_rope(y, context) for y in (own.q, own.k))
       # Rows that either of both masks leaves without keys are 0 there.
       out = out + context.dot_product_attention(
         q, k, v, mask=self.of_globals, **options
@@ -159,10 +157,8 @@ class LongformerAttention(Attention):
           f'the layer has no {name} with a bias: make it with use_bias=True, '
           'global_projections=True'
         )
-      for param, value in (
-        (module.kernel, np.asarray(state[f'{name}.weight']).T),
-        (module.bias, np.asarray(state[f'{name}.bias'])),
-      ):
+      for kind, param in (('weight', module.kernel), ('bias', module.bias)):
+        value = np.asarray(state[f'{name}.{kind}']).T
         if param.shape != value.shape:
           raise ValueError(f'{name}: {value.shape} must be {param.shape}')
         param[...] = jnp.asarray(value, param.dtype)

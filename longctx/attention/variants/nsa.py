@@ -181,7 +181,7 @@ class NativeSparseAttention(Attention):
 
 
 class Compressor(nnx.Module):
-  """Holds the weights of a compression, see `ops.block_selection`.
+  """Compression MLP of key or value blocks, see `ops.block_selection`.
 
   Attributes:
     block: tokens of a block.
