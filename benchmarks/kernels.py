@@ -48,13 +48,13 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from longctx.masks import Causal, SlidingWindow
 from longctx.ops.dot_product_attention import (
   BlockSizes,
+  TokenIndices,
   dot_product_attention,
 )
 from longctx.ops.dot_product_attention.pallas_tpu_tiling import make_tiling
 from longctx.ops.dot_product_attention.pallas_tpu_work_list import (
   make_flat_list,
 )
-from longctx.ops.dot_product_attention.work_list import Indices
 from longctx.ops.recurrence import gated_delta_rule, linear_attention
 from longctx.ops.target import Target, compiling_for
 from longctx.plan import topologies
@@ -191,7 +191,7 @@ def work(chip: str, name: str, T: int) -> list[dict]:
       wide=False,
       backward=backward,
     )
-    found = make_flat_list(mask, t, Indices(), by_column=backward)
+    found = make_flat_list(mask, t, TokenIndices(), by_column=backward)
     kinds = mask.block_map(T, T, t.block_q, t.block_k)
     lines.append(
       dict(

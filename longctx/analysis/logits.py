@@ -71,7 +71,8 @@ def statistics(
   if listening.calls[0][0][0].shape[2] != out.shape[2]:
     return {}
   (q, k, v), call = listening.calls[0]
-  call.pop('return_lse', None)
+  for option in ('return_lse', 'implementation'):
+    call.pop(option, None)
   call['dropout'] = None
   at = jnp.atleast_2d(context.true_positions(x.shape[1]))
   if call['k_positions'] is None:
@@ -84,9 +85,7 @@ def statistics(
 
 
 def _by_rows(q, k, v, call, real) -> dict[str, Float[Array, ' N']]:
-  call = {'alibi_slopes': None, 'scale': None, **call}
-  defaults = dict(logits_soft_cap=None, sink_logits=None, normalizer='softmax')
-  full = resolve(q, k, v, **{**defaults, **call})
+  args = resolve(q, k, v, **call)
   # As wide as what stands in place of the products with values.
   v = jnp.zeros((*v.shape[:3], 2), jnp.float32)
   B, T, N, _ = q.shape
@@ -104,7 +103,7 @@ def _by_rows(q, k, v, call, real) -> dict[str, Float[Array, ' N']]:
       q,
       k,
       v,
-      **{**full, 'q_positions': at, 'q_segment_ids': ids},
+      args.with_indices(q_positions=at, q_segment_ids=ids),
       products=reference.PRODUCTS._replace(mix=_statistics),
     )
     entropy, largest = out[..., 0], out[..., 1]
@@ -113,12 +112,12 @@ def _by_rows(q, k, v, call, real) -> dict[str, Float[Array, ' N']]:
     entropy = jnp.where(reads, entropy, 0)
     return entropy.sum((0, 1)), reads.sum((0, 1)), logit.max((0, 1))
 
-  ids = full['q_segment_ids']
+  ids = args.indices.q_segment_ids
   entropy, count, logit = jax.lax.map(
     of_block,
     (
       blocks(q.astype(jnp.float32)),
-      blocks(full['q_positions']),
+      blocks(args.indices.q_positions),
       None if ids is None else blocks(ids),
       blocks(jnp.broadcast_to(real, (B, T))),
     ),

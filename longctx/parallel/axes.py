@@ -1,4 +1,4 @@
-"""Which axes of a mesh split what."""
+"""Mesh axes: which of them split the batch, the sequence and the heads."""
 
 import dataclasses
 import math
@@ -7,12 +7,14 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from longctx.ops.dot_product_attention import Dropout, TokenIndices
 from longctx.parallel.layout import SequenceLayout
+from longctx.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-  """Which axes of a mesh split the batch, the sequence and the heads.
+  """Mesh axes of the batch, the sequence and the heads.
 
   Attributes:
     mesh: the mesh.
@@ -57,9 +59,38 @@ class Axes:
     """Inside of `shard_map`: which of them this device is."""
     return lax.axis_index(names) if names else 0
 
+  def own_dropout(
+    self, dropout: Dropout | None, q: Float[Array, 'B L N H']
+  ) -> Dropout | None:
+    """Dropout that counts this device's rows and heads in the whole arrays."""
+    if dropout is None:
+      return None
+    return dropout._replace(
+      first_batch_row=self.index(self.data) * q.shape[0],
+      first_head=self.index(self.heads) * q.shape[2],
+    )
+
   def spec(self, *, heads: bool = False) -> P:
     """Of an array [B, T, ...], or [B, T, N, ...] with its heads split."""
     return P(self.data, self.seq, *((self.heads,) if heads else ()))
+
+  def queries_spec(self, *, replicated: bool) -> P:
+    """Of queries [B, T, N, ...], which all devices have where `replicated`."""
+    seq = None if replicated else self.seq
+    return P(self.data, seq, self.heads)
+
+  def indices_spec(
+    self, indices: TokenIndices, B: int, *, replicated: bool
+  ) -> TokenIndices:
+    """Of the indices of B rows, None where there are none."""
+
+    def spec(x, seq):
+      if x is None:
+        return None
+      return P(self.data if x.shape[0] == B else None, seq)
+
+    seqs = (None if replicated else self.seq, self.seq) * 2
+    return TokenIndices(*map(spec, indices, seqs))
 
   def check(self, *, batch: int, **split: int) -> None:
     """Raises where an array does not divide by the mesh.

@@ -6,6 +6,7 @@ scheme of softmax attention. Queries, and so time and the backward pass, stay
 where they are.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,14 +15,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from longctx.ops.dot_product_attention import Dropout
+from longctx.ops.dot_product_attention import TokenIndices
 from longctx.ops.dot_product_attention.dropout import make_dropout
 from longctx.parallel.all_gather import gather
-from longctx.parallel.axes import Axes, make_axes, make_layout
+from longctx.parallel.axes import make_axes, make_layout
 from longctx.parallel.layout import SequenceLayout
 from longctx.typing import Array, Float, Int, Key
-
-INDICES = ('q_positions', 'k_positions', 'q_segment_ids', 'k_segment_ids')
 
 
 def with_gathered_kv(
@@ -70,31 +69,15 @@ def with_gathered_kv(
   S, K = keys[0].shape[1:3]
   axes = make_axes(mesh, axis)
   axes.check(batch=B, query_heads=N, key_heads=K)
-  shards = axes.size(axes.seq)
-  layout = make_layout(layout, S, shards, in_layout=True)
+  layout = make_layout(layout, S, axes.size(axes.seq), in_layout=True)
   replicated = T != S
-  queries = (
-    P(axes.data, None, axes.heads) if replicated else axes.spec(heads=True)
-  )
-  indices = dict(
-    zip(
-      INDICES,
-      (q_positions, k_positions, q_segment_ids, k_segment_ids),
-      strict=True,
+  queries = axes.queries_spec(replicated=replicated)
+  indices = TokenIndices(
+    *(
+      x[None] if x is not None and x.ndim == 1 else x
+      for x in (q_positions, k_positions, q_segment_ids, k_segment_ids)
     )
   )
-  indices = {
-    name: x[None] if x is not None and x.ndim == 1 else x
-    for name, x in indices.items()
-  }
-
-  def spec(name):
-    x = indices[name]
-    if x is None:
-      return None
-    seq = None if replicated and name.startswith('q_') else axes.seq
-    return P(axes.data if x.shape[0] == B else None, seq)
-
   shared = dict(shared or {})
   dropout = make_dropout(dropout)
   if dropout is not None:
@@ -102,15 +85,19 @@ def with_gathered_kv(
   per_head = jax.tree.map(jnp.asarray, dict(per_head or {}))
 
   def local(q, keys, indices, per_head, shared):
-    call = dict(indices)
-    for name in ('k_positions', 'k_segment_ids'):
-      call[name] = gather(call[name], axis=axes.seq, layout=layout)
-    if call['q_positions'] is None and not replicated:
-      call['q_positions'] = layout.positions(axes.index(axes.seq))[None]
+    of_all = functools.partial(gather, axis=axes.seq, layout=layout)
+    q_positions = indices.q_positions
+    if q_positions is None and not replicated:
+      q_positions = layout.positions(axes.index(axes.seq))[None]
+    indices = indices._replace(
+      q_positions=q_positions,
+      k_positions=of_all(indices.k_positions),
+      k_segment_ids=of_all(indices.k_segment_ids),
+    )
     if 'dropout' in shared:
-      shared = shared | {'dropout': _here(shared['dropout'], axes, q)}
-    keys = (gather(x, axis=axes.seq, layout=layout) for x in keys)
-    return op(q, *keys, **call, **per_head, **shared, **options)
+      shared['dropout'] = axes.own_dropout(shared['dropout'], q)
+    options_here = {**indices._asdict(), **per_head, **shared, **options}
+    return op(q, *map(of_all, keys), **options_here)
 
   return jax.shard_map(
     local,
@@ -118,18 +105,10 @@ def with_gathered_kv(
     in_specs=(
       queries,
       axes.spec(heads=True),
-      {name: spec(name) for name in INDICES},
+      axes.indices_spec(indices, B, replicated=replicated),
       P(axes.heads),
       P(),
     ),
     out_specs=queries,
     check_vma=False,
   )(q, keys, indices, per_head, shared)
-
-
-def _here(dropout: Dropout, axes: Axes, q: Array) -> Dropout:
-  """Dropout that counts this device's rows and heads in the whole arrays."""
-  return dropout._replace(
-    first_batch_row=axes.index(axes.data) * q.shape[0],
-    first_head=axes.index(axes.heads) * q.shape[2],
-  )

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 
-from longctx.masks import Causal
 from longctx.ops.block_selection import blockwise, reference
 from longctx.ops.block_selection.arguments import NSAConfig, SelectionArgs
 from longctx.ops.block_selection.compression import Compression
@@ -254,27 +253,16 @@ def _resolve(
   v: Array,
   *,
   summaries: tuple[Array, ...] | None,
-  alibi_slopes: Any = None,
-  dropout: Any = None,
   **call: Any,
 ) -> SelectionArgs:
   """The checked arguments of an implementation, defaults filled in."""
-  call = resolve(
-    q,
-    k,
-    v,
-    mask=Causal(),
-    logits_soft_cap=None,
-    sink_logits=None,
-    normalizer='softmax',
-    block_sizes=None,
-    implementation=None,
-    alibi_slopes=alibi_slopes,
-    dropout=dropout,
-    **call,
-  )
+  args = resolve(q, k, v, **call)
   return SelectionArgs(
-    *(call[name] for name in SelectionArgs._fields[:-1]), summaries
+    *args.indices,
+    args.static.scale,
+    args.alibi_slopes,
+    args.dropout,
+    summaries,
   )
 
 

@@ -1,41 +1,53 @@
 """Dot-product attention: one equation, several implementations."""
 
-from typing import Any
+import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from longctx.masks import Causal, Mask, check_mask
+from longctx.masks import Causal, Mask
 from longctx.ops.dot_product_attention import (
   cudnn,
   decode,
+  flash,
   pallas_tpu,
   reference,
-  xla,
 )
-from longctx.ops.dot_product_attention.dropout import Dropout, make_dropout
+from longctx.ops.dot_product_attention.args import (
+  AttentionArgs,
+  Integers,
+  TokenIndices,
+  resolve,
+)
+from longctx.ops.dot_product_attention.dropout import Dropout
 from longctx.ops.dot_product_attention.normalizers import NORMALIZERS
 from longctx.ops.dot_product_attention.tiling import BlockSizes
+from longctx.ops.dot_product_attention.xla import XLABackend
 from longctx.ops.target import target
-from longctx.typing import Array, Float, Int, Key
+from longctx.typing import Array, Float, Key
 
 __all__ = [
+  'BACKENDS',
   'IMPLEMENTATIONS',
   'NORMALIZERS',
+  'AttentionArgs',
   'BlockSizes',
   'Dropout',
+  'TokenIndices',
   'choose',
   'dot_product_attention',
   'resolve',
 ]
 
+# Of flash attention: what a ring runs on as well.
+BACKENDS = {'pallas': pallas_tpu.PallasTPUBackend(), 'xla': XLABackend()}
+
+# (q, k, v, args) -> (out, lse)
 IMPLEMENTATIONS = {
   'cudnn': cudnn.dot_product_attention,
-  'pallas': pallas_tpu.dot_product_attention,
-  'reference': reference.dot_product_attention,
   'decode': decode.dot_product_attention,
-  'xla': xla.dot_product_attention,
+  'pallas': functools.partial(flash.attend, BACKENDS['pallas']),
+  'reference': reference.dot_product_attention,
+  'xla': functools.partial(flash.attend, BACKENDS['xla']),
 }
 
 # Why those that run on some machines alone do not support a call, and what is
@@ -45,8 +57,6 @@ KERNELS = {
   'pallas': pallas_tpu.unsupported_reason,
 }
 BEST = {'gpu': 'cudnn', 'tpu': 'pallas'}
-
-Integers = Int[Array, '...'] | Int[np.ndarray, '...']
 
 
 def dot_product_attention(
@@ -92,8 +102,9 @@ def dot_product_attention(
   once, and once more by 'sigmoid' and by sinks.
 
   Query head n reads key head n // (N / K) (grouped queries, arXiv:2305.13245).
-  Gradients reach q, k, v and sink_logits, from out and from lse alike, and can
-  be differentiated again, forwards and backwards (not those of cuDNN).
+  Gradients reach q, k, v and sink_logits, from out and from lse alike. Those of
+  'xla', 'reference' and 'decode' can be differentiated again, forwards and
+  backwards.
 
   Args:
     q: queries.
@@ -134,7 +145,7 @@ def dot_product_attention(
     ValueError: shapes that do not fit together, an unknown name.
     NotImplementedError: a combination that the implementation lacks.
   """
-  call = resolve(
+  args = resolve(
     q,
     k,
     v,
@@ -150,12 +161,10 @@ def dot_product_attention(
     normalizer=normalizer,
     dropout=dropout,
     block_sizes=block_sizes,
-    implementation=implementation,
   )
-  uses_lse = return_lse or call['sink_logits'] is not None
-  name = choose(implementation, q, k, v, uses_lse=uses_lse, **call)
-  out, lse = IMPLEMENTATIONS[name](q, k, v, **call)
-  out = NORMALIZERS[normalizer].finish(out, lse)
+  name = choose(implementation, q, k, v, args, uses_lse=return_lse)
+  out, lse = IMPLEMENTATIONS[name](q, k, v, args)
+  out = args.static.normalizer.finish(out, lse)
   return (out, lse) if return_lse else out
 
 
@@ -164,9 +173,9 @@ def choose(
   q: Float[Array, 'B T N H'],
   k: Float[Array, 'B S K H'],
   v: Float[Array, 'B S K V'],
+  args: AttentionArgs,
   *,
   uses_lse: bool,
-  **call: Any,
 ) -> str:
   """The name of the implementation for arguments as `resolve` gives them.
 
@@ -175,140 +184,23 @@ def choose(
     q: queries.
     k: keys.
     v: values.
+    args: the other arguments.
     uses_lse: whether anything reads lse beside out, as rings do.
-    **call: the other arguments.
 
   Raises:
+    ValueError: an unknown name.
     NotImplementedError: the one that is named does not support the call.
   """
-  if implementation not in (None, *KERNELS):
-    return implementation
+  if implementation is not None and implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f'unknown {implementation=}; known: {sorted(IMPLEMENTATIONS)}, or None'
+    )
   name = implementation or BEST.get(target().platform, 'xla')
-  if name == 'xla':
+  if name not in KERNELS:
     return name
-  reason = KERNELS[name](q, k, v, uses_lse=uses_lse, **call)
+  reason = KERNELS[name](q, k, v, args, uses_lse=uses_lse)
   if reason and implementation:
     raise NotImplementedError(
       f"{implementation=}: {reason}; take 'xla', or None for the best"
     )
   return 'xla' if reason else name
-
-
-def resolve(
-  q: Float[Array, 'B T N H'],
-  k: Float[Array, 'B S K H'],
-  v: Float[Array, 'B S K V'],
-  *,
-  mask: Mask,
-  q_positions: Integers | None,
-  k_positions: Integers | None,
-  q_segment_ids: Integers | None,
-  k_segment_ids: Integers | None,
-  scale: float | None,
-  logits_soft_cap: float | None,
-  sink_logits: Float[Array, ' N'] | None,
-  alibi_slopes: Float[Array, ' N'] | Float[np.ndarray, ' N'] | None,
-  normalizer: str,
-  dropout: tuple[float, Key[Array, '']] | Dropout | None,
-  block_sizes: BlockSizes | None,
-  implementation: str | None,
-) -> dict[str, Any]:
-  """The checked arguments of an implementation, defaults filled in.
-
-  For `dot_product_attention`, here and on meshes; see there for the arguments.
-  What an implementation returns is still to be given to `Normalizer.finish`.
-  """
-  _check_arrays(q, k, v)
-  _check_names(normalizer, implementation)
-  B, T, N, H = q.shape
-  S = k.shape[1]
-  at_zero = q_positions is None and k_positions is None
-  check_mask(mask, *((T, S) if at_zero else (max(T, S),)))
-  if k_segment_ids is None and T == S:
-    k_segment_ids = q_segment_ids
-  if (q_segment_ids is None) != (k_segment_ids is None):
-    raise ValueError(
-      'give both q_segment_ids and k_segment_ids, or neither; got '
-      f'{q_segment_ids is not None=}, {k_segment_ids is not None=}, {T=}, {S=}'
-    )
-  if logits_soft_cap is not None and logits_soft_cap <= 0:
-    raise ValueError(f'{logits_soft_cap=} must be positive, or None')
-  if alibi_slopes is not None:
-    alibi_slopes = _per_head('alibi_slopes', jnp.asarray(alibi_slopes), N)
-    alibi_slopes = jax.lax.stop_gradient(alibi_slopes)
-  if sink_logits is not None and not NORMALIZERS[normalizer].has_sink:
-    raise NotImplementedError(
-      f'sink_logits take their share of a softmax, and {normalizer=} is none: '
-      "leave them out, or take 'softmax'"
-    )
-  if sink_logits is not None:
-    sink_logits = _per_head('sink_logits', sink_logits, N)
-  if NORMALIZERS[normalizer].start:
-    one = jnp.zeros(N, jnp.promote_types(q.dtype, jnp.float32))
-    sink_logits = one if sink_logits is None else jnp.logaddexp(sink_logits, 0)
-  return dict(
-    mask=mask,
-    q_positions=_indices('q_positions', q_positions, (1, B), T),
-    k_positions=_indices('k_positions', k_positions, (1, B), S),
-    q_segment_ids=_indices('q_segment_ids', q_segment_ids, (B,), T),
-    k_segment_ids=_indices('k_segment_ids', k_segment_ids, (B,), S),
-    scale=H**-0.5 if scale is None else scale,
-    logits_soft_cap=logits_soft_cap,
-    sink_logits=sink_logits,
-    alibi_slopes=alibi_slopes,
-    normalizer=NORMALIZERS[normalizer],
-    dropout=make_dropout(dropout),
-    block_sizes=block_sizes,
-  )
-
-
-def _check_arrays(q: Array, k: Array, v: Array) -> None:
-  """Raises where q, k and v do not fit together."""
-  shapes = f'{q.shape=}, {k.shape=}, {v.shape=}'
-  if not q.ndim == k.ndim == v.ndim == 4:
-    raise ValueError(f'q, k and v need 4 axes, BTNH and BSKH: {shapes}')
-  if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3]:
-    raise ValueError(f'B, S and K must agree between q, k and v: {shapes}')
-  if q.shape[3] != k.shape[3]:
-    raise ValueError(f'q and k must have the same head dim: {shapes}')
-  N, K = q.shape[2], k.shape[2]
-  if K == 0 or N % K:
-    raise ValueError(f'{N=} query heads must be a multiple of {K=} key heads')
-  if 0 in q.shape or 0 in v.shape:
-    raise ValueError(f'no axis may be empty: {shapes}')
-
-
-def _check_names(normalizer: str, implementation: str | None) -> None:
-  """Raises for an unknown name."""
-  if normalizer not in NORMALIZERS:
-    raise ValueError(f'unknown {normalizer=}; known: {sorted(NORMALIZERS)}')
-  if implementation is not None and implementation not in IMPLEMENTATIONS:
-    raise ValueError(
-      f'unknown {implementation=}; known: {sorted(IMPLEMENTATIONS)}, or None'
-    )
-
-
-def _per_head(name: str, x: Array, N: int) -> Array:
-  if x.shape != (N,):
-    raise ValueError(
-      f'{name} must have one entry per query head, {N=}: {x.shape=}'
-    )
-  return x
-
-
-def _indices(
-  name: str, x: Array | np.ndarray | None, batches: tuple[int, ...], length: int
-) -> Array | None:
-  """An integer array with a batch axis of one of the sizes given."""
-  if x is None:
-    return None
-  x = jnp.asarray(x)
-  if x.ndim == 1 and 1 in batches:
-    x = x[None]
-  if x.ndim != 2 or x.shape[0] not in batches or x.shape[1] != length:
-    raise ValueError(
-      f'{name} must have {length=} and batch size {batches[-1]}: {x.shape=}'
-    )
-  if not jnp.issubdtype(x.dtype, jnp.integer):
-    raise ValueError(f'{name} must be integers: {x.dtype=}')
-  return x

@@ -1,4 +1,4 @@
-"""Attention of few queries, whose keys are read once and where they lie.
+"""Decode attention: few queries, whose keys are read once, where they lie.
 
 The key heads of a token lie side by side in memory. A product per head would
 first gather each head's keys, which for a single query costs more than the
@@ -49,5 +49,5 @@ def _mix(
 
 dot_product_attention = functools.partial(
   reference.dot_product_attention,
-  products=reference.Products(_scores, _mix),
+  products=reference.AttentionProducts(_scores, _mix),
 )

@@ -1,4 +1,4 @@
-"""Dropout of attention weights, as a function of where the weight is.
+"""Attention dropout, counter-based: a function of where a weight is.
 
 A weight is kept or dropped by a hash of (key, batch row, head, segment, query
 position, key position), not by the order in which weights are computed: any
@@ -14,7 +14,7 @@ from longctx.typing import Array, Float, Int, Key, Num
 
 
 class Dropout(NamedTuple):
-  """What decides which weights are dropped, beside their indices.
+  """Dropout of attention weights, beside the indices that it hashes.
 
   Attributes:
     threshold: weights whose random bits are below it are dropped.
@@ -66,7 +66,7 @@ def keep_factor(
 
   The indices broadcast against each other; so does the result. Batch rows and
   heads are counted from the first ones that `dropout` names. Segments are
-  hashed so that documents whose positions start anew draw anew.
+  hashed so that packed segments whose positions start anew draw anew.
   """
   batch = dropout.first_batch_row + batch
   head = dropout.first_head + head

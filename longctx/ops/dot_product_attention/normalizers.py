@@ -1,4 +1,4 @@
-"""How logits become weights: a numerator and a denominator per logit.
+"""Softmax and its alternatives: a numerator and a denominator per logit.
 
     out = Σ_s w(z_s) v_s / D        D = Σ_s d(z_s)        lse = log D
 
@@ -27,7 +27,7 @@ from longctx.typing import Array, Float
 
 
 class Terms(NamedTuple):
-  """w, d and their derivatives w' and d', all of them times exp(-shift).
+  """Weight w, term d and their derivatives, all of them times exp(-shift).
 
   Two that are the same array are the same object, so that it is computed once.
 
@@ -56,20 +56,20 @@ class Terms(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Normalizer:
-  """One way to turn logits into weights.
+  """Normalizer of attention logits: softmax, softmax1, softpick or sigmoid.
 
   Attributes:
     terms: (logits, shift) -> Terms. Without an overflow where shift is at least
-      every logit and `least_peak`, or is lse.
-    least_peak: where the running maximum of the logits starts; None where w is
-      bounded, and needs none.
+      every logit and `least_row_max`, or is lse.
+    least_row_max: where the running maximum of the logits starts; None where w
+      is bounded, and needs none.
     start: what D starts from.
     has_sink: whether sink logits may add to D.
     is_sum: whether Σ w v is wanted, and not the quotient.
   """
 
   terms: Callable[[Array, Array], Terms]
-  least_peak: float | None
+  least_row_max: float | None
   start: int = 0
   has_sink: bool = False
   is_sum: bool = False
@@ -118,13 +118,13 @@ def _sigmoid(z: Array, shift: Array) -> Terms:
   )
 
 
-# Finite, so that exp(-inf - least_peak) is 0 in rows that have no key yet.
-SOFTMAX = Normalizer(_softmax, least_peak=-1e30, has_sink=True)
+# Finite, so that exp(-inf - least_row_max) is 0 in rows that have no key yet.
+SOFTMAX = Normalizer(_softmax, least_row_max=-1e30, has_sink=True)
 
 NORMALIZERS = {
   'softmax': SOFTMAX,
   'softmax1': dataclasses.replace(SOFTMAX, start=1),
   # From 0, as the 1 of exp(z) - 1 must not overflow either.
-  'softpick': Normalizer(_softpick, least_peak=0.0),
-  'sigmoid': Normalizer(_sigmoid, least_peak=None, is_sum=True),
+  'softpick': Normalizer(_softpick, least_row_max=0.0),
+  'sigmoid': Normalizer(_sigmoid, least_row_max=None, is_sum=True),
 }

@@ -1,4 +1,4 @@
-"""How arrays are cut into blocks for a TPU kernel, and how it is called.
+"""Pallas call of a TPU kernel: how arrays are cut into blocks for its grid.
 
 Heads whose width is a multiple of 128 stay where the model has them, in one
 axis with the head dimension: a block is then a window of [T, N H], and nothing
@@ -20,13 +20,14 @@ from jax.experimental.pallas import tpu as pltpu
 from longctx.ops.dot_product_attention import pallas_tpu_work_list
 from longctx.ops.dot_product_attention.pallas_tpu_work_list import FlatList
 from longctx.ops.dot_product_attention.tiling import Tiling
+from longctx.ops.target import target
 from longctx.ops.tpu import LANES, VMEM_LIMIT
 from longctx.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-  """How an input or output is cut.
+  """Operand of a Pallas kernel: how an input or output is cut.
 
   Attributes:
     side: 'q' or 'k', whose tokens and heads it has.
@@ -164,7 +165,6 @@ def call_kernel(
   *,
   by_column: bool,
   products: int,
-  interpret: bool,
   name: str,
 ) -> list[Array]:
   """Runs a kernel over a work list, in as many calls as the list has.
@@ -180,7 +180,6 @@ def call_kernel(
     scratch: shapes of what it keeps between blocks, in float32.
     by_column: whether rows of the list are blocks of keys.
     products: how many products of a block it computes.
-    interpret: whether there is no TPU.
     name: of the kernel, in profiles and compiled programs.
 
   Returns:
@@ -201,7 +200,8 @@ def call_kernel(
     out_shape=shapes,
     compiler_params=grid.compiler_params(),
     cost_estimate=_cost(work, tiling, B, operands, arrays, products),
-    interpret=interpret,
+    # For want of a TPU.
+    interpret=target().platform == 'cpu',
     name=name,
   )
 

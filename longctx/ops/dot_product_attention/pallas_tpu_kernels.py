@@ -1,7 +1,7 @@
-"""What the TPU kernels do with one block of scores, keys by queries.
+"""Flash attention kernels for TPUs: one block of scores, keys by queries.
 
 With z the logits [block_k, block_q], and rows of one number per query:
-    forward   the running maximum, sum and values of `xla.add`
+    forward   the running maximum, sum and values of `xla`
     dq        dqᵀ += kᵀ dz
     dk, dv    dk += dz q, dv += p dout
 
@@ -42,12 +42,12 @@ def _product(a, b, axes):
 
 
 class Block:
-  """The block of a grid step: where it lies, and who reads whom in it.
+  """Block of scores of a grid step: where it lies, who reads whom in it.
 
   Made inside of a kernel, from references to what it was given.
 
   Args:
-    spec: of the attention.
+    static: arguments of the attention.
     tiling: of the kernel.
     kinds: that may occur, of PARTIAL and FULL.
     by_column: whether the grid's rows are blocks of keys.
@@ -61,7 +61,7 @@ class Block:
 
   def __init__(
     self,
-    spec,
+    static,
     tiling,
     kinds,
     *,
@@ -72,9 +72,9 @@ class Block:
     slopes,
     dropout,
   ):
-    self.spec, self.tiling, self.kinds = spec, tiling, kinds
+    self.static, self.tiling, self.kinds = static, tiling, kinds
     self.indices, self.slopes, self.dropout = indices, slopes, dropout
-    self.is_softmax = spec.normalizer.terms is SOFTMAX.terms
+    self.is_softmax = static.normalizer.terms is SOFTMAX.terms
     # The unit of logits, peaks and lse in here, in nats.
     self.unit = math.log(2) if self.is_softmax else 1.0
     entry = entries[pl.program_id(2)]
@@ -101,12 +101,12 @@ class Block:
 
   def logits(self, z, *, masked: bool):
     """Scale, soft cap, ALiBi and mask; also the cap's slope."""
-    spec, slope = self.spec, 1
-    if spec.logits_soft_cap is None:
-      z = z * (spec.scale / self.unit)
+    static, slope = self.static, 1
+    if static.logits_soft_cap is None:
+      z = z * (static.scale / self.unit)
     else:
-      tanh = jnp.tanh(z * (spec.scale / spec.logits_soft_cap))
-      z, slope = tanh * (spec.logits_soft_cap / self.unit), 1 - tanh * tanh
+      tanh = jnp.tanh(z * (static.scale / static.logits_soft_cap))
+      z, slope = tanh * (static.logits_soft_cap / self.unit), 1 - tanh * tanh
     if self.slopes is not None:
       q, k = self._positions()
       steps = abs(q - k).astype(FLOAT)
@@ -122,7 +122,7 @@ class Block:
   def terms(self, z, shift, *, exact: bool) -> Terms:
     """Of the logits; shift is at least each of them, unless rounded."""
     if not self.is_softmax:
-      return self.spec.normalizer.terms(z, shift)
+      return self.static.normalizer.terms(z, shift)
     gap = z - shift
     p = jnp.exp2(gap if exact else jnp.minimum(gap, 0))
     return Terms(p, p, p, p)
@@ -152,7 +152,7 @@ class Block:
 
   def _allowed(self):
     q, k = self._positions()
-    ok = self.spec.mask.allowed(q, k)
+    ok = self.static.mask.allowed(q, k)
     ids = self._row('q_segment_ids')
     if ids is not None:
       ok &= ids == self._column('k_segment_ids')
@@ -190,35 +190,35 @@ def dropout_scalars(dropout: Dropout) -> tuple[Any, Any]:
   return jnp.stack([jnp.int32(x) for x in words]), dropout.factor[None]
 
 
-def forward(block: Block, q, k, v, out, lse, peak, total, values):
+def forward(block: Block, q, k, v, out, lse, row_max, row_sum, values):
   """Writes out and lse of a block of queries, after its last block of keys."""
-  least = block.spec.normalizer.least_peak
+  least = block.static.normalizer.least_row_max
 
   @pl.when(block.first)
   def _():
-    peak[...] = jnp.full(peak.shape, least or 0, FLOAT)
-    total[...] = jnp.zeros(total.shape, FLOAT)
+    row_max[...] = jnp.full(row_max.shape, least or 0, FLOAT)
+    row_sum[...] = jnp.zeros(row_sum.shape, FLOAT)
     values[...] = jnp.zeros(values.shape, FLOAT)
 
   @block.visit
   def _(*, masked: bool):
     z, _ = block.logits(_product(k[...], q[...], _ABT), masked=masked)
-    shift, decay = peak[...], 1
+    shift, decay = row_max[...], 1
     if least is not None:
       shift = jnp.maximum(shift, z.max(0, keepdims=True))
-      decay = block.exp(peak[...] - shift)
-      peak[...] = shift
+      decay = block.exp(row_max[...] - shift)
+      row_max[...] = shift
     terms = block.terms(z, shift, exact=True)
-    total[...] = total[...] * decay + terms.term.sum(0, keepdims=True)
+    row_sum[...] = row_sum[...] * decay + terms.term.sum(0, keepdims=True)
     weight = block.dropped(terms.weight).astype(v.dtype)
     values[...] = values[...] * decay + _product(v[...], weight, _ATB)
 
   @pl.when(block.last)
   def _():
-    some = total[...] > 0
-    sum_ = jnp.where(some, total[...], 1)
+    some = row_sum[...] > 0
+    sum_ = jnp.where(some, row_sum[...], 1)
     out[...] = (values[...] / sum_).T.astype(out.dtype)
-    found = peak[...] * block.unit + jnp.log(sum_)
+    found = row_max[...] * block.unit + jnp.log(sum_)
     lse[...] = jnp.where(some, found, -jnp.inf)
 
 
@@ -236,7 +236,7 @@ def dq(block: Block, q, k, v, dout, lse, delta, dq, sum_):
 
   @pl.when(block.last)
   def _():
-    dq[...] = (sum_[...] * block.spec.scale).T.astype(dq.dtype)
+    dq[...] = (sum_[...] * block.static.scale).T.astype(dq.dtype)
 
 
 def dkv(block: Block, q, k, v, dout, lse, delta, dk, dv, dk_sum, dv_sum):
@@ -255,7 +255,7 @@ def dkv(block: Block, q, k, v, dout, lse, delta, dk, dv, dk_sum, dv_sum):
 
   @pl.when(block.last)
   def _():
-    dk[...] = (dk_sum[...] * block.spec.scale).astype(dk.dtype)
+    dk[...] = (dk_sum[...] * block.static.scale).astype(dk.dtype)
     dv[...] = dv_sum[...].astype(dv.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Block sizes for TPUs, by what a block takes on each generation of chips."""
+"""Tiling for TPU kernels: block sizes that fit each generation of chips."""
 
 import functools
 

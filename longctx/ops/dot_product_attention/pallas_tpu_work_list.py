@@ -1,4 +1,4 @@
-"""A work list in one word per block: the grid of a TPU kernel.
+"""Work list of a TPU kernel's grid, in one word per block.
 
 A kernel's grid is as long as the list, so an empty block costs nothing: it is
 neither loaded nor computed. Entries lie in the scalar memory of a core, which
@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from longctx import masks
+from longctx.ops.dot_product_attention.args import TokenIndices
 from longctx.ops.dot_product_attention.tiling import Tiling
-from longctx.ops.dot_product_attention.work_list import Indices, block_kinds
+from longctx.ops.dot_product_attention.work_list import block_kinds
 from longctx.typing import Array, Int
 
 # From the lowest bit: the first and the last entry of a row, what the block
@@ -27,7 +28,7 @@ LONGEST = 2**17
 
 
 class FlatList(NamedTuple):
-  """The blocks that each call of a kernel visits, row by row.
+  """Work list of the calls of a kernel: blocks, row by row.
 
   Group g has `chunks` calls of `rows` rows each, numbered from 0 in each call;
   call g chunks + c has the rows from c rows on. A row without any pair has one
@@ -60,7 +61,7 @@ class FlatList(NamedTuple):
 
 
 def make_flat_list(
-  mask: masks.Mask, tiling: Tiling, indices: Indices, *, by_column: bool
+  mask: masks.Mask, tiling: Tiling, indices: TokenIndices, *, by_column: bool
 ) -> FlatList:
   """The list of a mask, on the host or at run time; see `make_work_list`.
 
@@ -96,7 +97,7 @@ def make_flat_list(
 
 @functools.lru_cache(maxsize=64)
 def _static_list(mask: masks.Mask, tiling: Tiling, by_column: bool) -> FlatList:
-  kinds = block_kinds(mask, tiling, Indices())
+  kinds = block_kinds(mask, tiling, TokenIndices())
   kinds = kinds.T if by_column else kinds
   visited = np.maximum((kinds != masks.EMPTY).sum(1), 1)
   rows = len(kinds)

@@ -1,4 +1,4 @@
-"""Dot-product attention as its equation: the oracle."""
+"""Reference attention: the equation, as an oracle for the others."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,15 +6,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from longctx.masks import Mask
-from longctx.ops.dot_product_attention.dropout import Dropout, keep_factor
-from longctx.ops.dot_product_attention.normalizers import Normalizer
-from longctx.ops.dot_product_attention.tiling import BlockSizes
-from longctx.typing import Array, Float, Int
+from longctx.ops.dot_product_attention.args import AttentionArgs, OutLse
+from longctx.ops.dot_product_attention.dropout import keep_factor
+from longctx.typing import Array, Float
 
 
-class Products(NamedTuple):
-  """The two products of attention.
+class AttentionProducts(NamedTuple):
+  """Matrix products of attention, with queries and with values.
 
   Attributes:
     scores: (q [B, T, N, H], k [B, S, K, H]) -> q · k [B, N, T, S].
@@ -39,28 +37,17 @@ def _mix(
   return jnp.einsum('BNTS,BSNV->BTNV', weight, v)
 
 
-PRODUCTS = Products(_scores, _mix)
+PRODUCTS = AttentionProducts(_scores, _mix)
 
 
 def dot_product_attention(
   q: Float[Array, 'B T N H'],
   k: Float[Array, 'B S K H'],
   v: Float[Array, 'B S K V'],
+  args: AttentionArgs,
   *,
-  mask: Mask,
-  q_positions: Int[Array, 'Bq T'] | None,
-  k_positions: Int[Array, 'Bk S'] | None,
-  q_segment_ids: Int[Array, 'B T'] | None,
-  k_segment_ids: Int[Array, 'B S'] | None,
-  scale: float,
-  logits_soft_cap: float | None,
-  sink_logits: Float[Array, ' N'] | None,
-  alibi_slopes: Float[Array, ' N'] | None,
-  normalizer: Normalizer,
-  dropout: Dropout | None,
-  block_sizes: BlockSizes | None,
-  products: Products = PRODUCTS,
-) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
+  products: AttentionProducts = PRODUCTS,
+) -> OutLse:
   """The sum over the allowed keys, with every score held: memory B N T S.
 
     z_ts = cap tanh(scale q_t · k_s / cap) - slope |pos_t - pos_s|
@@ -68,47 +55,49 @@ def dot_product_attention(
 
   with w and d of the normalizer, exp(z) both for the softmax.
 
-  Arguments and errors are those of `longctx.ops.dot_product_attention`, with
-  the defaults filled in and positions given a batch axis of B or 1.
-
   Args:
+    q: queries.
+    k: keys.
+    v: values.
+    args: from `resolve`.
     products: how the two products are computed.
 
   Returns:
     out in the dtype of q, lse = log D in float32 (float64 for float64 inputs).
   """
-  del block_sizes
+  static, indices, dropout = args.static, args.indices, args.dropout
   B, T, N, _ = q.shape
   S = k.shape[1]
   dtype = jnp.promote_types(q.dtype, jnp.float32)
-  q_pos = jnp.arange(T)[None] if q_positions is None else q_positions
-  k_pos = jnp.arange(S)[None] if k_positions is None else k_positions
+  q_pos, k_pos, q_segment_ids, k_segment_ids = indices
+  q_pos = jnp.arange(T)[None] if q_pos is None else q_pos
+  k_pos = jnp.arange(S)[None] if k_pos is None else k_pos
   q_pos, k_pos = q_pos[:, None, :, None], k_pos[:, None, None, :]
 
-  z = products.scores(q.astype(dtype), k.astype(dtype)) * scale
-  if logits_soft_cap is not None:
-    z = logits_soft_cap * jnp.tanh(z / logits_soft_cap)
-  if alibi_slopes is not None:
-    z = z - alibi_slopes[:, None, None] * abs(q_pos - k_pos)
-  ok, segment = mask.allowed(q_pos, k_pos), None
+  z = products.scores(q.astype(dtype), k.astype(dtype)) * static.scale
+  if static.logits_soft_cap is not None:
+    z = static.logits_soft_cap * jnp.tanh(z / static.logits_soft_cap)
+  if args.alibi_slopes is not None:
+    z = z - args.alibi_slopes[:, None, None] * abs(q_pos - k_pos)
+  ok, segment = static.mask.allowed(q_pos, k_pos), None
   if q_segment_ids is not None:
     segment = q_segment_ids[:, None, :, None]
     ok &= segment == k_segment_ids[:, None, None, :]
   z = jnp.where(ok, z, -jnp.inf)
 
-  sink = jnp.full(N, -jnp.inf) if sink_logits is None else sink_logits
+  sink = jnp.full(N, -jnp.inf) if args.sink_logits is None else args.sink_logits
   sink = sink.astype(dtype)[:, None, None]
-  peak = jnp.zeros_like(z[..., :1])
-  if normalizer.least_peak is not None:
-    # It is finite, which keeps z - peak defined in a row without keys.
-    peak = z.max(-1, keepdims=True, initial=normalizer.least_peak)
-    peak = jax.lax.stop_gradient(jnp.maximum(peak, sink))
-  terms = normalizer.terms(z, peak)
+  row_max, least = jnp.zeros_like(z[..., :1]), static.normalizer.least_row_max
+  if least is not None:
+    # It is finite, which keeps z - row_max defined in a row without keys.
+    row_max = z.max(-1, keepdims=True, initial=least)
+    row_max = jax.lax.stop_gradient(jnp.maximum(row_max, sink))
+  terms = static.normalizer.terms(z, row_max)
   weight = terms.weight
-  total = terms.term.sum(-1, keepdims=True) + jnp.exp(sink - peak)
-  some = total > 0
-  total = jnp.where(some, total, 1)
-  lse = jnp.where(some, peak + jnp.log(total), -jnp.inf)
+  row_sum = terms.term.sum(-1, keepdims=True) + jnp.exp(sink - row_max)
+  some = row_sum > 0
+  row_sum = jnp.where(some, row_sum, 1)
+  lse = jnp.where(some, row_max + jnp.log(row_sum), -jnp.inf)
   if dropout is not None:
     batch, head = jnp.arange(B)[:, None, None, None], jnp.arange(N)
     weight *= keep_factor(
@@ -119,5 +108,5 @@ def dot_product_attention(
       q_positions=q_pos,
       k_positions=k_pos,
     )
-  out = products.mix(weight / total, v.astype(dtype))
+  out = products.mix(weight / row_sum, v.astype(dtype))
   return out.astype(q.dtype), lse[..., 0].swapaxes(1, 2)

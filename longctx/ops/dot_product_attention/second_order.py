@@ -1,63 +1,62 @@
-"""The forward and the backward pass in a form that JAX can differentiate.
+"""Second derivatives of the XLA backend: passes that JAX can differentiate.
 
-The loops of `xla` run as often as a work list says, and JAX transposes
-only loops whose length it knows. Here one scan visits all the blocks on the
-list, or every block where positions or segments are given. With the peak or lse
+The loops of `xla` run as often as a work list says, and JAX transposes only
+loops whose length it knows. Here one scan visits all the blocks on the list, or
+every block where positions or segments are given. With the maximum or lse
 known, no sum needs a running maximum: blocks just add up, and each is computed
 again when its derivative is taken. Memory O(T).
-
-For the derivatives of `xla.add` and `xla.add_gradients` alone.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from longctx.ops.dot_product_attention.args import AttentionArgs
 from longctx.ops.dot_product_attention.xla_blocks import (
-  Extras,
-  Spec,
-  Work,
+  ScoreBlocks,
+  split_lse,
+  tiling_of,
   vary_like,
 )
 from longctx.typing import Array, Float
 
 
-def add(
-  spec: Spec,
-  extras: Extras,
-  old_peak: Float[Array, 'blocks X R'],
-  peak: Float[Array, 'blocks X R'],
+def accumulate(
+  args: AttentionArgs,
+  old_max: Float[Array, 'blocks X R'],
+  row_max: Float[Array, 'blocks X R'],
   q: Float[Array, 'B T N H'],
   k: Float[Array, 'B S K H'],
   v: Float[Array, 'B S K V'],
   values: Float[Array, 'blocks X R V'],
-  total: Float[Array, 'blocks X R'],
+  row_sum: Float[Array, 'blocks X R'],
 ) -> tuple[Float[Array, 'blocks X R V'], Float[Array, 'blocks X R']]:
-  """`xla.add`: its values and total, given the peak that it found."""
-  t, dtype = spec.forward, total.dtype
-  work = Work(spec, t, extras, by_column=False)
+  """The values and row_sum that a pass makes of these, given its row_max."""
+  t, dtype = tiling_of(q, k, args, backward=False), row_sum.dtype
+  blocks = ScoreBlocks(args, t, by_column=False)
   q_blocks, k_blocks, v_blocks = t.split_q(q), t.split_k(k), t.split_k(v)
 
   def share(g, i, j):
-    q_i = q_blocks[g, i].astype(dtype) * spec.scale
+    q_i = q_blocks[g, i].astype(dtype) * args.static.scale
     k_j, v_j = (x[g, j].astype(dtype) for x in (k_blocks, v_blocks))
     z = jnp.einsum('XRH,XSH->XRS', q_i, k_j)
-    z, _ = work.logits(z, g, i, j, masked=True)
-    terms = spec.normalizer.terms(z, peak[g * t.nq + i][..., None])
-    weight = work.dropped(terms.weight, g, i, j)
+    z, _ = blocks.logits(z, g, i, j, masked=True)
+    terms = args.static.normalizer.terms(z, row_max[g * t.nq + i][..., None])
+    weight = blocks.dropped(terms.weight, g, i, j)
     out = jnp.einsum('XRS,XSV->XRV', weight, v_j)
     return (out, terms.term.sum(-1)), ()
 
-  (more, more_total), _ = _sum_over_blocks(work, share, q, k, v)
-  decay = jnp.exp(old_peak - peak)
-  return values * decay[..., None] + more, total * decay + more_total
+  (more, more_sum), _ = _sum_over_blocks(blocks, share, q, k, v)
+  decay = jnp.exp(old_max - row_max)
+  return values * decay[..., None] + more, row_sum * decay + more_sum
 
 
 def gradients(
-  spec: Spec,
-  extras: Extras,
+  args: AttentionArgs,
   q: Float[Array, 'B T N H'],
   k: Float[Array, 'B S K H'],
   v: Float[Array, 'B S K V'],
@@ -67,39 +66,35 @@ def gradients(
 ) -> tuple[
   Float[Array, 'blocks X H R'], Float[Array, 'B S K H'], Float[Array, 'B S K V']
 ]:
-  """`xla.add_gradients` to nothing."""
-  t, dtype = spec.backward, lse.dtype
-  work = Work(spec, t, extras, by_column=True)
-  lse = _split_lse(t, lse)
+  """(dq, dk, dv), the first by block and without its scale."""
+  t, dtype = tiling_of(q, k, args, backward=True), lse.dtype
+  blocks = ScoreBlocks(args, t, by_column=True)
+  lse = split_lse(t, lse)
   delta = t.split_q(delta[..., None])[..., 0]
   q_blocks, do_blocks = t.split_q(q), t.split_q(dout)
   k_blocks, v_blocks = t.split_k(k), t.split_k(v)
 
   def share(g, i, j):
-    q_i = q_blocks[g, i].astype(dtype) * spec.scale
+    q_i = q_blocks[g, i].astype(dtype) * args.static.scale
     do_i = do_blocks[g, i].astype(dtype)
     k_j, v_j = (x[g, j].astype(dtype) for x in (k_blocks, v_blocks))
     queries = (q_i, do_i, lse[g, i], delta[g, i])
     keys = (k_j, v_j, k_j.swapaxes(1, 2))
-    dq, dk, dv = work.gradients(g, i, j, queries, keys, masked=True)
+    dq, dk, dv = blocks.gradients(g, i, j, queries, keys, masked=True)
     return (dq,), (dk, dv)
 
-  (dq,), (dk, dv) = _sum_over_blocks(work, share, q, k, v, dout)
+  (dq,), (dk, dv) = _sum_over_blocks(blocks, share, q, k, v, dout)
   return dq, t.join_k(dk), t.join_k(dv)
 
 
-def _split_lse(tiling, lse):
-  # exp(z - inf) = 0: rows without keys and padded rows have no weights.
-  lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
-  return tiling.split_q(lse[..., None], fill=jnp.inf)[..., 0]
-
-
-def _sum_over_blocks(work: Work, share, *arrays):
+def _sum_over_blocks(
+  blocks: ScoreBlocks, share: Callable[..., tuple[Any, Any]], *arrays: Array
+) -> tuple[Any, Any]:
   """The sums of share(g, i, j) = (per query, per key), by block of either.
 
   They vary over the mesh axes that one of the arrays varies over.
   """
-  t = work.tiling
+  t = blocks.tiling
   # Inside of a scan nothing is there to be merged with what is computed again.
   share = jax.checkpoint(share, prevent_cse=False)
   shapes = jax.eval_shape(share, *(jnp.zeros((), jnp.int32),) * 3)
@@ -126,4 +121,4 @@ def _sum_over_blocks(work: Work, share, *arrays):
     for n, x in zip(counts, shapes, strict=True)
   )
   totals = vary_like(totals, *arrays)
-  return lax.scan(step, totals, work.triples())[0]
+  return lax.scan(step, totals, blocks.triples())[0]

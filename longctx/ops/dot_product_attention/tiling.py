@@ -1,4 +1,4 @@
-"""Block sizes, and how arrays are cut into blocks and put together again."""
+"""Tiling of attention: block sizes, and arrays cut into blocks and joined."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ COUNTED = 16384
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-  """How attention is cut into blocks; None leaves a size to a heuristic.
+  """Block sizes of attention; None leaves a size to a heuristic.
 
   Any size works for any length: what is missing is padded. A size beyond the
   length is cut to it.
@@ -62,7 +62,7 @@ class BlockSizes:
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-  """How [B, T, N] x [B, S, K] is cut: shapes of blocks and their counts.
+  """Tiling of [B, T, N] x [B, S, K]: shapes of blocks and their counts.
 
   Queries come in blocks [X, G block_q, H] and keys in blocks [X, block_k, H],
   X = rows * heads: the G query heads of a key head are G times as many query

@@ -1,4 +1,4 @@
-"""Which blocks a blockwise computation visits: never an empty one.
+"""Work list of block-sparse attention: the blocks to visit, no empty one.
 
 A list says, for every block row, which blocks to visit: first those whose pairs
 are all allowed, which need no element mask, then those with some. The backward
@@ -12,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from longctx import masks
+from longctx.ops.dot_product_attention.args import TokenIndices
 from longctx.ops.dot_product_attention.tiling import Tiling
 from longctx.typing import Array, Bool, Int, Num
 
 
 class WorkList(NamedTuple):
-  """Row r of group g visits indices[g, start:stop], full blocks up to `full`.
+  """Work list by rows: r of group g visits indices[g, start:stop].
+
+  Blocks before `full` are full, and those from there on partial.
 
   Groups are groups of batch rows; one group serves all where nothing depends on
   the batch row.
@@ -29,17 +32,8 @@ class WorkList(NamedTuple):
   indices: Num[Array, 'g w'] | np.ndarray
 
 
-class Indices(NamedTuple):
-  """Integers that decide who reads whom; None where the default holds."""
-
-  q_positions: Int[Array, 'Bq T'] | None = None
-  k_positions: Int[Array, 'Bk S'] | None = None
-  q_segment_ids: Int[Array, 'B T'] | None = None
-  k_segment_ids: Int[Array, 'B S'] | None = None
-
-
 def make_work_list(
-  mask: masks.Mask, tiling: Tiling, indices: Indices, *, by_column: bool
+  mask: masks.Mask, tiling: Tiling, indices: TokenIndices, *, by_column: bool
 ) -> WorkList:
   """The list from the mask alone, or from positions and segments at run time.
 
@@ -66,7 +60,7 @@ def make_work_list(
 def _static_work_list(
   mask: masks.Mask, tiling: Tiling, by_column: bool
 ) -> WorkList:
-  kinds = block_kinds(mask, tiling, Indices())
+  kinds = block_kinds(mask, tiling, TokenIndices())
   if by_column:
     kinds = kinds.T
   # Full before partial, in ascending order within each.
@@ -94,7 +88,7 @@ def _static_kinds(mask: masks.Mask, tiling: Tiling) -> Int[np.ndarray, 'nq nk']:
 
 
 def block_kinds(
-  mask: masks.Mask, tiling: Tiling, indices: Indices
+  mask: masks.Mask, tiling: Tiling, indices: TokenIndices
 ) -> Int[np.ndarray, 'nq nk'] | Int[Array, 'g nq nk']:
   """What each block holds: EMPTY, PARTIAL or FULL, see `make_work_list`.
 

@@ -1,70 +1,68 @@
-"""The blocks that attention visits, and what happens to their scores."""
+"""Blocks of attention scores in XLA: which to visit, what happens to each."""
 
-import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from longctx.masks import Mask
-from longctx.ops.dot_product_attention.dropout import Dropout, keep_factor
-from longctx.ops.dot_product_attention.normalizers import Normalizer
-from longctx.ops.dot_product_attention.tiling import Tiling
-from longctx.ops.dot_product_attention.work_list import (
-  Indices,
-  make_work_list,
-)
-from longctx.typing import Array, Float, Int
+from longctx.ops.dot_product_attention.args import AttentionArgs, TokenIndices
+from longctx.ops.dot_product_attention.dropout import keep_factor
+from longctx.ops.dot_product_attention.tiling import Tiling, make_tiling
+from longctx.ops.dot_product_attention.work_list import make_work_list
+from longctx.typing import Array, Bool, Float, Int, Num, Shaped
+
+Index = int | Int[Array, ''] | Int[np.ndarray, '']
+
+# Scores, forward [X, R, S] and backward [X, S, R].
+Scores = Float[Array, 'X _ _']
 
 
-@dataclasses.dataclass(frozen=True)
-class Spec:
-  """What does not depend on the arrays' contents."""
-
-  mask: Mask
-  scale: float
-  logits_soft_cap: float | None
-  normalizer: Normalizer
-  forward: Tiling
-  backward: Tiling
-
-
-class Extras(NamedTuple):
-  """Arrays without a gradient; None where not used."""
-
-  indices: Indices = Indices()
-  alibi_slopes: Float[Array, ' N'] | None = None
-  dropout: Dropout | None = None
+def tiling_of(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  args: AttentionArgs,
+  *,
+  backward: bool,
+) -> Tiling:
+  """How a pass cuts arrays of these shapes."""
+  B, T, N, _ = q.shape
+  S, K = k.shape[1:3]
+  return make_tiling(
+    args.static.mask,
+    (B, T, S, K, N // K),
+    args.static.block_sizes,
+    backward=backward,
+  )
 
 
-class Work:
-  """The blocks to visit, and what happens to the scores of a block.
+class ScoreBlocks:
+  """Blocks of attention scores of a pass.
 
   Forward scores are [X, G block_q, block_k], backward ones (`by_column`)
   [X, block_k, G block_q]; X = rows * heads.
   """
 
-  def __init__(
-    self, spec: Spec, tiling: Tiling, extras: Extras, *, by_column: bool
-  ):
-    self.spec, self.tiling, self.by_column = spec, tiling, by_column
-    self.slopes, self.dropout = extras.alibi_slopes, extras.dropout
+  def __init__(self, args: AttentionArgs, tiling: Tiling, *, by_column: bool):
+    self.static, self.tiling, self.by_column = args.static, tiling, by_column
+    self.slopes, self.dropout = args.alibi_slopes, args.dropout
     self.list = make_work_list(
-      spec.mask, tiling, extras.indices, by_column=by_column
+      args.static.mask, tiling, args.indices, by_column=by_column
     )
-    q_block, k_block = tiling.block_q, tiling.block_k
-    blocks = (q_block, k_block, q_block, k_block)
-    self.indices = Indices(
+    blocks = (tiling.block_q, tiling.block_k) * 2
+    self.indices = TokenIndices(
       *(
         None if x is None else tiling.split_positions(x, block)
-        for x, block in zip(extras.indices, blocks, strict=True)
+        for x, block in zip(args.indices, blocks, strict=True)
       )
     )
 
-  def visit(self, g, r, step, carry):
+  def visit(
+    self, g: Index, r: Index, step: Callable[..., Any], carry: Any
+  ) -> Any:
     """Runs `step` on the full blocks of row r, then on the partial ones."""
     work = self.list
     group = g // self.tiling.head_groups if len(work.start) > 1 else 0
@@ -98,7 +96,18 @@ class Work:
     triples = np.stack([g, *np.tile(pairs, t.groups)], axis=1)
     return triples.astype(np.int32)
 
-  def gradients(self, g, i, j, queries, keys, *, masked: bool):
+  def gradients(
+    self,
+    g: Index,
+    i: Index,
+    j: Index,
+    queries: tuple[Array, Array, Array, Array],
+    keys: tuple[Array, Array, Array],
+    *,
+    masked: bool,
+  ) -> tuple[
+    Float[Array, 'X H R'], Float[Array, 'X S H'], Float[Array, 'X S V']
+  ]:
     """The block's share of (dq / scale [X, H, R], dk, dv), as `by_column`.
 
     Args:
@@ -112,7 +121,7 @@ class Work:
     (q, dout, lse, delta), (k, v, k_t) = queries, keys
     z = jnp.einsum('XSH,XRH->XSR', k, q)
     z, slope = self.logits(z, g, i, j, masked=masked)
-    terms = self.spec.normalizer.terms(z, lse[:, None])
+    terms = self.static.normalizer.terms(z, lse[:, None])
     dweight = jnp.einsum('XSV,XRV->XSR', v, dout)
     dweight = self.dropped(dweight, g, i, j)
     dz = terms.logit_gradient(dweight, delta[:, None]) * slope
@@ -121,13 +130,15 @@ class Work:
     dk = jnp.einsum('XSR,XRH->XSH', dz, q)
     return jnp.einsum('XHS,XSR->XHR', k_t, dz), dk, dv
 
-  def logits(self, z, g, i, j, *, masked: bool):
+  def logits(
+    self, z: Scores, g: Index, i: Index, j: Index, *, masked: bool
+  ) -> tuple[Scores, Scores | int]:
     """Soft cap, ALiBi and mask; also the cap's slope."""
-    spec, slope = self.spec, 1
+    static, slope = self.static, 1
     shape = z.shape
-    if spec.logits_soft_cap is not None:
-      tanh = jnp.tanh(z / spec.logits_soft_cap)
-      z, slope = spec.logits_soft_cap * tanh, 1 - tanh**2
+    if static.logits_soft_cap is not None:
+      tanh = jnp.tanh(z / static.logits_soft_cap)
+      z, slope = static.logits_soft_cap * tanh, 1 - tanh**2
     if self.slopes is None and not masked:
       return z, slope
     z = self._unfold(z)
@@ -139,7 +150,7 @@ class Work:
       z = jnp.where(self._allowed(g, i, j, q_pos, k_pos), z, -jnp.inf)
     return z.reshape(shape), slope
 
-  def dropped(self, p, g, i, j):
+  def dropped(self, p: Scores, g: Index, i: Index, j: Index) -> Scores:
     """The scores times 0 where dropped, else 1 / (1 - rate)."""
     if self.dropout is None:
       return p
@@ -157,9 +168,11 @@ class Work:
     )
     return (self._unfold(p) * keep.astype(p.dtype)).reshape(p.shape)
 
-  def _allowed(self, g, i, j, q_pos, k_pos):
+  def _allowed(
+    self, g: Index, i: Index, j: Index, q_pos: Array, k_pos: Array
+  ) -> Bool[Array, '#rows _ _ _ _']:
     t = self.tiling
-    ok = self.spec.mask.allowed(q_pos, k_pos)
+    ok = self.static.mask.allowed(q_pos, k_pos)
     if self.indices.q_segment_ids is not None:
       q_ids = self._at(self.indices.q_segment_ids, g, i)
       k_ids = self._at(self.indices.k_segment_ids, g, j)
@@ -169,7 +182,7 @@ class Work:
       ok &= self._expand_k(exists[None])
     return ok
 
-  def _positions(self, g, i, j):
+  def _positions(self, g: Index, i: Index, j: Index) -> tuple[Array, Array]:
     t = self.tiling
     q_pos = self._at(self.indices.q_positions, g, i)
     k_pos = self._at(self.indices.k_positions, g, j)
@@ -179,30 +192,32 @@ class Work:
       k_pos = (j * t.block_k + jnp.arange(t.block_k))[None]
     return self._expand_q(q_pos), self._expand_k(k_pos)
 
-  def _at(self, x, g, n):
+  def _at(
+    self, x: Int[Array, 'b n rows block'] | None, g: Index, n: Index
+  ) -> Int[Array, 'rows block'] | None:
     """Block n of an index array for the batch rows of group g."""
     if x is None:
       return None
     return x[g // self.tiling.head_groups if x.shape[0] > 1 else 0, n]
 
-  def _unfold(self, z):
+  def _unfold(self, z: Scores) -> Float[Array, 'rows heads _ _ _']:
     """Scores with axes rows, heads, then G, block_q and block_k."""
     t = self.tiling
     if self.by_column:
       return z.reshape(t.rows, t.heads, t.block_k, t.G, t.block_q)
     return z.reshape(t.rows, t.heads, t.G, t.block_q, t.block_k)
 
-  def _expand_q(self, x):
+  def _expand_q(self, x: Int[Array, 'rows block']) -> Array:
     return (
       x[:, None, None, None] if self.by_column else x[:, None, None, :, None]
     )
 
-  def _expand_k(self, x):
+  def _expand_k(self, x: Shaped[Array, 'rows block']) -> Array:
     return (
       x[:, None, :, None, None] if self.by_column else x[:, None, None, None]
     )
 
-  def _heads(self, x, g):
+  def _heads(self, x: Num[Array, ' N'], g: Index) -> Array:
     """The group's part of an array [N]."""
     t = self.tiling
     x = x.reshape(t.head_groups, t.heads, t.G)[g % t.head_groups]
@@ -211,7 +226,15 @@ class Work:
     return x[None, :, :, None, None]
 
 
-def vary_like(tree, *arrays):
+def split_lse(
+  tiling: Tiling, lse: Float[Array, 'B T N']
+) -> Float[Array, 'g nq X R']:
+  """Blocks of lse that give rows without keys, and padded rows, no weights."""
+  lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
+  return tiling.split_q(lse[..., None], fill=jnp.inf)[..., 0]
+
+
+def vary_like(tree: Any, *arrays: Array) -> Any:
   """Marks constants as varying over the manual mesh axes of the arrays.
 
   Inside `shard_map` with check_vma a loop's carry must start as varying as it
