@@ -4,6 +4,7 @@ Imports are read from the syntax tree, so that a forbidden one is found even
 where it would work.
 """
 
+import ast
 import configparser
 import importlib
 import pathlib
@@ -19,6 +20,9 @@ from tests.house import LAYER, LIBRARY, ROOT, imported, modules
 
 # Pure functions of arrays need no more than these.
 PURE = {'jax', 'jaxtyping', 'numpy'}
+
+# Nobody searches for a module or class by these words.
+RIDDLES = {'How', 'What', 'Where', 'Whether', 'Which', 'Who'}
 
 # The only imports that may stand inside a function: what an extra brings, or
 # what a benchmark compares with when it is there.
@@ -60,6 +64,24 @@ def test_only_command_lines_import_command_lines(name):
     return
   for module, _ in imported(name, LIBRARY[name]):
     assert top(module) != 'cli', f'{name} imports {module}'
+    # Its exceptions lie in `training.errors`, its call in the face.
+    assert module != 'longctx.training.trainer' or name == 'longctx', name
+
+
+@library_modules
+def test_docstrings_begin_with_a_term_to_search_for(name):
+  tree = ast.parse(LIBRARY[name].read_text())
+  for node in ast.walk(tree):
+    if not isinstance(node, ast.Module | ast.ClassDef):
+      continue
+    where = f'{name}: {getattr(node, "name", "the module")}'
+    text = ast.get_docstring(node)
+    if not text and getattr(node, 'name', '').startswith('_'):
+      continue
+    assert text, f'{where} has no docstring'
+    first = text.splitlines()[0]
+    assert first.split()[0] not in RIDDLES, f'{where} begins with a riddle'
+    assert first.endswith('.'), f'{where}: {first!r} ends without a period'
 
 
 @library_modules

@@ -1,4 +1,4 @@
-"""What a ring sends and computes, derived from the mask and the layout.
+"""Ring schedule: hops and blocks, derived from the mask and the layout.
 
 A mask is cut into three parts that share no pair:
 
@@ -56,7 +56,7 @@ class RingPass:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """What is sent where.
+  """Ring schedule of what is sent where.
 
   Attributes:
     mask: all pairs.

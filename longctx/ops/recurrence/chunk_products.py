@@ -31,7 +31,7 @@ class ChunkSegments(NamedTuple):
 
 
 class ChunkProducts(NamedTuple):
-  """What the steps of a chunk have to do with each other and with the state.
+  """Decayed scores of a chunk, and its queries and keys as the state has them.
 
     scores_ij = Σ_p q_ip exp(L_ip - L_jp) k_jp    where j <= i sees i, else zero
     q = exp(L_i) q_i                              for the state that enters
