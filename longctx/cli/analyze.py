@@ -28,6 +28,7 @@ from longctx.evaluation import sweep
 from longctx.evaluation.sweep import Sweep
 from longctx.parallel import Placement
 from longctx.training import metrics, runs
+from longctx.training.progress import Progress
 from longctx.training.runs import Run
 
 
@@ -51,7 +52,9 @@ class Job:
   numbers: pathlib.Path
 
 
-def analyse(job: Job, *, rows: int, split: str, command: str):
+def analyse(
+  job: Job, progress: Progress, *, rows: int, split: str, command: str
+):
   """Measures a run and writes its page and its numbers."""
   graph, params, step = job.trained
   analyzer = Analyzer(
@@ -64,7 +67,7 @@ def analyse(job: Job, *, rows: int, split: str, command: str):
     placement=job.placement,
   )
   batch = {key: jnp.asarray(y) for key, y in analyzer.batch.items()}
-  maps = jax.jit(
+  draw = jax.jit(
     lambda params: pooled_maps(
       nnx.merge(graph, params),
       batch['tokens'],
@@ -72,7 +75,17 @@ def analyse(job: Job, *, rows: int, split: str, command: str):
       step=step,
       placement=job.placement,
     )
-  )(params)
+  )
+  found = []
+  for name, measure in (
+    ('maps', lambda: jax.device_get(draw(params))),
+    ('scores', lambda: analyzer.measure(params, step)),
+    ('ablation', lambda: analyzer.ablate(params, step)),
+  ):
+    with progress.doing(f'{job.run.name} {name}'.strip()):
+      found.append(measure())
+    progress.advance()
+  maps, scores, ablation = found
   folder = job.run.workdir
   numbers = {
     'run': job.run.name,
@@ -86,8 +99,8 @@ def analyse(job: Job, *, rows: int, split: str, command: str):
     'trained_commit': _read(folder / 'versions.json').get('commit'),
     'versions': metrics.versions(),
     'config': dataclasses.asdict(job.run.config),
-    'scores': analyzer.measure(params, step),
-    'ablation': analyzer.ablate(params, step),
+    'scores': scores,
+    'ablation': ablation,
   }
   text = report(
     numbers,
@@ -161,8 +174,11 @@ def prepare(args) -> Callable[[], None]:
   jobs = find_jobs(args)
 
   def work():
-    for job in jobs:
-      analyse(job, rows=args.rows, split=args.split, command=command)
+    with Progress('analysis', 3 * len(jobs), unit='part') as progress:
+      for job in jobs:
+        analyse(
+          job, progress, rows=args.rows, split=args.split, command=command
+        )
 
   return work
 

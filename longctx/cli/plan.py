@@ -14,7 +14,6 @@ report.
 
 import contextlib
 import dataclasses
-import functools
 import json
 import sys
 from collections.abc import Callable
@@ -24,9 +23,11 @@ import jax
 from longctx.cli import config_file
 from longctx.plan import hops, plot, report, topologies
 from longctx.plan import sweep as sweep_lib
-from longctx.plan.planner import make_plan
+from longctx.plan.planner import Plan, make_plan
 from longctx.plan.program import find_run
+from longctx.training import metrics
 from longctx.training.config import ExperimentConfig, from_config_dict
+from longctx.training.progress import Progress
 
 
 def prepare(args) -> Callable[[], None]:
@@ -37,18 +38,26 @@ def prepare(args) -> Callable[[], None]:
   with contextlib.redirect_stdout(sys.stderr):
     config = config_file.load(args.config, args.overrides)
   config = find_run(from_config_dict(ExperimentConfig, config), args.run)
-  plan = functools.partial(
-    make_plan,
-    topology=args.topology,
-    utilization=args.utilization or hops.UTILIZATION,
-  )
+  # Before a backend starts, which a progress bar asks who it is.
+  devices = len(topologies.describe(args.topology))
+  most = (args.most or sweep_lib.MOST) if args.sweep else 1
+  with Progress('plan', most, unit='program') as progress:
+    return _compile(args, config, devices, most, progress)
+
+
+def _compile(
+  args, config: ExperimentConfig, devices: int, most: int, progress: Progress
+) -> Callable[[], None]:
+  def plan(config: ExperimentConfig) -> Plan:
+    utilization = args.utilization or hops.UTILIZATION
+    with progress.doing('compiling'):
+      found = make_plan(config, args.topology, utilization=utilization)
+    progress.advance()
+    return found
+
   if args.sweep:
     entries, left_out = sweep_lib.sweep(
-      config,
-      len(topologies.describe(args.topology)),
-      plan,
-      most=args.most or sweep_lib.MOST,
-      say=lambda text: print(text, file=sys.stderr, flush=True),
+      config, devices, plan, most=most, say=metrics.say
     )
     rows = [dataclasses.asdict(entry) for entry in entries]
     as_json = {'entries': rows, 'left_out': left_out}

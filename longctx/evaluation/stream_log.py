@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from longctx.decoding import cache as cache_lib
 from longctx.training import metrics
+from longctx.training.progress import Progress
 
 
 class StreamLog:
@@ -86,15 +86,9 @@ class StreamLog:
     np.savez(half, position=position, what=self._what, **leaves)
     os.replace(half, self._state)
 
-  def progress(self, end: int) -> tqdm.tqdm:
-    return tqdm.tqdm(
-      desc=self._policy,
-      total=end,
-      initial=min(self.position, end),
-      unit='token',
-      unit_scale=True,
-      disable=None,
-    )
+  def progress(self, end: int) -> Progress:
+    start = min(self.position, end)
+    return Progress(self._policy, end, start=start, unit='token')
 
   def _flush(self):
     others = [

@@ -243,7 +243,7 @@ def _read(run, learned, tokens, policy, config) -> list[dict[str, Any]]:
         piece = tokens.take(at, config.chunk)
         cache, part = extend(learned.params, cache, piece)
         sums.append(part)
-        bar.update(config.chunk)
+        bar.advance(config.chunk)
       total = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
       seconds = time.perf_counter() - start
       log.write(begin, stop, total, seconds)
@@ -283,7 +283,7 @@ def _recompute(run, learned, tokens, policy, config) -> list[dict[str, Any]]:
         piece = tokens.take(oldest, config.slots, anew=True)
         sums.append(read(learned.params, piece))
       total = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
-      bar.update(stop - begin)
+      bar.advance(stop - begin)
       log.write(begin, stop, total, time.perf_counter() - start)
   return log.lines
 

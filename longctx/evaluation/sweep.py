@@ -18,6 +18,7 @@ from longctx.training import figures, metrics, steps
 from longctx.training.checkpoint import Checkpointer
 from longctx.training.config import ExperimentConfig
 from longctx.training.errors import CheckpointError
+from longctx.training.progress import Progress
 from longctx.training.runs import Run, make_placement, resolve_model
 
 
@@ -157,16 +158,16 @@ def evaluate(
     of a gate, precision and recall of the relevant tokens.
   """
   rows = []
-  for run in runs:
-    measure = _Measure(run)
-    swept = zip(
-      sweep.values, swept_tasks(run, sweep, batch_size=batch_size), strict=True
-    )
-    for value, task in swept:
-      row = measure(task, split=split, batches=batches, batch_size=batch_size)
-      head = {'run': run.name, 'parameter': sweep.parameter, 'value': value}
-      rows.append({**head, **row})
-      metrics.say(_line(rows[-1]))
+  total = len(runs) * len(sweep.values) * batches
+  with Progress('eval', total, unit='batch') as progress:
+    for run in runs:
+      measure = _Measure(run, progress)
+      values = swept_tasks(run, sweep, batch_size=batch_size)
+      for value, task in zip(sweep.values, values, strict=True):
+        row = measure(task, split=split, batches=batches, batch_size=batch_size)
+        head = {'run': run.name, 'parameter': sweep.parameter, 'value': value}
+        rows.append({**head, **row})
+        metrics.say(_line(rows[-1]))
   merge_lines(
     workdir / 'eval.jsonl',
     rows,
@@ -239,8 +240,8 @@ def restore(run: Run, step: int | None = None) -> Parameters:
 class _Measure:
   """Measurement of one run, by its trained parameters."""
 
-  def __init__(self, run: Run):
-    self._run = run
+  def __init__(self, run: Run, progress: Progress):
+    self._run, self._progress = run, progress
     self._graph, self._params, self._step = restore(run)
     self._evaluate = {}
 
@@ -252,7 +253,9 @@ class _Measure:
     # On the mesh that the run was trained on, in a layout of this length.
     placement = make_placement(config.parallel, task.seq_len)
     # Kept by length, since values of other fields need no new program.
+    activity = ''
     if task.seq_len not in self._evaluate:
+      activity = 'compiling'
       self._evaluate[task.seq_len] = steps.make_steps(
         self._graph, config, placement=placement
       ).evaluate
@@ -270,9 +273,12 @@ class _Measure:
         steps.put(steps.with_query_indices(batch), placement)
         for batch in iterator
       )
-      sums = [
-        jax.device_get(measure(self._params, batch, step)) for batch in placed
-      ]
+      sums = []
+      for batch in placed:
+        with self._progress.doing(activity):
+          sums.append(jax.device_get(measure(self._params, batch, step)))
+        self._progress.advance()
+        activity = ''
     finally:
       iterator.close()
     loss, weight, correct = (

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from longctx.evaluation.rewrite import (
 from longctx.tasks.checks import at_least
 from longctx.tasks.opinions import CONDITIONS, UNIT, Opinions
 from longctx.training import figures, metrics
+from longctx.training.progress import Progress
 from longctx.training.runs import Run
 
 WITHOUT_GATE = tuple(name for name in METHODS if name != 'gate')
@@ -143,20 +145,40 @@ def measure(
     of the gap from baseline to oracle, where that is a point at least.
   """
   rows = []
-  for run in runs:
-    if config.keep and run.model.gate.keep:
-      gate = dataclasses.replace(run.model.gate, keep=config.keep)
-      model = dataclasses.replace(run.model, gate=gate)
-      run = dataclasses.replace(run, model=model)
-    graph, params, step = sweep.restore(run)
-    model = nnx.merge(graph, params)
-    methods = config.methods
-    if model.config.gate.keep:
-      methods = ('gate',)
-    elif not run.task.rewrite:
-      methods = ('baseline',)
-    for n in config.distractors:
-      for condition in config.conditions:
+  total = len(runs) * len(config.distractors) * len(config.conditions)
+  with Progress('s2a', total, unit='condition') as progress:
+    for run in runs:
+      for found in _ask(run, config, progress):
+        add_recovered(found)
+        rows += found
+        for row in found:
+          metrics.say(_line(row))
+  sweep.merge_lines(workdir / 's2a.jsonl', rows, FIELDS)
+  path = workdir / 'figures' / 's2a.png'
+  title = figures.describe(runs[0].config.task, (run.model for run in runs))
+  draw(rows, path, title=title)
+  metrics.say(f'figure: {path}')
+  return rows
+
+
+def _ask(
+  run: Run, config: S2AConfig, progress: Progress
+) -> Iterator[list[dict[str, Any]]]:
+  """The lines of a run, for each condition and number of distractors."""
+  if config.keep and run.model.gate.keep:
+    gate = dataclasses.replace(run.model.gate, keep=config.keep)
+    model = dataclasses.replace(run.model, gate=gate)
+    run = dataclasses.replace(run, model=model)
+  graph, params, step = sweep.restore(run)
+  model = nnx.merge(graph, params)
+  methods = config.methods
+  if model.config.gate.keep:
+    methods = ('gate',)
+  elif not run.task.rewrite:
+    methods = ('baseline',)
+  for n in config.distractors:
+    for condition in config.conditions:
+      with progress.doing(f'{run.name or "run"} {condition} {n}'):
         task = task_of(run, config, condition, n)
         asked = questions(task, seed=run.config.seed, count=config.questions)
         answerer = Answerer(model, task, step=step, chunk=config.chunk)
@@ -171,16 +193,8 @@ def measure(
           }
           for method in methods
         ]
-        add_recovered(found)
-        rows += found
-        for row in found:
-          metrics.say(_line(row))
-  sweep.merge_lines(workdir / 's2a.jsonl', rows, FIELDS)
-  path = workdir / 'figures' / 's2a.png'
-  title = figures.describe(runs[0].config.task, (run.model for run in runs))
-  draw(rows, path, title=title)
-  metrics.say(f'figure: {path}')
-  return rows
+      progress.advance()
+      yield found
 
 
 def summary(

@@ -107,7 +107,7 @@ class Progress:
     """
     self._activity, self._expected = activity, expected
     begun = self._since = time.monotonic()
-    if not self._bar.disable:
+    if activity and not self._bar.disable:
       self._bar.set_postfix_str(self._status())
     try:
       yield
