@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 import longctx as lc
-from longctx.costs.attention import executed_blocks, wire_bytes
+from longctx.costs.attention import hop_blocks, wire_bytes
 from longctx.parallel.layout import SequenceLayout
 
 lc.parallel.ensure_devices(8)
@@ -43,9 +43,9 @@ print(f'largest difference {np.abs(here - there).max():.1e}')
 # %%
 figure, ax = plt.subplots(figsize=(5, 3))
 for i, layout in enumerate(('contiguous', 'zigzag', 'striped')):
-  blocks = executed_blocks(
+  blocks = hop_blocks(
     lc.masks.Causal(), SequenceLayout(layout, 8 * 1024, 8), 64, 64
-  )
+  ).total
   ax.bar(np.arange(8) + 0.27 * (i - 1), blocks, 0.25, label=layout)
   print(f'{layout:<11} busiest / mean {blocks.max() / blocks.mean():.2f}')
 ax.set_xlabel('device')

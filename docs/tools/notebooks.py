@@ -22,6 +22,7 @@ class Cell:
 
   Attributes:
     source: Markdown or Python.
+    line: of the file, before the first of the source.
     is_code: which of the two.
     printed: standard output of the code.
     figures: PNG files of the figures that the code left open.
@@ -29,20 +30,24 @@ class Cell:
 
   source: str
   is_code: bool
+  line: int = 0
   printed: str = ''
   figures: tuple[bytes, ...] = ()
 
 
 def parse(text: str) -> list[Cell]:
   """The cells of a py:percent file; what stands above the first is left out."""
-  cells = []
+  cells, line = [], 0
   for part in ('\n' + text).split('\n# %%')[1:]:
     kind, _, body = part.partition('\n')
     is_code = kind.strip() != '[markdown]'
     if not is_code:
       lines = (line.removeprefix('#') for line in body.splitlines())
       body = '\n'.join(line.removeprefix(' ') for line in lines)
-    cells.append(Cell(source=body.strip(), is_code=is_code))
+    skipped = len(body) - len(body.lstrip())
+    begin = line + 1 + body[:skipped].count('\n')
+    cells.append(Cell(source=body.strip(), is_code=is_code, line=begin))
+    line += part.count('\n') + 1
   return cells
 
 
@@ -54,7 +59,9 @@ def run(path: pathlib.Path) -> list[Cell]:
     if cell.is_code:
       printed = io.StringIO()
       with contextlib.redirect_stdout(printed):
-        exec(compile(cell.source, str(path), 'exec'), names)
+        # Blank lines, so that tracebacks name lines of the file.
+        source = '\n' * cell.line + cell.source
+        exec(compile(source, str(path), 'exec'), names)
       figures = []
       for number in plt.get_fignums():
         png = io.BytesIO()

@@ -126,10 +126,17 @@ def _tree(names: list[str]) -> list:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-  """Completes the navigation by the API reference and the project's pages."""
+  """Completes the navigation by the API reference and the project's pages.
+
+  A page of docs/ that mkdocs.yml does not name stands at the end of the guides.
+  """
+  named = set(re.findall(r"'([^']+\.md)'", repr(config.nav)))
+  others = sorted({path.name for path in ROOT.glob('docs/*.md')} - named)
   for entry in config.nav:
     if 'API' in entry:
       entry['API'] = _tree(modules())
+    if 'Guides' in entry:
+      entry['Guides'].extend(others)
     if 'Project' in entry:
       entry['Project'] = [
         {'Contributing': 'contributing.md'},
