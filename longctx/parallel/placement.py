@@ -1,6 +1,7 @@
 """Placement of tokens on a mesh, as one value to hand down."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -110,30 +111,31 @@ class Placement:
       model=axes.size(axes.heads),
     )
 
-  def dot_product_attention(self, *arrays: Any, **options: Any) -> Any:
+  @property
+  def dot_product_attention(self) -> Callable[..., Any]:
     """`parallel.dot_product_attention` of arrays that lie here."""
-    return schemes.dot_product_attention(
-      *arrays, **self._place(), scheme=self.scheme, **options
-    )
+    attend = schemes.dot_product_attention
+    return functools.partial(attend, scheme=self.scheme, **self._place())
 
-  def with_gathered_kv(self, op: Any, *arrays: Any, **options: Any) -> Any:
+  @property
+  def with_gathered_kv(self) -> Callable[..., Any]:
     """`parallel.with_gathered_kv` of arrays that lie here."""
-    return gathered_kv.with_gathered_kv(
-      op,
-      *arrays,
+    return functools.partial(
+      gathered_kv.with_gathered_kv,
       mesh=self.mesh,
       axis=self.axis,
       layout=self.layout,
-      **options,
     )
 
-  def linear_recurrence(self, *arrays: Any, **options: Any) -> Any:
+  @property
+  def linear_recurrence(self) -> Callable[..., Any]:
     """`parallel.linear_recurrence` of arrays that lie here."""
-    return recurrences.linear_recurrence(*arrays, **self._place(), **options)
+    return functools.partial(recurrences.linear_recurrence, **self._place())
 
-  def short_conv(self, *arrays: Any, **options: Any) -> Any:
+  @property
+  def short_conv(self) -> Callable[..., Any]:
     """`parallel.short_conv` of arrays that lie here."""
-    return halo.short_conv(*arrays, **self._place(), **options)
+    return functools.partial(halo.short_conv, **self._place())
 
   def _place(self) -> dict[str, Any]:
     return dict(
