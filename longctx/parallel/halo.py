@@ -33,13 +33,8 @@ def short_conv(
   Args:
     x: inputs, in natural order, or in the layout's with `in_layout`.
     kernel: one weight per step of the window and channel.
-    mesh: batch on 'data', channels on 'model', if the mesh has these axes and
-      `axis` does not name them.
-    axis: mesh axis of the sequence, or several, the first outermost.
-    layout: 'contiguous', 'zigzag', 'striped', or a SequenceLayout, which is
-      needed with `in_layout` if there is padding.
-    in_layout: whether x, segment_ids and the output are in the layout's order,
-      with length `layout.padded_len`.
+    mesh, axis, layout, in_layout: as in `linear_recurrence`, with channels for
+      heads; the layout may be 'striped' too.
     segment_ids: inputs from before the last change of the id read as zero.
 
   Returns:

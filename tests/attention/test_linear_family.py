@@ -21,7 +21,9 @@ from longctx.attention.norms import (
   layer_norm,
   rms_norm,
 )
+from longctx.attention.recurrence import Recurrence
 from longctx.models import TransformerConfig, validate
+from longctx.ops import recurrence as recurrences
 from longctx.training import runs, steps
 from tests.tiny import tiny_config
 from tests.tolerances import tolerance
@@ -382,6 +384,14 @@ def test_cosformer_refuses_more_tokens_than_it_tells_apart():
 def test_wrong_arguments_say_what_to_change(layer, message):
   with pytest.raises(ValueError, match=message):
     make_layer(layer, dtype='float32')
+
+
+@pytest.mark.parametrize('delta', [False, True])
+def test_delta_rule_alone_takes_beta(delta):
+  recurrence = Recurrence(heads=1, key_dim=2, value_dim=2, delta=delta)
+  x = jnp.zeros((1, 3, 1, 2))
+  with pytest.raises(ValueError, match='the delta rule alone takes beta'):
+    recurrence.run(recurrences, x, x, x, None if delta else x[..., 0])
 
 
 def test_states_are_as_large_as_the_docstrings_say():

@@ -32,7 +32,7 @@ _SMALLEST_FEATURE = 1e-12
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureMap(abc.ABC):
-  """A map from head_dim numbers to dim(head_dim) numbers, per position.
+  """Feature map from head_dim numbers to dim(head_dim) numbers, per position.
 
   Attributes:
     needs: names of the keyword arguments that a call takes besides `is_query`:
@@ -77,7 +77,7 @@ class EluPlusOne(FeatureMap):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Relu(FeatureMap):
-  """max(x, 0): not negative, so the normaliser can be zero."""
+  """ReLU, max(x, 0): not negative, so the normaliser can be zero."""
 
   def __call__(
     self, x: Float[Array, '*shape H'], *, is_query: bool
@@ -90,7 +90,7 @@ class Relu(FeatureMap):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SquaredRelu(FeatureMap):
-  """max(x, 0)², as in Primer's MLP (arXiv 2109.08668).
+  """Squared ReLU, max(x, 0)², as in Primer's MLP (arXiv 2109.08668).
 
   Not negative, and spikier than max(x, 0); the normaliser can be zero.
   """
@@ -138,7 +138,7 @@ class Dpfp(FeatureMap):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CosFormer(FeatureMap):
-  """ReLU with weights that fall with distance (cosFormer, arXiv 2202.08791).
+  """cosFormer, ReLU with weights that fall with distance (arXiv 2202.08791).
 
     phi(x, i) = [relu(x) cos(π i / 2M), relu(x) sin(π i / 2M)]
     phi(q, i) · phi(k, j) = relu(q) · relu(k) cos(π (i - j) / 2M)
@@ -176,7 +176,7 @@ class CosFormer(FeatureMap):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hedgehog(FeatureMap):
-  """Learned spikes (Hedgehog, arXiv 2402.04347).
+  """Hedgehog, softmax features of a learned map (arXiv 2402.04347).
 
     y = W x + b              one W [d, d] and b per head, at first I and 0
     phi(x) = [softmax(y), softmax(-y)]
@@ -216,7 +216,7 @@ class Hedgehog(FeatureMap):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Identity(FeatureMap):
-  """x itself, for the variants that do not normalise."""
+  """Identity map, for the variants that do not normalise."""
 
   def __call__(
     self, x: Float[Array, '*shape H'], *, is_query: bool
@@ -229,7 +229,7 @@ class Identity(FeatureMap):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Taylor(FeatureMap):
-  """The exponential to second order (Based, arXiv 2402.18668).
+  """Taylor expansion of exp to second order (Based, arXiv 2402.18668).
 
     phi(x) = [1, x / d^(1/4), (x ⊗ x) / (√2 √d)]        d = head_dim
     phi(q) · phi(k) = 1 + q·k/√d + (q·k)²/(2d)          > 1/2, near exp(q·k/√d)

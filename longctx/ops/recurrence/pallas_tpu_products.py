@@ -33,7 +33,7 @@ class SegmentRows(NamedTuple):
 
 
 class HeadProducts(NamedTuple):
-  """`ChunkProducts` of one head; one of `scores` and of `q` per reader."""
+  """Decayed scores of one head, as `ChunkProducts`, with a list per reader."""
 
   scores: list[Float[Array, 'C C']]
   q: list[Float[Array, 'C P']]
