@@ -2,17 +2,14 @@
 
 import functools
 
-import numpy as np
-
 from longctx.masks import Mask
 from longctx.ops.dot_product_attention.tiling import (
-  COUNTED,
+  BLOCKS,
   BlockSizes,
   Tiling,
+  count_blocks,
 )
 from longctx.ops.tpu import LANES
-
-BLOCKS = (128, 256, 512, 1024)
 
 # The cost of a grid step and of a block's row or column of vectors, in scores:
 # from the compiler's instructions for blocks of several sizes.
@@ -50,8 +47,7 @@ def make_tiling(
     backward: which of the sizes to read.
   """
   B, T, S, K, G = shape
-  fixed_q = sizes.block_q_backward if backward else sizes.block_q
-  fixed_k = sizes.block_k_backward if backward else sizes.block_k
+  fixed_q, fixed_k = sizes.fixed(backward=backward)
   most = SCORES.get(kind, min(SCORES.values()))[backward]
   most = most // 2 if wide else most
   best, least = None, None
@@ -86,8 +82,5 @@ def _candidates(
 
 
 def _cost(mask: Mask, tiling: Tiling) -> float:
-  t = tiling
-  T, S = min(t.T, COUNTED), min(t.S, COUNTED)
-  kinds = mask.block_map(T, S, min(t.block_q, T), min(t.block_k, S))
-  area = (t.block_q + EDGE) * (t.block_k + EDGE) + STEP
-  return float(np.count_nonzero(kinds) * area)
+  area = (tiling.block_q + EDGE) * (tiling.block_k + EDGE) + STEP
+  return float(count_blocks(mask, tiling) * area)

@@ -54,6 +54,12 @@ class BlockSizes:
   contiguous_len: int | None = None
   sharing: int = 1
 
+  def fixed(self, *, backward: bool) -> tuple[int | None, int | None]:
+    """(block_q, block_k) of a pass."""
+    if backward:
+      return self.block_q_backward, self.block_k_backward
+    return self.block_q, self.block_k
+
   def __post_init__(self):
     for name, size in dataclasses.asdict(self).items():
       if size is not None and size < 1:
@@ -108,72 +114,37 @@ class Tiling:
     return -(-self.S // self.block_k)
 
   def split_q(
-    self, x: Num[Array, 'B T N D'], fill=0
+    self, x: Num[Array, 'B T N D'], fill: float | int = 0
   ) -> Num[Array, 'g nq X R D']:
     """Blocks of a query-side array, R = G block_q rows each."""
-    D = x.shape[-1]
-    x = _pad(x, self.nq * self.block_q, fill)
-    x = x.reshape(
-      self.row_groups,
-      self.rows,
-      self.nq,
-      self.block_q,
-      self.head_groups,
-      self.heads,
-      self.G,
-      D,
-    )
-    x = x.transpose(0, 4, 2, 1, 5, 6, 3, 7)
-    return x.reshape(self.groups, self.nq, self.X, self.G * self.block_q, D)
+    return self._split(x, self.nq, self.block_q, self.G, fill)
 
   def join_q(self, x: Num[Array, 'blocks X R D']) -> Num[Array, 'B T N D']:
     """The inverse of `split_q`."""
-    D = x.shape[-1]
-    x = x.reshape(
-      self.row_groups,
-      self.head_groups,
-      self.nq,
-      self.rows,
-      self.heads,
-      self.G,
-      self.block_q,
-      D,
-    )
-    x = x.transpose(0, 3, 2, 6, 1, 4, 5, 7)
-    x = x.reshape(self.B, self.nq * self.block_q, self.K * self.G, D)
-    return x[:, : self.T]
+    return self._join(x, self.nq, self.block_q, self.G)[:, : self.T]
 
   def split_k(self, x: Num[Array, 'B S K D']) -> Num[Array, 'g nk X C D']:
     """Blocks of a key-side array."""
-    D = x.shape[-1]
-    x = _pad(x, self.nk * self.block_k, 0)
-    x = x.reshape(
-      self.row_groups,
-      self.rows,
-      self.nk,
-      self.block_k,
-      self.head_groups,
-      self.heads,
-      D,
-    )
-    x = x.transpose(0, 4, 2, 1, 5, 3, 6)
-    return x.reshape(self.groups, self.nk, self.X, self.block_k, D)
+    return self._split(x, self.nk, self.block_k, 1, 0)
 
   def join_k(self, x: Num[Array, 'blocks X C D']) -> Num[Array, 'B S K D']:
     """The inverse of `split_k`."""
-    D = x.shape[-1]
-    x = x.reshape(
-      self.row_groups,
-      self.head_groups,
-      self.nk,
-      self.rows,
-      self.heads,
-      self.block_k,
-      D,
-    )
-    x = x.transpose(0, 3, 2, 5, 1, 4, 6)
-    x = x.reshape(self.B, self.nk * self.block_k, self.K, D)
-    return x[:, : self.S]
+    return self._join(x, self.nk, self.block_k, 1)[:, : self.S]
+
+  def _split(
+    self, x: Array, n: int, block: int, G: int, fill: float | int
+  ) -> Array:
+    x, D = _pad(x, n * block, fill), x.shape[-1]
+    rows, heads = (self.row_groups, self.rows), (self.head_groups, self.heads)
+    x = x.reshape(*rows, n, block, *heads, G, D)
+    x = x.transpose(0, 4, 2, 1, 5, 6, 3, 7)
+    return x.reshape(self.groups, n, self.X, G * block, D)
+
+  def _join(self, x: Array, n: int, block: int, G: int) -> Array:
+    groups, D = (self.row_groups, self.head_groups), x.shape[-1]
+    x = x.reshape(*groups, n, self.rows, self.heads, G, block, D)
+    x = x.transpose(0, 3, 2, 6, 1, 4, 5, 7)
+    return x.reshape(self.B, n * block, self.K * G, D)
 
   def split_positions(
     self, x: Num[Array, 'b length'], block: int
@@ -186,7 +157,9 @@ class Tiling:
     return x.transpose(0, 2, 1, 3)
 
 
-def _pad(x: Num[Array, 'b length ...'], length: int, fill) -> Num[Array, '...']:
+def _pad(
+  x: Num[Array, 'b length ...'], length: int, fill: float | int
+) -> Num[Array, '...']:
   """Lengthens axis 1."""
   missing = length - x.shape[1]
   if missing == 0:
@@ -218,8 +191,7 @@ def make_tiling(
     backward: which of the sizes to read.
   """
   B, T, S, K, G = shape
-  fixed_q = sizes.block_q_backward if backward else sizes.block_q
-  fixed_k = sizes.block_k_backward if backward else sizes.block_k
+  fixed_q, fixed_k = sizes.fixed(backward=backward)
   best, least = None, None
   for block_q in _candidates(fixed_q, T, sizes.contiguous_len):
     for block_k in _candidates(fixed_k, S, sizes.contiguous_len):
@@ -249,16 +221,21 @@ def _candidates(
 
 def _cost(mask: Mask, tiling: Tiling, sharing: int) -> float:
   t = tiling
-  T, S = min(t.T, COUNTED), min(t.S, COUNTED)
-  block_q, block_k = min(t.block_q, T), min(t.block_k, S)
-  kinds = mask.block_map(T, S, block_q, block_k)
+  block_q, block_k = min(t.block_q, COUNTED), min(t.block_k, COUNTED)
   area = (t.G * block_q + EDGE) * (block_k + EDGE)
   # Scores beyond the cache cost about twice as much.
   held = t.X * t.G * t.block_q * t.block_k
   area *= 2 if held > SCORES_TOGETHER else 1
   on_one_core = t.G * t.block_q * t.block_k < ON_ONE_CORE
   area *= SLOWER if on_one_core == (sharing == 1) else 1
-  return float(np.count_nonzero(kinds) * t.groups * (t.X * area + STEP))
+  return float(count_blocks(mask, t) * t.groups * (t.X * area + STEP))
+
+
+def count_blocks(mask: Mask, tiling: Tiling) -> int:
+  """Blocks with an allowed pair, at the first positions."""
+  T, S = min(tiling.T, COUNTED), min(tiling.S, COUNTED)
+  block_q, block_k = min(tiling.block_q, T), min(tiling.block_k, S)
+  return int(np.count_nonzero(mask.block_map(T, S, block_q, block_k)))
 
 
 def _divisor(n: int, most: int) -> int:
