@@ -184,7 +184,9 @@ class PallasTPUBackend(Backend):
   backward = staticmethod(_backward)
 
 
-def _tiling(q: Array, k: Array, args: AttentionArgs, *, backward: bool):
+def _tiling(
+  q: Array, k: Array, args: AttentionArgs, *, backward: bool
+) -> Tiling:
   B, T, N, H = q.shape
   S, K = k.shape[1:3]
   return make_tiling(

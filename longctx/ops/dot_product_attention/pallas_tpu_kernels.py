@@ -19,17 +19,28 @@ from jax.experimental import pallas as pl
 
 from longctx import masks
 from longctx.ops.dot_product_attention import pallas_tpu_work_list
+from longctx.ops.dot_product_attention.args import StaticArgs
 from longctx.ops.dot_product_attention.dropout import Dropout, keep_factor
 from longctx.ops.dot_product_attention.normalizers import SOFTMAX, Terms
+from longctx.ops.dot_product_attention.tiling import Tiling
 from longctx.ops.tpu import precision
+from longctx.typing import Array, Bool, Float, Int
 
 FLOAT = jnp.float32
+
+# References to blocks: queries [R, H], keys [C, H], rows of a number per query
+# [1, R]; scores, keys by queries, are arrays [C, R].
+Ref = Any
+Scores = Float[Array, 'C R']
+Row = Float[Array, '1 R']
 
 # The contracted axes of a @ b, of a @ bᵀ and of aᵀ @ b.
 _AB, _ABT, _ATB = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
 
 
-def _product(a, b, axes):
+def _product(
+  a: Float[Array, '_ _'], b: Float[Array, '_ _'], axes: Any
+) -> Float[Array, '_ _']:
   # Products of bfloat16 are exact, and ask for nothing else.
   narrow = a.dtype == jnp.bfloat16
   return lax.dot_general(
@@ -61,16 +72,16 @@ class Block:
 
   def __init__(
     self,
-    static,
-    tiling,
-    kinds,
+    static: StaticArgs,
+    tiling: Tiling,
+    kinds: tuple[int, ...],
     *,
-    by_column,
-    entries,
-    call,
-    indices,
-    slopes,
-    dropout,
+    by_column: bool,
+    entries: Ref,
+    call: Ref,
+    indices: dict[str, Ref],
+    slopes: Ref | None,
+    dropout: list[Ref] | None,
   ):
     self.static, self.tiling, self.kinds = static, tiling, kinds
     self.indices, self.slopes, self.dropout = indices, slopes, dropout
@@ -99,7 +110,7 @@ class Block:
         lambda masked=kind == masks.PARTIAL: step(masked=masked)
       )
 
-  def logits(self, z, *, masked: bool):
+  def logits(self, z: Scores, *, masked: bool) -> tuple[Scores, Scores | int]:
     """Scale, soft cap, ALiBi and mask; also the cap's slope."""
     static, slope = self.static, 1
     if static.logits_soft_cap is None:
@@ -115,11 +126,11 @@ class Block:
       z = jnp.where(self._allowed(), z, -jnp.inf)
     return z, slope
 
-  def exp(self, z):
+  def exp(self, z: Float[Array, '_ R']) -> Float[Array, '_ R']:
     """Of a difference of logits."""
     return jnp.exp2(z) if self.is_softmax else jnp.exp(z)
 
-  def terms(self, z, shift, *, exact: bool) -> Terms:
+  def terms(self, z: Scores, shift: Row, *, exact: bool) -> Terms:
     """Of the logits; shift is at least each of them, unless rounded."""
     if not self.is_softmax:
       return self.static.normalizer.terms(z, shift)
@@ -127,7 +138,7 @@ class Block:
     p = jnp.exp2(gap if exact else jnp.minimum(gap, 0))
     return Terms(p, p, p, p)
 
-  def dropped(self, p):
+  def dropped(self, p: Scores) -> Scores:
     """The scores times 0 where dropped, else 1 / (1 - rate)."""
     if self.dropout is None:
       return p
@@ -150,7 +161,7 @@ class Block:
     )
     return p * keep
 
-  def _allowed(self):
+  def _allowed(self) -> Bool[Array, '#C #R']:
     q, k = self._positions()
     ok = self.static.mask.allowed(q, k)
     ids = self._row('q_segment_ids')
@@ -160,7 +171,7 @@ class Block:
       ok &= self.k_start + self._count(0) < self.tiling.S
     return ok
 
-  def _positions(self):
+  def _positions(self) -> tuple[Int[Array, '1 R'], Int[Array, 'C 1']]:
     """Of queries [1, block_q] and of keys [block_k, 1]."""
     q, k = self._row('q_positions'), self._column('k_positions')
     if q is None:
@@ -169,15 +180,15 @@ class Block:
       k = self.k_start + self._count(0)
     return q, k
 
-  def _count(self, axis):
+  def _count(self, axis: int) -> Int[Array, '_ _']:
     shape = (1, self.tiling.block_q) if axis else (self.tiling.block_k, 1)
     return lax.broadcasted_iota(jnp.int32, shape, axis)
 
-  def _row(self, name):
+  def _row(self, name: str) -> Int[Array, '1 _'] | None:
     ref = self.indices.get(name)
     return None if ref is None else ref[...]
 
-  def _column(self, name):
+  def _column(self, name: str) -> Int[Array, '_ 1'] | None:
     row = self._row(name)
     return None if row is None else row.T
 
@@ -190,7 +201,17 @@ def dropout_scalars(dropout: Dropout) -> tuple[Any, Any]:
   return jnp.stack([jnp.int32(x) for x in words]), dropout.factor[None]
 
 
-def forward(block: Block, q, k, v, out, lse, row_max, row_sum, values):
+def forward(
+  block: Block,
+  q: Ref,
+  k: Ref,
+  v: Ref,
+  out: Ref,
+  lse: Ref,
+  row_max: Ref,
+  row_sum: Ref,
+  values: Ref,
+) -> None:
   """Writes out and lse of a block of queries, after its last block of keys."""
   least = block.static.normalizer.least_row_max
 
@@ -259,7 +280,17 @@ def dkv(block: Block, q, k, v, dout, lse, delta, dk, dv, dk_sum, dv_sum):
     dv[...] = dv_sum[...].astype(dv.dtype)
 
 
-def _gradients(block: Block, q, k, v, dout, lse, delta, *, masked: bool):
+def _gradients(
+  block: Block,
+  q: Ref,
+  k: Ref,
+  v: Ref,
+  dout: Ref,
+  lse: Ref,
+  delta: Ref,
+  *,
+  masked: bool,
+) -> tuple[Scores, Scores]:
   """(weights, gradient of the logits before their scale) of a block."""
   z = _product(k[...], q[...], _ABT)
   z, slope = block.logits(z, masked=masked)
