@@ -85,18 +85,18 @@ def dot_product_attention(
     in_layout: whether arrays come, and go, in the layout's order; otherwise in
       natural order, and they are permuted here.
     mask: as in ops, like all the following. It reads positions, which default
-      to the natural ones in any layout.
-    q_positions: where positions are given, the ring does not know which hops
-      nobody reads, and makes them all.
-    k_positions: of the keys.
+      to the natural ones in any layout; where any are given, the ring does not
+      know which hops nobody reads, and makes them all.
+    q_positions: of the queries, in the order in which they come.
+    k_positions: of the keys, likewise.
     q_segment_ids: of the queries.
     k_segment_ids: of the keys.
     scale: of the products.
     logits_soft_cap: cap on the logits.
-    sink_logits: a logit per head, counted once.
+    sink_logits: counted once.
     alibi_slopes: per head.
     normalizer: of the logits.
-    dropout: (rate, key); drops the same weights on any mesh.
+    dropout: drops the same weights on any mesh.
     block_sizes: of the parts.
     implementation: 'xla', 'pallas' or None for 'ring', any for the others.
     return_lse: whether to return lse too.
