@@ -15,7 +15,6 @@ from typing import Any
 from flax import nnx
 
 from longctx.attention.base import Attention, AttentionConfig
-from longctx.attention.context import take_queries
 from longctx.attention.variants.based import BasedAttention
 from longctx.attention.variants.bigbird import BigBirdAttention
 from longctx.attention.variants.block_sparse import BlockSparseAttention
@@ -52,7 +51,6 @@ __all__ = [
   'make_attention',
   'make_layer',
   'parse_layer',
-  'take_queries',
 ]
 
 VARIANTS: dict[str, type[Attention]] = {

@@ -67,14 +67,12 @@ class Attention(nnx.Module, abc.ABC):
       self.check_supported(capability)
     N, K = config.num_heads, config.num_kv_heads * self.branches
     H, V = config.head_dim, config.value_dim
-    self.query = make_linear(config, config.d_model, N * H, rngs=rngs)
-    self.key = make_linear(config, config.d_model, K * H, rngs=rngs)
-    self.value = make_linear(config, config.d_model, K * V, rngs=rngs)
-    self.out = make_linear(config, N * V, config.d_model, rngs=rngs)
-    if config.short_conv:
-      self.query_conv = _conv_kernel(config, N * H, rngs)
-      self.key_conv = _conv_kernel(config, K * H, rngs)
-      self.value_conv = _conv_kernel(config, K * V, rngs)
+    D, widths = config.d_model, {'query': N * H, 'key': K * H, 'value': K * V}
+    for name, width in widths.items():
+      setattr(self, name, make_linear(config, D, width, rngs=rngs))
+    self.out = make_linear(config, N * V, D, rngs=rngs)
+    for name, width in widths.items() if config.short_conv else ():
+      setattr(self, f'{name}_conv', _conv_kernel(config, width, rngs))
 
   def __call__(
     self,

@@ -34,7 +34,7 @@ class Context:
       implementation know the mask's blocks when it compiles.
     segment_ids: documents packed into a row; none reads another.
     query_indices: places on the axis T whose outputs are wanted, see
-      `take_queries`; None means all.
+      `at_queries`; None means all.
     dropout_key: of attention weights; None drops nothing.
     dropout_rate: share of them that is dropped, which a layer sets.
     step: of training, counted from 1, for what changes on a schedule; None
@@ -119,8 +119,17 @@ class Context:
   def at_queries(
     self, x: Shaped[Array, 'B T ...'] | Shaped[Array, ' T'] | None
   ) -> Shaped[Array, ...] | None:
-    """x at the places whose outputs are wanted."""
-    return take_queries(x, self.query_indices)
+    """x at the places whose outputs are wanted, all of x by default.
+
+    A place of -1 stands for none: what is taken there, the last place, is for
+    the caller to ignore.
+    """
+    places = self.query_indices
+    if x is None or places is None:
+      return x
+    if x.ndim == 1:
+      return x[places]
+    return x[jnp.arange(x.shape[0])[:, None], places]
 
   def dot_product_attention(
     self,
@@ -266,12 +275,9 @@ class Context:
   def values(
     self, own: Float[Array, '... V'], given: Float[Array, '... V']
   ) -> Float[Array, '... V']:
-    """What a layer mixes where it makes values itself.
+    """A layer's own values, of a branch or of no token.
 
-    Args:
-      own: the layer's, of a branch or of no token.
-      given: those that would be in their place, were `attend` given all values,
-        as analysis does.
+    Analysis has those in their place that `attend` was given.
     """
     del given
     return own
@@ -303,19 +309,3 @@ def biased(
   scale = options.get('scale')
   q, k = add_logit_bias(q, k, q_bias=q_bias, k_bias=k_bias, scale=scale)
   return q, k, v, {**options, 'scale': 1.0}
-
-
-def take_queries(
-  x: Shaped[Array, 'B T ...'] | Shaped[Array, ' T'] | None,
-  query_indices: Int[Array, 'B Q'] | None,
-) -> Shaped[Array, ...] | None:
-  """x at the places `query_indices` of its axis T, or all of x for None.
-
-  A place of -1 stands for none: what is taken there, the last place, is for the
-  caller to ignore.
-  """
-  if x is None or query_indices is None:
-    return x
-  if x.ndim == 1:
-    return x[query_indices]
-  return x[jnp.arange(x.shape[0])[:, None], query_indices]

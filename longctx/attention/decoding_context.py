@@ -217,8 +217,6 @@ class DecodingContext(Context):
       everything = KVRetention(0, None).slots(self.builder.capacity)
       C = max(0, (everything - L) // stride + 1)
     place = self.builder.state((C, *x.shape[2:]), dtype, is_sum=True)
-    if self.builder.is_tracing:
-      return jnp.zeros((B, C, *x.shape[2:]), dtype)
     # Of token p the index is p - lengths + L - 1.
     tokens = jnp.concatenate([self.builder.arrays[tail_place], x], axis=1)
     count = self.counts(T)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from longctx.attention.base import AttentionConfig, make_linear
+from longctx.attention.base import QKV, Attention, AttentionConfig, make_linear
+from longctx.attention.context import Context
 from longctx.typing import Array, Float, Key
 
 
@@ -76,6 +77,22 @@ def softplus_decay(
   dtype = accum_dtype(logits)
   dt = jax.nn.softplus(logits.astype(dtype) + bias.astype(dtype))
   return dt, -jnp.exp(log_rate.astype(dtype)) * dt
+
+
+def delta_rule(
+  layer: Attention,
+  qkv: QKV,
+  context: Context,
+  *,
+  log_decay: Float[Array, 'B T N *H'] | None = None,
+) -> Float[Array, 'B Q N V']:
+  """Mixes by the delta rule, q and k of length one and steps of σ(W_β x)."""
+  q, k, v, x = qkv
+  beta = jax.nn.sigmoid(layer.beta(x).astype(accum_dtype(x)))
+  q, k = l2_normalize(q), l2_normalize(k)
+  return context.recurrence(
+    layer.recurrence, q, k, v, beta=beta, log_decay=log_decay
+  )
 
 
 def decay_parameters(

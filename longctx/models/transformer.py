@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longctx.attention import make_attention, take_queries
+from longctx.attention import make_attention
 from longctx.attention.base import make_linear
 from longctx.attention.context import Context
 from longctx.models.config import REMAT_POLICIES, TransformerConfig, check
@@ -49,7 +49,7 @@ class Block(nnx.Module):
     """Applies the block, perhaps with another function in the layer's place."""
     attend = self.attention if attention is None else attention
     out = attend(self.attention_norm(x), context)
-    x = take_queries(x, context.query_indices) + out
+    x = context.at_queries(x) + out
     if self.has_mlp:
       x = x + self.mlp(self.mlp_norm(x))
     return x
@@ -143,8 +143,8 @@ class Transformer(nnx.Module):
     x = self.hidden(self.embed(tokens, context), context)
     indices, placement = context.query_indices, context.placement
     if indices is not None:
-      labels = take_queries(labels, indices)
-      weights = jnp.where(indices < 0, 0, take_queries(weights, indices))
+      labels = context.at_queries(labels)
+      weights = jnp.where(indices < 0, 0, context.at_queries(weights))
       placement = None
     return self.scored(x, labels, weights, placement)
 

@@ -129,7 +129,7 @@ def test_entropy_and_largest_logit_are_those_of_the_weights(name, monkeypatch):
   A = A / A.sum(-1, keepdims=True)
   entropy = -np.sum(np.where(A > 0, A * np.log(np.maximum(A, 1e-30)), 0), -1)
   assert_close(found['entropy'], entropy.mean((0, 2)))
-  q, k, _ = layer.project(x, Context())
+  q, k, _, _ = layer.project(x, Context())
   z = np.einsum('BTNH,BSNH->BNTS', q, k) / 2
   z = np.where(np.tri(T, dtype=bool), z, -np.inf).max((0, 2, 3))
   if name == 'sigmoid':

@@ -9,7 +9,7 @@ from flax import nnx
 from longctx.attention.base import QKV, Attention, AttentionConfig, make_linear
 from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
-from longctx.attention.norms import accum_dtype, l2_normalize, rms_norm
+from longctx.attention.norms import delta_rule, rms_norm
 from longctx.attention.recurrence import Recurrence
 from longctx.typing import Array, Float
 
@@ -30,6 +30,7 @@ class DeltaNetAttention(Attention):
   """
 
   unsupported = OF_RECURRENCES
+  qkv_activation = staticmethod(jax.nn.silu)
   small: ClassVar = {'chunk_size': 8}
 
   def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
@@ -41,19 +42,9 @@ class DeltaNetAttention(Attention):
       config, delta=True, scale=config.head_dim**-0.5
     )
 
-  def qkv_activation(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
-    return jax.nn.silu(x)
-
   def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The delta rule."""
-    q, k, v, x = qkv
-    return context.recurrence(
-      self.recurrence,
-      l2_normalize(q),
-      l2_normalize(k),
-      v,
-      beta=jax.nn.sigmoid(self.beta(x).astype(accum_dtype(x))),
-    )
+    return delta_rule(self, qkv, context)
 
   def output_transform(
     self, out: Float[Array, 'B Q N V'], x: Float[Array, 'B Q D']

@@ -26,6 +26,7 @@ class GatedDeltaNetAttention(Attention):
   """
 
   unsupported = OF_RECURRENCES
+  qkv_activation = staticmethod(jax.nn.silu)
   small: ClassVar = {'chunk_size': 8}
 
   def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
@@ -42,23 +43,12 @@ class GatedDeltaNetAttention(Attention):
       config, delta=True, scale=config.head_dim**-0.5
     )
 
-  def qkv_activation(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
-    return jax.nn.silu(x)
-
   def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The delta rule under α."""
-    q, k, v, x = qkv
     _, log_decay = norms.softplus_decay(
-      self.dt(x), self.dt_bias[...], self.log_rate[...]
+      self.dt(qkv.x), self.dt_bias[...], self.log_rate[...]
     )
-    return context.recurrence(
-      self.recurrence,
-      norms.l2_normalize(q),
-      norms.l2_normalize(k),
-      v,
-      beta=jax.nn.sigmoid(self.beta(x).astype(norms.accum_dtype(x))),
-      log_decay=log_decay,
-    )
+    return norms.delta_rule(self, qkv, context, log_decay=log_decay)
 
   def output_transform(
     self, out: Float[Array, 'B Q N V'], x: Float[Array, 'B Q D']

@@ -27,6 +27,7 @@ class KimiDeltaAttention(Attention):
   """
 
   unsupported = OF_RECURRENCES
+  qkv_activation = staticmethod(jax.nn.silu)
   small: ClassVar = {'chunk_size': 8}
 
   def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
@@ -44,25 +45,15 @@ class KimiDeltaAttention(Attention):
     self.norm_scale = nnx.Param(jnp.ones(V, dtype))
     self.recurrence = Recurrence.of(config, delta=True, scale=H**-0.5)
 
-  def qkv_activation(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
-    return jax.nn.silu(x)
-
   def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The delta rule under α."""
-    q, k, v, x = qkv
+    q, _, _, x = qkv
     _, log_decay = norms.softplus_decay(
       self.decay_up(self.decay_down(x)).reshape(q.shape),
       self.dt_bias[...].reshape(q.shape[2:]),
       self.log_rate[...][:, None],
     )
-    return context.recurrence(
-      self.recurrence,
-      norms.l2_normalize(q),
-      norms.l2_normalize(k),
-      v,
-      beta=jax.nn.sigmoid(self.beta(x).astype(norms.accum_dtype(x))),
-      log_decay=log_decay,
-    )
+    return norms.delta_rule(self, qkv, context, log_decay=log_decay)
 
   def output_transform(
     self, out: Float[Array, 'B Q N V'], x: Float[Array, 'B Q D']

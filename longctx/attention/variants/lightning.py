@@ -35,6 +35,7 @@ class LightningAttention(Attention):
   """
 
   unsupported = OF_RECURRENCES
+  qkv_activation = staticmethod(jax.nn.silu)
   small: ClassVar = {'chunk_size': 8}
 
   def __init__(
@@ -47,9 +48,6 @@ class LightningAttention(Attention):
     self.depth = depth
     self.gate_down, self.gate_up = low_rank(config, V, N * V, rngs=rngs)
     self.recurrence = Recurrence.of(config)
-
-  def qkv_activation(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
-    return jax.nn.silu(x)
 
   def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The recurrence under λ."""

@@ -32,6 +32,7 @@ class Mamba2Attention(Attention):
   """
 
   unsupported = OF_RECURRENCES
+  qkv_activation = staticmethod(jax.nn.silu)
   small: ClassVar = {'chunk_size': 8}
 
   def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
@@ -45,9 +46,6 @@ class Mamba2Attention(Attention):
     self.skip = nnx.Param(jnp.ones(N, dtype))
     self.norm_scale = nnx.Param(jnp.ones(N * V, dtype))
     self.recurrence = Recurrence.of(config)
-
-  def qkv_activation(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
-    return jax.nn.silu(x)
 
   def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The recurrence, and D v beside it."""
