@@ -200,11 +200,13 @@ def _stay(cache: Cache) -> Cache:
   axes = cache.axes
   if axes is None:
     return cache
-  layers = tuple(
+  places = tuple(
     tuple(entry.sharding(axes) for entry in spec) for spec in cache.specs
   )
-  places = dataclasses.replace(cache, lengths=of_rows(axes), layers=layers)
-  return lax.with_sharding_constraint(cache, places)
+  layers, lengths = lax.with_sharding_constraint(
+    (cache.layers, cache.lengths), (places, of_rows(axes))
+  )
+  return dataclasses.replace(cache, layers=layers, lengths=lengths)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

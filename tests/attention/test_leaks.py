@@ -1,4 +1,4 @@
-"""What outputs can read, for every variant and position encoding.
+"""Leak probes: the causality of every variant and position encoding.
 
 Each case probes the model from its embeddings to its last norm, twice: by
 gradients, which must find exactly the pairs that the masks allow, and by
