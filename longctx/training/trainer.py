@@ -272,8 +272,8 @@ class Trainer:
     if seconds > LINES:
       tokens = self.config.batch_size * self.task.seq_len
       metrics.say(
-        f'{self.name or "train"}: a step reads {tokens:,} tokens and takes '
-        f'{span(seconds)} at least: {flops:.3g} FLOPs at {rate:.3g} a second, '
+        f'{self.name or "train"}: a step reads {tokens:,} tokens in an '
+        f'estimated {span(seconds)}: {flops:.3g} FLOPs at {rate:.3g} a second, '
         'as fast as matrix products are here'
       )
     return seconds

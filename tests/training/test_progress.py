@@ -127,7 +127,7 @@ def test_run_tells_compiling_first_step_evaluating_and_saving(
   made.run(trainer.StopRequest())
   made.close()
   said = plain.getvalue()
-  assert f'a step reads {tokens} tokens and takes 22 min at least' in said
+  assert f'a step reads {tokens} tokens in an estimated 22 min' in said
   assert 'train: step 3/3  loss ' in said
 
 
