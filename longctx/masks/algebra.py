@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -216,15 +216,11 @@ class _Combination(Mask):
 
   a: Mask
   b: Mask
+  join: ClassVar[Callable[[Any, Any], Any]]
 
   def __post_init__(self):
     check_mask(self.a)
     check_mask(self.b)
-
-  @staticmethod
-  @abc.abstractmethod
-  def join(a: Any, b: Any) -> Any:
-    """The operator, on Booleans."""
 
   def primitives(self) -> tuple[Primitive, ...]:
     return self.a.primitives() + self.b.primitives()
@@ -307,9 +303,7 @@ def _own_parts(mask: Mask) -> list[Mask]:
   if type(mask) in (And, Or):
     return _own_parts(mask.a) + _own_parts(mask.b)
   parts = dict.fromkeys((mask, *mask.primitives()))
-  return [
-    p for p in parts if not type(p).__module__.startswith('longctx.masks')
-  ]
+  return [p for p in parts if type(p).__module__.split('.')[0] != 'longctx']
 
 
 def _edges(length: int, block: int) -> np.ndarray:
