@@ -302,7 +302,7 @@ def _own_parts(mask: Mask) -> list[Mask]:
   """The parts of a mask that are not of this package."""
   if type(mask) in (And, Or):
     return _own_parts(mask.a) + _own_parts(mask.b)
-  parts = dict.fromkeys((mask, *mask.primitives()))
+  parts = mask, *mask.primitives()
   return [p for p in parts if type(p).__module__.split('.')[0] != 'longctx']
 
 
