@@ -21,7 +21,7 @@ from longctx.typing import Bool, Int
 Positions = jax.Array | np.ndarray | int
 
 # Pair by pair: the side of a square that `bounds` may rule out, the keys at a
-# time, and the most pairs, 65,536 squared, which take about a minute.
+# time, and the most pairs, 65,536 squared, which take up to a minute.
 TILE, KEYS, MOST_PAIRS = 256, 4096, 1 << 32
 # A cell has a bit per mask of a grid, in an int32.
 MOST_GRIDS = 31
