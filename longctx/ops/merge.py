@@ -1,4 +1,4 @@
-"""Putting attention over disjoint sets of keys together."""
+"""Log-sum-exp merge of attention over disjoint sets of keys."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -42,11 +42,11 @@ def merge_devices(
   Attention, arXiv:2408.04093). Every device gets the result.
   """
   # Any number near the largest will do, so it needs no gradient.
-  peak = lax.pmax(lax.stop_gradient(lse), axis)
-  peak = jnp.where(peak == -jnp.inf, 0, peak)
-  weight = jnp.exp(lse - peak)
-  total = lax.psum(weight, axis)
-  some = total > 0
-  total = jnp.where(some, total, 1)
-  out = lax.psum(out * weight[..., None], axis) / total[..., None]
-  return out, jnp.where(some, peak + jnp.log(total), -jnp.inf)
+  row_max = lax.pmax(lax.stop_gradient(lse), axis)
+  row_max = jnp.where(row_max == -jnp.inf, 0, row_max)
+  weight = jnp.exp(lse - row_max)
+  row_sum = lax.psum(weight, axis)
+  some = row_sum > 0
+  row_sum = jnp.where(some, row_sum, 1)
+  out = lax.psum(out * weight[..., None], axis) / row_sum[..., None]
+  return out, jnp.where(some, row_max + jnp.log(row_sum), -jnp.inf)

@@ -14,7 +14,7 @@ PLATFORMS = ('cpu', 'gpu', 'tpu')
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """A machine, by what the choice of an implementation depends on.
+  """Target machine, by what the choice of an implementation depends on.
 
   Attributes:
     platform: 'cpu', 'gpu' or 'tpu'.

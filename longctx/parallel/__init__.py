@@ -1,4 +1,4 @@
-"""Attention over sequences that no single device holds.
+"""Context parallelism: attention over sequences that no one device holds.
 
 The same names and arguments as in ops, and where to run: global arrays, under
 `jit`, differentiated from outside.

@@ -1,4 +1,4 @@
-"""All keys on every device: the simplest scheme, for sequences that fit.
+"""All-gather attention: all keys on every device, for sequences that fit.
 
 Queries stay where they are and the keys and values of the whole sequence are
 gathered, O(S) memory per device; the backward pass scatters their gradients.

@@ -1,4 +1,4 @@
-"""Ops whose queries may turn to any key, on a mesh: every device has the keys.
+"""All-gathered keys and values, for ops whose queries may turn to any key.
 
 What a query chooses is known at run time alone, so nothing can be said of which
 keys a device will need: they are gathered, O(S) memory per device, whatever the

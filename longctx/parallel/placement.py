@@ -19,7 +19,7 @@ from longctx.parallel.schemes import SCHEMES
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """A mesh, the layout of sequences on it, and how attention crosses it.
+  """Placement on a mesh: the layout of sequences, and how attention crosses it.
 
   Attributes:
     mesh: from `make_mesh`.

@@ -40,7 +40,7 @@ Axis = str | tuple[str, ...]
 
 
 class Queries(NamedTuple):
-  """Queries and where they are."""
+  """Queries of a ring and where they are."""
 
   q: Float[Array, 'B T N H']
   positions: Int[Array, 'b T'] | None

@@ -33,7 +33,7 @@ TRIMMING = 64
 
 @dataclasses.dataclass(frozen=True)
 class RingPass:
-  """Keys and values that travel `hops` times by one shard.
+  """Ring pass: keys and values that travel `hops` times by one shard.
 
   Attributes:
     direction: +1 or -1, added to the index of the shard at every hop.
@@ -85,7 +85,7 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-  """The shards of a layout that a ring joins, `fold` neighbours into one.
+  """Ring of the shards of a layout, `fold` neighbours into one.
 
   Folding is what Ulysses inside of a ring does: one device then holds, for some
   of the heads, the tokens of `fold` shards.

@@ -242,7 +242,7 @@ def call_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class _Grid:
-  """[B, heads, entries], by column with the query heads of a key head after it.
+  """Grid [B, heads, entries], by column with a key head's query heads last.
 
   Attributes:
     tiling: of the arrays.
