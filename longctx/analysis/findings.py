@@ -1,5 +1,6 @@
 """Findings of an analysis: its numbers in words."""
 
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -60,6 +61,21 @@ def findings(
         f'Layer {index}, {layer["name"]}, has no such scores: {layer["lacks"]}.'
       )
   return [sentence for sentence in said if sentence]
+
+
+def summary(numbers: dict[str, Any], change: dict[str, Any] | None) -> str:
+  """The findings for a terminal: what was measured, and a line or two each."""
+  task, ablation = numbers['task'], numbers['ablation']
+  head = (
+    f'{numbers["run"] or task["name"]}: {numbers["rows"]} {numbers["split"]} '
+    f'rows of {task["seq_len"]:,} tokens, step {numbers["step"]:,}, accuracy '
+    f'{number(ablation["accuracy"])}, loss {number(ablation["loss"])}'
+  )
+  lines = [textwrap.fill(head, 80)]
+  for sentence in findings(numbers, change):
+    indents = {'initial_indent': '- ', 'subsequent_indent': '  '}
+    lines.append(textwrap.fill(sentence, 80, **indents))
+  return '\n'.join(lines)
 
 
 def heads_listed(heads: Iterable[Iterable[int]]) -> str:

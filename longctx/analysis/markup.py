@@ -19,6 +19,8 @@ Number = float | int
 # that one of them is zero.
 SHADES = 65
 WIDTH, HEIGHT = 480, 260
+# Of a map, and of the labels to its left.
+MAP, MAP_LEFT = 128, 48
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 26, 40
 
 STYLE = """
@@ -35,13 +37,14 @@ code { font-size: .92em; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .15em .5em; text-align: right; font-size: .87em; }
 th { font-weight: 500; white-space: nowrap; }
-td { border: 1px solid var(--line); }
+td { border: 1px solid var(--line); min-width: 3.2em; }
+td.words { text-align: left; }
 tr > th:first-child { text-align: left; }
 .facts td { border: 0; text-align: left; overflow-wrap: anywhere; }
-figure { display: inline-block; margin: 0 .6em .6em 0; }
-figcaption { font-size: .8em; }
-figure img { width: 128px; height: 128px; image-rendering: pixelated;
-  border: 1px solid var(--line); margin-right: 2px; }
+figure { display: inline-block; margin: 0 1em 1em 0; }
+figcaption { font-size: .8em; padding-left: 48px; }
+.map image { image-rendering: pixelated; }
+.map rect { fill: none; stroke: var(--line); }
 svg { max-width: 100%; height: auto; font-size: 11px; }
 svg text { fill: currentColor; } svg .axis { stroke: var(--line); }
 svg polyline { fill: none; stroke-width: 2; } svg .band { fill: #e69f0044; }
@@ -127,7 +130,7 @@ def table(
 
 def _cell(value: Number | str | None, name: str, top: Number | None) -> str:
   if isinstance(value, str):
-    return f'<td>{escape(value)}</td>'
+    return f'<td class="words">{escape(value)}</td>'
   style, exact = '', 'no such score'
   if value is not None:
     exact = f'{value:.6g}'
@@ -178,19 +181,12 @@ def chart(
     at = to_y(tick)
     parts.append(
       f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{at:.1f}" '
-      f'y2="{at:.1f}"/><text x="{LEFT - 6}" y="{at + 4:.1f}" '
-      f'text-anchor="end">{tick:,.6g}</text>'
+      f'y2="{at:.1f}"/>' + _text(LEFT - 6, at + 4, f'{tick:,.6g}', 'end')
     )
   for tick in x_ticks:
-    parts.append(
-      f'<text x="{to_x(tick):.1f}" y="{bottom + 16}" '
-      f'text-anchor="middle">{tick:,.6g}</text>'
-    )
-  parts.append(
-    f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
-    f'{escape(x)}</text><text transform="rotate(-90)" x="{-bottom / 2}" '
-    f'y="12" text-anchor="middle">{escape(y)}</text>'
-  )
+    parts.append(_text(to_x(tick), bottom + 16, f'{tick:,.6g}'))
+  parts.append(_text((LEFT + right) / 2, HEIGHT - 6, x))
+  parts.append(_text(-(TOP + bottom) / 2, 12, y, turned=True))
   for index, (name, (xs, ys)) in enumerate(series.items()):
     parts += _line(f'c{index % 4}', name, xs, ys, to_x, to_y)
   keys = ' '.join(
@@ -226,11 +222,19 @@ def _line(color, name, xs, ys, to_x, to_y) -> list[str]:
   return [*lines, *parts]
 
 
-def picture(values: Float[np.ndarray, 'Q S'], title: str) -> str:
-  """A map as an image, the square root of its values as shades.
+def picture(
+  values: Float[np.ndarray, 'Q S'], title: str, *, seq_len: int
+) -> str:
+  """A map of queries (down) and keys (right), with axes of their positions.
 
-  From zero to the largest value; where values are negative, from minus the
-  largest size to the largest size, zero being white.
+  The square root of its values as shades, from zero to the largest value; where
+  values are negative, from minus the largest size to the largest size, zero
+  being white.
+
+  Args:
+    values: means over blocks of queries and of keys.
+    title: shown under the pointer.
+    seq_len: tokens that the blocks divide.
   """
   signed = is_signed(values)
   top = max(float(np.abs(values).max()), 1e-9)
@@ -240,9 +244,31 @@ def picture(values: Float[np.ndarray, 'Q S'], title: str) -> str:
   colors = matplotlib.colormaps['RdBu_r' if signed else 'magma']
   palette = colors(np.linspace(0, 1, SHADES), bytes=True)[:, :3]
   data = base64.b64encode(png(codes, palette)).decode()
-  title = escape(title)
+  right, bottom = MAP_LEFT + MAP, MAP + 4
+  parts = [
+    f'<svg class="map" width="{right + 14}" height="{bottom + 30}" role="img">'
+    f'<image x="{MAP_LEFT}" y="4" width="{MAP}" height="{MAP}" '
+    f'preserveAspectRatio="none" href="data:image/png;base64,{data}">'
+    f'<title>{escape(title)}</title></image>'
+    f'<rect x="{MAP_LEFT}" y="4" width="{MAP}" height="{MAP}"/>'
+  ]
+  for at in (0, seq_len // 2, seq_len - 1):
+    place = MAP * (at + 0.5) / seq_len
+    parts.append(_text(MAP_LEFT + place, bottom + 12, f'{at:,}'))
+    parts.append(_text(MAP_LEFT - 4, 8 + place, f'{at:,}', anchor='end'))
+  parts.append(_text(MAP_LEFT + MAP / 2, bottom + 25, 'key'))
+  parts.append(_text(-4 - MAP / 2, 11, 'query', turned=True))
+  return ''.join([*parts, '</svg>'])
+
+
+def _text(
+  x: Number, y: Number, text: str, anchor: str = 'middle', turned: bool = False
+) -> str:
+  """A label of an SVG, perhaps read upwards."""
+  turn = ' transform="rotate(-90)"' if turned else ''
   return (
-    f'<img src="data:image/png;base64,{data}" alt="{title}" title="{title}">'
+    f'<text{turn} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">'
+    f'{escape(text)}</text>'
   )
 
 

@@ -177,9 +177,9 @@ def norms(
   """
   at = jnp.atleast_2d(context.true_positions(h.shape[1]))
   first = real & (at == 0)
-  _, k, v, _ = layer.heads(h, context)
+  qkv = layer.heads(h, context)
   found = {}
-  for name, y in (('key', k), ('value', v), ('hidden', x[:, :, None])):
+  for name, y in (('key', qkv.k), ('value', qkv.v), ('hidden', x[:, :, None])):
     length = jnp.linalg.norm(y.astype(jnp.float32), axis=-1)
     found[f'{name}_norm'] = heads.mean_over_queries(length, real)
     found[f'first_{name}_norm'] = heads.mean_over_queries(length, first)

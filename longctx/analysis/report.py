@@ -109,12 +109,13 @@ def _maps(
 ) -> Iterator[str]:
   yield '<h2>Attention maps</h2>'
   yield markup.note(
-    'Down: queries; to the right: keys. Each pixel is the mean over a block of '
+    'Axes are positions in the row. Each pixel is the mean over a block of '
     'pairs, of the first row (left) and of all rows (right); shades are square '
     'roots, from zero to the largest value, which stands below. A column at '
     'the left edge is a sink, a stripe beside the diagonal a previous-token '
     'head. Effective attention has signs: red is positive and blue negative.'
   )
+  seq_len = numbers['task']['seq_len']
   for index, (name, of_layer) in enumerate(
     zip(_names(numbers), maps, strict=True)
   ):
@@ -123,13 +124,14 @@ def _maps(
       yield markup.note(f'No map: {numbers["layers"][index]["lacks"]}.')
       continue
     for head in range(of_layer.shape[1]):
+      name = f'head {index}.{head}'
       one, mean = of_layer[0, head], of_layer[:, head].mean(0)
       tops = [markup.number(float(np.abs(y).max())) for y in (one, mean)]
       yield (
         '<figure>'
-        + markup.picture(one, f'head {index}.{head}, first row')
-        + markup.picture(mean, f'head {index}.{head}, mean of the rows')
-        + f'<figcaption>{index}.{head}: {" and ".join(tops)}</figcaption>'
+        + markup.picture(one, f'{name}, first row', seq_len=seq_len)
+        + markup.picture(mean, f'{name}, mean of the rows', seq_len=seq_len)
+        + f'<figcaption>{name}: largest {" and ".join(tops)}</figcaption>'
         '</figure>'
       )
 

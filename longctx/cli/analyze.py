@@ -22,6 +22,7 @@ from flax import nnx
 
 from longctx import tasks
 from longctx.analysis.analyzer import Analyzer
+from longctx.analysis.findings import summary
 from longctx.analysis.maps import pooled_maps
 from longctx.analysis.report import report
 from longctx.evaluation import sweep
@@ -102,15 +103,17 @@ def analyse(
     'scores': scores,
     'ablation': ablation,
   }
+  results = _read(folder / 'results.json')
   text = report(
     numbers,
     [None if y is None else np.asarray(y) for y in maps],
     rows=metrics.read_lines(folder / 'metrics.jsonl'),
-    results=_read(folder / 'results.json'),
+    results=results,
   )
   if metrics.is_writer():
     job.page.write_text(text)
   metrics.write_json(job.numbers, numbers)
+  metrics.say(summary(numbers, results.get('phase_change')))
   metrics.say(f'report: {job.page}')
 
 

@@ -189,7 +189,7 @@ def test_pooled_map_is_the_same_on_a_mesh():
 def test_maps_with_negative_values_are_drawn_with_signs():
   values = np.array([[1.0, 0.0], [0.5, -0.5]], np.float32)
   assert markup.is_signed(values) and not markup.is_signed(np.abs(values))
-  assert 'data:image/png;base64,' in markup.picture(values, 'a')
+  assert 'data:image/png;base64,' in markup.picture(values, 'a', seq_len=2)
 
 
 NUMBERS = {
@@ -245,6 +245,23 @@ def test_findings_are_what_the_numbers_say():
     'Layer 1 is a recurrence',
   ):
     assert claim in said
+
+
+def test_summary_in_the_terminal_has_every_finding(written, capsys):
+  _, numbers = written
+  text = findings.summary(numbers, CHANGE)
+  lines = text.splitlines()
+  assert max(map(len, lines)) <= 80
+  assert '2 validation rows' in lines[0] and 'step 12' in lines[0]
+  words = ' '.join(text.split())
+  assert all(said in words for said in findings.findings(numbers, CHANGE))
+
+
+def test_axes_of_a_map_are_positions():
+  text = markup.picture(np.ones((4, 4), np.float32), 'a', seq_len=1024)
+  assert re.findall(r'<text[^>]*>([^<]*)', text) == [
+    *('0', '0', '512', '512', '1,023', '1,023', 'key', 'query')
+  ]
 
 
 def test_heads_side_by_side_are_listed_as_one():
