@@ -1,7 +1,6 @@
-"""The analysis of one run: what its heads do, and what it is without them."""
+"""Analyzer of a run: scores of its attention heads, and their ablation."""
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -13,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from longctx import tasks
 from longctx.analysis import hooks, model_scores, sequences
+from longctx.attention.context import Context
 from longctx.models.transformer import TransformerConfig
 from longctx.ops.cross_entropy import cross_entropy_sums
 from longctx.parallel import Placement
@@ -123,20 +123,17 @@ class Analyzer:
     rates = [scores['sink_rate'] for scores in layers if 'sink_rate' in scores]
     row['sink_rate_by_head'] = row.pop('sink_rate', [])
     row['sink_rate'] = _plain(np.concatenate(rates).mean() if rates else None)
-    row |= {name: _plain(value) for name, value in found.items()}
+    row |= _plain(found)
     self._last = step, row
     return row
 
   def _score(self, params: Any, step: Array) -> dict[str, Any]:
     model = nnx.merge(self.graph, params)
     batch = {name: jnp.asarray(value) for name, value in self.batch.items()}
-    placement = self.placement
     layers, hidden = model_scores.of_sequences(
       model,
       batch['tokens'],
-      segment_ids=batch.get('segment_ids'),
-      step=step,
-      placement=placement,
+      self._context(batch, step),
       with_logits=self._with_logits,
     )
     if self.repeats is not None:
@@ -144,21 +141,26 @@ class Analyzer:
       of_repeats = model_scores.of_repeats(
         model,
         **{name: jnp.asarray(value) for name, value in arrays.items()},
-        step=step,
-        placement=self._placed_for(self.repeats.tokens.shape[1]),
+        context=self._context_of_repeats(step),
       )
       layers = [a | b for a, b in zip(layers, of_repeats, strict=True)]
-    if placement is not None:
-      hidden = placement.layout.restore(hidden)
+    if self.placement is not None:
+      hidden = self.placement.layout.restore(hidden)
     return {'layers': layers, **self._losses(model, hidden)}
 
-  def _placed_for(self, seq_len: int) -> Placement | None:
-    """The mesh, with a layout of another length."""
-    if self.placement is None:
-      return None
-    layout = self.placement.layout
-    layout = SequenceLayout(layout.name, seq_len, layout.num_shards)
-    return dataclasses.replace(self.placement, layout=layout)
+  def _context(self, batch: dict[str, Array], step: Array) -> Context:
+    segment_ids = batch.get('segment_ids')
+    placement = self.placement
+    return Context(segment_ids=segment_ids, step=step, placement=placement)
+
+  def _context_of_repeats(self, step: Array) -> Context:
+    """The mesh, with a layout of their length."""
+    placement = self.placement
+    if placement is not None:
+      seq_len, layout = self.repeats.tokens.shape[1], placement.layout
+      layout = SequenceLayout(layout.name, seq_len, layout.num_shards)
+      placement = dataclasses.replace(placement, layout=layout)
+    return Context(step=step, placement=placement)
 
   def _losses(
     self, model: Any, hidden: Float[Array, 'B T D']
@@ -203,8 +205,8 @@ class Analyzer:
     scores = self._last[1] if known else self.measure(params, step)
     sizes = self._heads(params)
     everyone = [np.ones(size, np.float32) for size in sizes]
-    run = functools.partial(self._ablated, params, np.int32(step))
-    row = self._answers(run(everyone, False))
+    run = lambda *how: _plain(self._ablated(params, np.int32(step), *how))
+    row = run(everyone, False)
     for kind, name in KINDS.items():
       gates = [gate.copy() for gate in everyone]
       for layer, values in enumerate(scores.get(name, [])):
@@ -216,17 +218,15 @@ class Analyzer:
         for head in np.flatnonzero(gate == 0)
       ]
       if silent:
-        zero = self._answers(run(gates, False))
-        mean = self._answers(run(gates, True))
-        mean = {f'mean_{key}': value for key, value in mean.items()}
-        row[kind] = {'heads': silent, **zero, **mean}
+        mean = {f'mean_{key}': y for key, y in run(gates, True).items()}
+        row[kind] = {'heads': silent, **run(gates, False), **mean}
     row['each'] = []
     for layer, size in enumerate(sizes):
       accuracies = []
       for head in range(size):
         gates = [gate.copy() for gate in everyone]
         gates[layer][head] = 0
-        accuracies.append(self._answers(run(gates, False))['accuracy'])
+        accuracies.append(run(gates, False)['accuracy'])
       row['each'].append(accuracies)
     return row
 
@@ -235,7 +235,8 @@ class Analyzer:
 
     def means(params):
       model = nnx.merge(self.graph, params)
-      return hooks.head_means(model, jnp.zeros((1, 2), jnp.int32), step=1)
+      tokens = jnp.zeros((1, 2), jnp.int32)
+      return hooks.head_means(model, tokens, Context(step=1))
 
     return [mean.shape[0] for mean in jax.eval_shape(means, params)]
 
@@ -243,14 +244,10 @@ class Analyzer:
     model = nnx.merge(self.graph, params)
     place = model_scores.placer(self.placement)
     batch = {key: place(value) for key, value in self.batch.items()}
-    options = dict(
-      segment_ids=batch.get('segment_ids'),
-      step=step,
-      placement=self.placement,
-    )
-    means = hooks.head_means(model, batch['tokens'], **options)
+    tokens, context = batch['tokens'], self._context(batch, step)
+    means = hooks.head_means(model, tokens, context)
     means = [jnp.where(use_means, mean, 0) for mean in means]
-    hidden = hooks.ablate_heads(model, batch['tokens'], gates, means, **options)
+    hidden = hooks.ablate_heads(model, tokens, gates, means, context)
     sums = cross_entropy_sums(
       model.head_matrix(),
       hidden,
@@ -264,9 +261,6 @@ class Analyzer:
       'loss': sums['loss'] / total,
     }
 
-  def _answers(self, found: dict[str, Array]) -> dict[str, float]:
-    return {name: _plain(value) for name, value in found.items()}
-
 
 def of_mass(values: Any, mass: Any) -> np.ndarray:
   """Scores as shares of what a head reads at all, where that is below one."""
@@ -278,9 +272,8 @@ def _plain(value: Any) -> Any:
   """As JSON has it: lists, floats, and None for what is no number."""
   if value is None:
     return None
-  if isinstance(value, list):
-    return [_plain(entry) for entry in value]
-  value = np.asarray(value)
-  if value.ndim:
+  if isinstance(value, dict):
+    return {name: _plain(entry) for name, entry in value.items()}
+  if isinstance(value, list) or np.ndim(value):
     return [_plain(entry) for entry in value]
   return float(value) if math.isfinite(float(value)) else None

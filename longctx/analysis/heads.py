@@ -1,4 +1,4 @@
-"""Scores of the heads of a layer: sinks, spans, and what induction is made of.
+"""Scores of attention heads: attention sinks, induction heads, prefix matching.
 
     questions = [positions(real, context, seq_len=T), prefixes(tokens, C)]
     scores = ask(layer, x, questions, context)

@@ -1,7 +1,6 @@
 """Forward hooks at every attention layer of a model, and head ablation."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,32 +9,18 @@ from longctx.attention import Attention
 from longctx.attention.context import Context
 from longctx.models.transformer import Transformer
 from longctx.ops.cross_entropy import project
-from longctx.parallel import Placement
-from longctx.typing import Array, Float, Int
+from longctx.typing import Array, Bool, Float, Int
 
-# (layer's index, layer, its inputs, the residual stream) -> its outputs.
-Hook = Callable[[int, Attention, Array, Array], Array]
-
-
-def make_context(
-  layer: Attention,
-  *,
-  segment_ids: Int[Array, 'B T'] | None = None,
-  step: Int[Array, ''] | int | None = None,
-  placement: Placement | None = None,
-) -> Context:
-  """Where a layer's tokens are, with what its config sets."""
-  return layer.bind(
-    Context(segment_ids=segment_ids, step=step, placement=placement)
-  )
+# (layer's index, layer, its inputs, the residual stream, the context as the
+# layer takes it) -> its outputs.
+Hook = Callable[[int, Attention, Array, Array, Context], Array]
 
 
 def run_with_hooks(
   model: Transformer,
   tokens: Int[Array, 'B T'],
   hook: Hook,
-  *,
-  placement: Placement | None = None,
+  context: Context | None = None,
 ) -> Float[Array, 'B T D']:
   """Runs a model, its attention layers by `hook`; the head's inputs.
 
@@ -43,7 +28,7 @@ def run_with_hooks(
     model: of any layers.
     tokens: in the layout's order, where there is one.
     hook: stands in place of each attention layer.
-    placement: where the tokens lie on a mesh; None: all on one device.
+    context: where the tokens are; None: in one document on one device.
 
   Raises:
     NotImplementedError: the model has a gate.
@@ -53,18 +38,34 @@ def run_with_hooks(
       'analysis walks through all tokens, and a gate lets few of them pass: '
       'take gate.keep=0'
     )
-  context = Context(placement=placement)
+  context = context or Context()
+  placement = context.placement
   x = model.embed(tokens, context)
   for index, block in enumerate(model.blocks):
     if placement is not None:
       x = jax.lax.with_sharding_constraint(x, placement.sharding)
 
-    def attention(h, context, index=index, block=block, x=x):
-      del context
-      return hook(index, block.attention, h, x)
+    def attention(h, context, index=index, layer=block.attention, x=x):
+      return hook(index, layer, h, x, layer.bind(context))
 
     x = block(x, context, attention=attention)
   return model.norm(x)
+
+
+def is_real(x: Float[Array, 'B T ...'], context: Context) -> Bool[Array, 'B T']:
+  """False at a layout's padding, which stands behind the tokens."""
+  T = x.shape[1]
+  at = jnp.atleast_2d(context.true_positions(T))
+  if context.placement is not None:
+    T = context.placement.layout.seq_len
+  return jnp.broadcast_to(at < T, x.shape[:2])
+
+
+def join_heads(
+  layer: Attention, out: Float[Array, 'B T N V']
+) -> Float[Array, 'B T D']:
+  """What a layer makes of the outputs of its heads."""
+  return layer.out(out.reshape(*out.shape[:2], -1))
 
 
 def ablate_heads(
@@ -72,58 +73,43 @@ def ablate_heads(
   tokens: Int[Array, 'B T'],
   gates: Sequence[Float[Array, ' _']],
   means: Sequence[Float[Array, '_ _']] | None = None,
-  *,
-  segment_ids: Int[Array, 'B T'] | None = None,
-  step: Int[Array, ''] | int | None = None,
-  placement: Placement | None = None,
+  context: Context | None = None,
 ) -> Float[Array, 'B T D']:
-  """The head's inputs of a model some of whose heads are silent.
+  """`run_with_hooks` of a model some of whose heads are silent.
 
   Args:
-    model: of any layers.
-    tokens: in the layout's order, where there is one.
+    model, tokens, context: as in `run_with_hooks`.
     gates: per layer, 1 for a head that speaks and 0 for one that does not.
     means: per layer, what a silent head says everywhere, see `head_means`; None
       for zeros.
-    segment_ids: documents packed into a row.
-    step: of the training that made the parameters.
-    placement: where the tokens lie on a mesh.
   """
 
-  def hook(index, layer, h, x):
+  def hook(index, layer, h, x, context):
     del x
-    context = make_context(
-      layer, segment_ids=segment_ids, step=step, placement=placement
-    )
     out = layer.head_outputs(h, context)
     gate = gates[index][:, None].astype(out.dtype)
     instead = 0 if means is None else means[index].astype(out.dtype)
-    out = gate * out + (1 - gate) * instead
-    return layer.out(out.reshape(*out.shape[:2], -1))
+    return join_heads(layer, gate * out + (1 - gate) * instead)
 
-  return run_with_hooks(model, tokens, hook, placement=placement)
+  return run_with_hooks(model, tokens, hook, context)
 
 
 def head_means(
-  model: Transformer, tokens: Int[Array, 'B T'], **options: Any
+  model: Transformer,
+  tokens: Int[Array, 'B T'],
+  context: Context | None = None,
 ) -> list[Float[Array, '_ _']]:
   """What each head says on average over some tokens, for `ablate_heads`."""
   means = []
 
-  def hook(index, layer, h, x):
+  def hook(index, layer, h, x, context):
     del index, x
-    out = layer.head_outputs(h, make_context(layer, **options))
-    where = real[:, :, None, None]
+    out = layer.head_outputs(h, context)
+    where = is_real(h, context)[:, :, None, None]
     means.append(out.astype(jnp.float32).mean((0, 1), where=where))
-    return layer.out(out.reshape(*out.shape[:2], -1))
+    return join_heads(layer, out)
 
-  placement = options.get('placement')
-  real = jnp.ones(tokens.shape, bool)
-  if placement is not None:
-    # Padding stands behind the tokens.
-    at = jnp.asarray(placement.layout.order)
-    real = jnp.broadcast_to(at < placement.layout.seq_len, tokens.shape)
-  run_with_hooks(model, tokens, hook, placement=placement)
+  run_with_hooks(model, tokens, hook, context)
   return means
 
 

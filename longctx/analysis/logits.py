@@ -1,4 +1,4 @@
-"""The scores of softmax attention, some rows at a time."""
+"""Attention logits and entropy of softmax layers, some rows at a time."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from longctx.analysis.probes import recast
 from longctx.attention import Attention
 from longctx.attention.context import Context
 from longctx.ops.dot_product_attention import reference, resolve
@@ -60,9 +61,7 @@ def statistics(
     `entropy` (nats, mean over queries that read anything) and `max_logit`;
     nothing for layers that have a recurrence, or heads of more than one call.
   """
-  fields = dataclasses.fields(Context)
-  same = {field.name: getattr(context, field.name) for field in fields}
-  listening = ListeningContext(**same, calls=[])
+  listening = recast(context, ListeningContext, calls=[])
   qkv = layer.project(x, context)
   # Traced, and left out of the compiled program, as nothing asks for it.
   out = layer.attend(qkv, listening)

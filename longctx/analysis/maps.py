@@ -8,47 +8,34 @@ from longctx.analysis.probes import weighted_sums
 from longctx.attention import Attention
 from longctx.attention.context import Context
 from longctx.models.transformer import Transformer
-from longctx.parallel import Placement
 from longctx.typing import Array, Float, Int
 
 
 def pooled_maps(
   model: Transformer,
   tokens: Int[Array, 'B T'],
+  context: Context | None = None,
   *,
   size: int = 64,
-  segment_ids: Int[Array, 'B T'] | None = None,
-  step: Int[Array, ''] | int | None = None,
-  placement: Placement | None = None,
 ) -> list[Float[Array, 'B N M M'] | None]:
   """The maps of every layer, None for layers that lack 'analysis'.
 
   Args:
     model: of any layers.
-    tokens: in natural order, one row after the other.
+    tokens, context: as in `model_scores.of_sequences`.
     size: M, at most; fewer tokens make smaller maps.
-    segment_ids: documents packed into a row.
-    step: of the training that made the parameters.
-    placement: where to lay them on a mesh; None: on one device.
   """
-  seq_len = tokens.shape[1]
-  place = model_scores.placer(placement)
-  if segment_ids is not None:
-    segment_ids = place(segment_ids)
+  place, context = model_scores.placed(context)
+  options = {'seq_len': tokens.shape[1], 'size': size}
   found = []
 
-  def hook(index, layer, h, x):
+  def hook(index, layer, h, x, context):
     del index, x
-    context = hooks.make_context(
-      layer, segment_ids=segment_ids, step=step, placement=placement
-    )
-    pooled = None
-    if 'analysis' not in layer.unsupported:
-      pooled = pooled_map(layer, h, context, seq_len=seq_len, size=size)
-    found.append(pooled)
+    has_map = 'analysis' not in layer.unsupported
+    found.append(pooled_map(layer, h, context, **options) if has_map else None)
     return layer(h, context)
 
-  hooks.run_with_hooks(model, place(tokens), hook, placement=placement)
+  hooks.run_with_hooks(model, place(tokens), hook, context)
   return found
 
 

@@ -1,4 +1,4 @@
-"""Tables, charts and pictures as HTML that needs no other file."""
+"""HTML tables, charts and attention maps that need no other file."""
 
 import base64
 import html
@@ -15,12 +15,15 @@ from longctx.typing import Float, Num
 
 Number = float | int
 
+# From here on one decimal will do.
+LARGE = 10
+
 # Shades of a picture: few, so that hundreds of pictures stay small, and odd, so
 # that one of them is zero.
 SHADES = 65
 WIDTH, HEIGHT = 480, 260
 # Of a map, and of the labels to its left.
-MAP, MAP_LEFT = 128, 48
+MAP, MAP_LEFT = 128, 66
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 26, 40
 
 STYLE = """
@@ -31,7 +34,9 @@ h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; }
 h3 { font-size: 1em; margin: 0 0 .2em; }
 p, li { max-width: 75ch; } .note { opacity: .75; font-size: .87em; }
 code { font-size: .92em; overflow-wrap: anywhere; }
-.side { display: flex; flex-wrap: wrap; gap: 1.6em 2.4em; }
+.side { display: grid; gap: 1.6em 2em;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 360px), 1fr)); }
+.box:has(td:nth-child(6)) { grid-column: 1 / -1; }
 .box { max-width: 100%; } .box .note { max-width: 46ch; margin: 0 0 .4em; }
 .scroll { overflow: auto; max-height: 32em; max-width: 100%; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -40,10 +45,11 @@ th { font-weight: 500; white-space: nowrap; }
 td { border: 1px solid var(--line); min-width: 3.2em; }
 td.words { text-align: left; }
 tr > th:first-child { text-align: left; }
+tr:first-child th { white-space: normal; vertical-align: bottom; }
 .facts td { border: 0; text-align: left; overflow-wrap: anywhere; }
 figure { display: inline-block; margin: 0 1em 1em 0; }
-figcaption { font-size: .8em; padding-left: 48px; }
-.map image { image-rendering: pixelated; }
+figcaption { font-size: .8em; padding-left: 66px; }
+.map { font-size: 10px; } .map image { image-rendering: pixelated; }
 .map rect { fill: none; stroke: var(--line); }
 svg { max-width: 100%; height: auto; font-size: 11px; }
 svg text { fill: currentColor; } svg .axis { stroke: var(--line); }
@@ -58,8 +64,13 @@ def escape(text: Any) -> str:
   return html.escape(str(text))
 
 
-def number(value: Number | None) -> str:
-  """A number in few characters, and '–' for none."""
+def number(value: Number | None, *, coarse: bool = False) -> str:
+  """A number in few characters, and '–' for none.
+
+  Args:
+    value: as it is.
+    coarse: whether it stands among large ones, and has as few decimals.
+  """
   if value is None or not np.isfinite(value):
     return '–'
   if isinstance(value, int):
@@ -67,7 +78,7 @@ def number(value: Number | None) -> str:
   size = abs(value)
   if 0 < size < 1e-3:
     return f'{value:.0e}'
-  return f'{value:.3f}' if size < 10 else f'{value:,.1f}'
+  return f'{value:,.1f}' if coarse or size >= LARGE else f'{value:.3f}'
 
 
 def page(title: str, body: Sequence[str]) -> str:
@@ -118,27 +129,34 @@ def table(
   """
   head = ''.join(f'<th>{escape(column)}</th>' for column in columns)
   lines = [f'<tr><th></th>{head}</tr>']
-  for name, row in zip(names, rows, strict=True):
-    cells = [*row, *[None] * (len(columns) - len(row))]
+  rows = [[*row, *[None] * (len(columns) - len(row))] for row in rows]
+  # Decimals of a column stand below each other.
+  coarse = [
+    any(isinstance(y, Number) and abs(y) >= LARGE for y in column)
+    for column in zip(*rows, strict=True)
+  ]
+  for name, cells in zip(names, rows, strict=True):
     found = (
-      _cell(value, f'{name}, {column}', top)
-      for value, column in zip(cells, columns, strict=True)
+      _cell(value, f'{name}, {column}', top, large)
+      for value, column, large in zip(cells, columns, coarse, strict=True)
     )
     lines.append(f'<tr><th>{escape(name)}</th>{"".join(found)}</tr>')
   return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
-def _cell(value: Number | str | None, name: str, top: Number | None) -> str:
+def _cell(
+  value: Number | str | None, name: str, top: Number | None, coarse: bool
+) -> str:
   if isinstance(value, str):
     return f'<td class="words">{escape(value)}</td>'
-  style, exact = '', 'no such score'
+  style, exact, text = '', 'no such score', number(value, coarse=coarse)
   if value is not None:
     exact = f'{value:.6g}'
     if top:
       hue = '0,114,200' if value >= 0 else '222,100,20'
       strength = 0.6 * min(abs(value) / top, 1)
       style = f' style="background:rgba({hue},{strength:.2f})"'
-  return f'<td title="{escape(name)}: {exact}"{style}>{number(value)}</td>'
+  return f'<td title="{escape(name)}: {exact}"{style}>{text}</td>'
 
 
 def chart(
@@ -254,7 +272,8 @@ def picture(
   ]
   for at in (0, seq_len // 2, seq_len - 1):
     place = MAP * (at + 0.5) / seq_len
-    parts.append(_text(MAP_LEFT + place, bottom + 12, f'{at:,}'))
+    anchor = 'end' if at == seq_len - 1 else 'middle'
+    parts.append(_text(MAP_LEFT + place, bottom + 12, f'{at:,}', anchor))
     parts.append(_text(MAP_LEFT - 4, 8 + place, f'{at:,}', anchor='end'))
   parts.append(_text(MAP_LEFT + MAP / 2, bottom + 25, 'key'))
   parts.append(_text(-4 - MAP / 2, 11, 'query', turned=True))

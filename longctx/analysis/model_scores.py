@@ -1,5 +1,6 @@
-"""All scores of a model in one pass over some tokens."""
+"""Scores of all attention heads of a model, in one pass over some tokens."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,10 +19,8 @@ Scores = list[dict[str, Array]]
 def of_sequences(
   model: Transformer,
   tokens: Int[Array, 'B T'],
+  context: Context | None = None,
   *,
-  segment_ids: Int[Array, 'B T'] | None = None,
-  step: Int[Array, ''] | int | None = None,
-  placement: Placement | None = None,
   epsilon: float = 0.3,
   with_logits: bool = True,
 ) -> tuple[Scores, Float[Array, 'B T D']]:
@@ -30,9 +29,8 @@ def of_sequences(
   Args:
     model: layers that lack 'analysis' get norms alone.
     tokens: in natural order, one row after the other.
-    segment_ids: documents packed into a row.
-    step: of the training that made the parameters.
-    placement: where to lay them on a mesh; None: on one device.
+    context: their documents, in that order too, the step of the training that
+      made the parameters, and the mesh to lay them on.
     epsilon: of the sink rate.
     with_logits: whether to look at softmax's scores too, see `logits`: as much
       time as the reference of attention takes.
@@ -41,31 +39,23 @@ def of_sequences(
     Per layer, what `heads.positions` asks, `logits.statistics` and `norms`; and
     the head's inputs, in the layout's order.
   """
-  seq_len = tokens.shape[1]
-  place = placer(placement)
+  place, context = placed(context)
   found: Scores = []
-  tokens = place(tokens)
-  if segment_ids is not None:
-    segment_ids = place(segment_ids)
-  options = dict(segment_ids=segment_ids, step=step, placement=placement)
+  options = {'seq_len': tokens.shape[1], 'epsilon': epsilon}
 
-  def hook(index, layer, h, x):
+  def hook(index, layer, h, x, context):
     del index
-    context = hooks.make_context(layer, **options)
-    at = jnp.atleast_2d(context.true_positions(h.shape[1]))
-    real = jnp.broadcast_to(at < seq_len, h.shape[:2])
+    real = hooks.is_real(h, context)
     scores = norms(layer, h, x, real, context)
     if 'analysis' not in layer.unsupported:
-      question = heads.positions(
-        real, context, seq_len=seq_len, epsilon=epsilon
-      )
+      question = heads.positions(real, context, **options)
       scores |= heads.ask(layer, h, [question], context)
       if with_logits:
         scores |= logits.statistics(layer, h, real, context)
     found.append(scores)
     return layer(h, context)
 
-  return found, hooks.run_with_hooks(model, tokens, hook, placement=placement)
+  return found, hooks.run_with_hooks(model, place(tokens), hook, context)
 
 
 def of_repeats(
@@ -75,9 +65,8 @@ def of_repeats(
   previous: Int[Array, 'B T'],
   seen: Any,
   symbols: Int[Array, ' C'],
+  context: Context | None = None,
   *,
-  step: Int[Array, ''] | int | None = None,
-  placement: Placement | None = None,
   width: int | None = None,
 ) -> Scores:
   """Prefix matching, copying and the like, on tokens that come again.
@@ -85,39 +74,32 @@ def of_repeats(
   Args:
     model: layers that lack 'analysis' get empty scores.
     tokens: in natural order, as all of `sequences.Sequences`.
-    classes: of the tokens.
-    previous: class of the token before.
-    seen: whether the token came before.
-    symbols: the token of each class.
-    step: of the training that made the parameters.
-    placement: where to lay them on a mesh; None: on one device.
+    classes, previous, seen, symbols: as there.
+    context: as in `of_sequences`.
     width: columns of a pass, see `probes.weighted_sums`.
   """
-  seq_len, C = tokens.shape[1], symbols.shape[0]
-  place = placer(placement)
-  arrays = [place(y) for y in (tokens, classes, previous, seen)]
+  C = symbols.shape[0]
+  place, context = placed(context)
+  arrays = [place(y) for y in (classes, previous, seen)]
   found: Scores = []
 
-  def hook(index, layer, h, x):
+  def hook(index, layer, h, x, context):
     del index, x
-    context = hooks.make_context(layer, step=step, placement=placement)
-    at = jnp.atleast_2d(context.true_positions(h.shape[1]))
-    real = jnp.broadcast_to(at < seq_len, h.shape[:2])
     if 'analysis' in layer.unsupported:
       found.append({})
       return layer(h, context)
-    placed = heads.Tokens(*arrays[1:], real=real)
+    marked = heads.Tokens(*arrays, real=hooks.is_real(h, context))
     questions = [
-      heads.prefixes(placed, C),
-      heads.neighbours(placed, C, context),
+      heads.prefixes(marked, C),
+      heads.neighbours(marked, C, context),
     ]
     scores = heads.ask(layer, h, questions, context, width=width)
     out = layer.head_outputs(h, context)
-    scores['copying'] = copying(model, layer, h, out, placed, symbols, context)
+    scores['copying'] = copying(model, layer, h, out, marked, symbols, context)
     found.append(scores)
-    return layer.out(out.reshape(*out.shape[:2], -1))
+    return hooks.join_heads(layer, out)
 
-  hooks.run_with_hooks(model, arrays[0], hook, placement=placement)
+  hooks.run_with_hooks(model, place(tokens), hook, context)
   return found
 
 
@@ -196,6 +178,17 @@ def _middle(
   """The median, of at most 65,536 activations spread over all."""
   flat = jnp.where(real[..., None], size, jnp.nan).reshape(-1)
   return jnp.nanmedian(flat[:: max(1, flat.size // 65536)])
+
+
+def placed(
+  context: Context | None,
+) -> tuple[Callable[[Array], Array], Context]:
+  """(lays arrays of natural order out, the context with its documents so)."""
+  context = context or Context()
+  place = placer(context.placement)
+  if context.segment_ids is not None:
+    context = context.replace(segment_ids=place(context.segment_ids))
+  return place, context
 
 
 def placer(placement: Placement | None):

@@ -12,6 +12,7 @@ negative where weights of softmax are not).
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,15 +25,15 @@ from longctx.typing import Array, Float
 class ProbeContext(Context):
   """A context in which a layer has no values but those given to `attend`."""
 
-  @classmethod
-  def like(cls, context: Context) -> 'ProbeContext':
-    """The same context, otherwise."""
-    fields = dataclasses.fields(Context)
-    return cls(**{f.name: getattr(context, f.name) for f in fields})
-
   def values(self, own, given):
     del own
     return given
+
+
+def recast(context: Context, kind: type[Context], **more: Any) -> Any:
+  """The same context as one of another kind."""
+  fields = dataclasses.fields(Context)
+  return kind(**{f.name: getattr(context, f.name) for f in fields}, **more)
 
 
 def weighted_sums(
@@ -104,7 +105,7 @@ def _mixer(
   out = jax.eval_shape(lambda: layer.attend(qkv, context))
   # Some layers join the values of several heads to longer ones.
   joined = out.shape[-1] // v.shape[-1]
-  given = ProbeContext.like(context)
+  given = recast(context, ProbeContext)
 
   def sums(probes: Float[Array, '#B T W']) -> Float[Array, 'B Q N W']:
     values = jnp.broadcast_to(probes, (*x.shape[:2], probes.shape[-1]))

@@ -1,4 +1,4 @@
-"""The analysis of a run as one HTML file, which needs no other."""
+"""HTML report of an analysis: scores and attention maps in one file."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""Sequences to look at heads with: symbols that come again, and where."""
+"""Repeated random sequences, by which induction heads are found."""
 
 import dataclasses
 

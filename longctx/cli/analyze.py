@@ -25,6 +25,7 @@ from longctx.analysis.analyzer import Analyzer
 from longctx.analysis.findings import summary
 from longctx.analysis.maps import pooled_maps
 from longctx.analysis.report import report
+from longctx.attention.context import Context
 from longctx.evaluation import sweep
 from longctx.evaluation.sweep import Sweep
 from longctx.parallel import Placement
@@ -72,9 +73,11 @@ def analyse(
     lambda params: pooled_maps(
       nnx.merge(graph, params),
       batch['tokens'],
-      segment_ids=batch.get('segment_ids'),
-      step=step,
-      placement=job.placement,
+      Context(
+        segment_ids=batch.get('segment_ids'),
+        step=step,
+        placement=job.placement,
+      ),
     )
   )
   found = []

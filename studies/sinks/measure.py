@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from longctx.analysis import hooks, model_scores, probes
+from longctx.attention.context import Context
 from longctx.evaluation import sweep
 from studies.common import write_measured
 
@@ -42,9 +43,8 @@ def measure(workdir: pathlib.Path) -> dict[str, float]:
     layers, hidden = model_scores.of_sequences(model, tokens)
     found = []
 
-    def hook(index, layer, h, x):
+    def hook(index, layer, h, x, context):
       del index, x
-      context = hooks.make_context(layer)
       first = jax.nn.one_hot(jnp.arange(h.shape[1]), 1)[None]
       sums = probes.weighted_sums(layer, h, first, context)
       found.append(sums[..., 0].mean(2))
@@ -52,11 +52,8 @@ def measure(workdir: pathlib.Path) -> dict[str, float]:
 
     hooks.run_with_hooks(model, tokens, hook)
 
-    def evicted(index, layer, h, x):
-      del index, x
-      return layer(h, hooks.make_context(layer, segment_ids=alone))
-
-    without = hooks.run_with_hooks(model, tokens, evicted)
+    evicted = Context(segment_ids=alone)
+    without = model.hidden(model.embed(tokens, evicted), evicted)
     losses = [hooks.token_losses(model, y, labels) for y in (hidden, without)]
     return layers, found[0], losses
 

@@ -127,9 +127,9 @@ def test_silent_heads_say_nothing_or_their_mean():
   assert not np.allclose(found, expected, atol=1e-3)
   # What a silent head says is the same everywhere.
 
-  def hook(index, attention, h, x):
+  def hook(index, attention, h, x, context):
     del x
-    out = attention.head_outputs(h, Context())
+    out = attention.head_outputs(h, context)
     if index == 1:
       out = out.at[:, :, 1].set(out[:, :, 1].mean((0, 1)))
     return attention.out(out.reshape(*out.shape[:2], -1))

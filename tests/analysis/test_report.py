@@ -146,6 +146,14 @@ def test_cells_are_filled_up_with_dashes():
   assert 'title="a, 0: 0.5"' in text
 
 
+def test_decimals_of_a_column_stand_below_each_other():
+  text = markup.table(
+    [[0.5, 0.5], [12.25, 0.25]], names=['a', 'b'], columns=['0', '1']
+  )
+  cells = re.findall(r'<td[^>]*>([^<]*)', text)
+  assert cells == ['0.5', '0.500', '12.2', '0.250']
+
+
 def make(layer):
   config = AttentionConfig(
     d_model=8, num_heads=4, num_kv_heads=4, head_dim=4, value_dim=4

@@ -261,7 +261,7 @@ def test_a_gated_model_is_no_plain_one():
   with pytest.raises(NotImplementedError, match='gated_cache'):
     cache.init(model, batch_size=1, capacity=8)
   with pytest.raises(NotImplementedError, match=r'gate\.keep=0'):
-    run_with_hooks(model, tokens, lambda index, layer, h, x: layer(h))
+    run_with_hooks(model, tokens, lambda *site: site[1](site[2]))
   with pytest.raises(NotImplementedError, match='one question per row'):
     model.loss(**make_batch(), segment_ids=tokens * 0)
   with pytest.raises(ValueError, match=r'gate\.keep=2 is not of a Transformer'):
