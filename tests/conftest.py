@@ -37,6 +37,8 @@ import hypothesis
 import jax
 import pytest
 
+from tests import slow
+
 # Takes effect only before the first use of the backend.
 jax.config.update('jax_num_cpu_devices', 8)
 
@@ -57,6 +59,14 @@ hypothesis.settings.register_profile(
   suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile('longctx')
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """Marks the slow tail, before `-m` deselects it."""
+  for item in items:
+    if slow.pattern_of(item.nodeid):
+      item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope='module')
