@@ -18,6 +18,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+import longctx
+
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = ('recall', 'own_variant', 'ring', 'inside')
 
@@ -158,7 +160,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     add(page, turn_links((ROOT / source).read_text(), source, page))
     for picture in (ROOT / source).parent.glob('*.png'):
       add(picture.relative_to(ROOT).as_posix(), picture.read_bytes())
-  for module in modules():
+  # The docstring of the face is complete once it is imported, at no cost.
+  add('api/longctx.md', f'# longctx\n\n{longctx.__doc__}')
+  for module in modules()[1:]:
     add(f'api/{module}.md', f'# {module}\n\n::: {module}\n')
   with tempfile.TemporaryDirectory() as folder:
     run_notebooks(pathlib.Path(folder))
