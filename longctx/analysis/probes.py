@@ -84,8 +84,8 @@ def importance(
   _, vjp = jax.vjp(sums, probes)
 
   def of_head(head):
-    bar = jnp.zeros(out.shape, out.dtype).at[:, :, head, 0].set(1)
-    return vjp(bar)[0][..., 0]
+    dout = jnp.zeros(out.shape, out.dtype).at[:, :, head, 0].set(1)
+    return vjp(dout)[0][..., 0]
 
   columns = jax.lax.map(of_head, jnp.arange(out.shape[2]))
   return jnp.moveaxis(columns, 0, 1).astype(jnp.float32)

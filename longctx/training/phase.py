@@ -27,7 +27,7 @@ REMEMBERED = (
 # The smallest jump that is called a change.
 MINIMUM = 0.1
 
-Steps = Sequence[int] | np.ndarray
+StepNumbers = Sequence[int] | np.ndarray
 Scores = Sequence[float] | np.ndarray
 
 
@@ -133,7 +133,7 @@ class Change:
 
 
 def estimate_change(
-  steps: Steps, scores: Scores, *, minimum: float = MINIMUM
+  steps: StepNumbers, scores: Scores, *, minimum: float = MINIMUM
 ) -> Change | None:
   """The largest change of a score, None if it changed by less than `minimum`.
 
@@ -230,7 +230,7 @@ def _crossing(
 
 
 def jump_within(
-  steps: Steps, scores: Scores, within: int = 100
+  steps: StepNumbers, scores: Scores, within: int = 100
 ) -> float | None:
   """The largest rise of a score within so many steps.
 

@@ -28,7 +28,7 @@ Batch = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Steps:
+class CompiledSteps:
   """Compiled training and evaluation steps.
 
   Attributes:
@@ -109,7 +109,7 @@ def make_steps(
   config: ExperimentConfig,
   *,
   placement: Placement | None = None,
-) -> Steps:
+) -> CompiledSteps:
   """Makes the compiled functions of a run.
 
   The loss is sum(nll) / sum(weights) over the whole batch, whatever the number
@@ -164,7 +164,7 @@ def make_steps(
   def evaluate(params, batch, step=None):
     return sums(params, batch, step)[1]
 
-  return Steps(jax.jit(train, donate_argnums=0), jax.jit(evaluate))
+  return CompiledSteps(jax.jit(train, donate_argnums=0), jax.jit(evaluate))
 
 
 def _accumulate(grad, params, batch, key, parts):

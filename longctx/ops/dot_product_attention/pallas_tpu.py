@@ -235,7 +235,7 @@ def _run(
     given, index_refs = take(len(inputs)), take(len(indices))
     slopes = take(1)[0] if args.alibi_slopes is not None else None
     dropout = take(2) if args.dropout is not None else None
-    block = kernels.Block(
+    block = kernels.ScoreBlock(
       args.static,
       tiling,
       work.kinds,

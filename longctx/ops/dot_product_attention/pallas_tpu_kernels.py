@@ -52,7 +52,7 @@ def _product(
   )
 
 
-class Block:
+class ScoreBlock:
   """Block of scores of a grid step: where it lies, who reads whom in it.
 
   Made inside of a kernel, from references to what it was given.
@@ -194,7 +194,7 @@ class Block:
 
 
 def dropout_scalars(dropout: Dropout) -> tuple[Any, Any]:
-  """(int32[5], float32[1]): how `Block.dropped` reads a dropout."""
+  """(int32[5], float32[1]): how `ScoreBlock.dropped` reads a dropout."""
   signed = lambda x: lax.bitcast_convert_type(x, jnp.int32)
   words = [signed(x) for x in (dropout.threshold, *dropout.words)]
   words += [dropout.first_batch_row, dropout.first_head]
@@ -202,7 +202,7 @@ def dropout_scalars(dropout: Dropout) -> tuple[Any, Any]:
 
 
 def forward(
-  block: Block,
+  block: ScoreBlock,
   q: Ref,
   k: Ref,
   v: Ref,
@@ -243,7 +243,7 @@ def forward(
     lse[...] = jnp.where(some, found, -jnp.inf)
 
 
-def dq(block: Block, q, k, v, dout, lse, delta, dq, sum_):
+def dq(block: ScoreBlock, q, k, v, dout, lse, delta, dq, sum_):
   """Writes the gradient of a block of queries."""
 
   @pl.when(block.first)
@@ -260,7 +260,7 @@ def dq(block: Block, q, k, v, dout, lse, delta, dq, sum_):
     dq[...] = (sum_[...] * block.static.scale).T.astype(dq.dtype)
 
 
-def dkv(block: Block, q, k, v, dout, lse, delta, dk, dv, dk_sum, dv_sum):
+def dkv(block: ScoreBlock, q, k, v, dout, lse, delta, dk, dv, dk_sum, dv_sum):
   """Writes the gradients of a block of keys and values."""
 
   @pl.when(block.first)
@@ -281,7 +281,7 @@ def dkv(block: Block, q, k, v, dout, lse, delta, dk, dv, dk_sum, dv_sum):
 
 
 def _gradients(
-  block: Block,
+  block: ScoreBlock,
   q: Ref,
   k: Ref,
   v: Ref,

@@ -164,7 +164,7 @@ class CosFormer(FeatureMap):
     is_query: bool,
     positions: Int[Array, '*C T'],
   ) -> Float[Array, '*B T N P']:
-    y = jax.nn.relu(x.astype(_sum_dtype(x)))
+    y = jax.nn.relu(x.astype(_accum_dtype(x)))
     places = jnp.clip(positions, 0, self.max_length - 1)[..., None, None]
     angles = places.astype(y.dtype) * (math.pi / 2 / self.max_length)
     features = [y * jnp.cos(angles), y * jnp.sin(angles)]
@@ -198,7 +198,7 @@ class Hedgehog(FeatureMap):
     # Rows of `kernel` are the inputs of one head after another.
     kernel, bias = parameters['kernel'], parameters['bias']
     kernel = kernel.astype(x.dtype).reshape(N, d, d)
-    y = jnp.einsum('...NH,NHP->...NP', x, kernel).astype(_sum_dtype(x))
+    y = jnp.einsum('...NH,NHP->...NP', x, kernel).astype(_accum_dtype(x))
     y += bias.reshape(N, d)
     features = [jax.nn.softmax(y), jax.nn.softmax(-y)]
     features = jnp.concatenate(features, axis=-1)
@@ -241,7 +241,7 @@ class Taylor(FeatureMap):
     self, x: Float[Array, '*shape H'], *, is_query: bool
   ) -> Float[Array, '*shape P']:
     d = x.shape[-1]
-    y = x.astype(_sum_dtype(x)) / d**0.25
+    y = x.astype(_accum_dtype(x)) / d**0.25
     square = (y[..., :, None] * y[..., None, :]).reshape(*y.shape[:-1], d * d)
     features = [jnp.ones_like(y[..., :1]), y, square / math.sqrt(2)]
     return jnp.concatenate(features, axis=-1).astype(x.dtype)
@@ -296,7 +296,7 @@ class FavorPlus(FeatureMap):
     step: Int[Array, ''] | int | None,
   ) -> Float[Array, '*shape P']:
     d = x.shape[-1]
-    y = x.astype(_sum_dtype(x)) / d**0.25
+    y = x.astype(_accum_dtype(x)) / d**0.25
     if self.redraw_every:
       w = self.redrawn(d, step).astype(y.dtype)
     else:
@@ -382,5 +382,5 @@ def make_feature_map(name: str, **kwargs) -> FeatureMap:
   return FEATURE_MAPS[name](**kwargs)
 
 
-def _sum_dtype(x):
+def _accum_dtype(x):
   return jnp.promote_types(x.dtype, jnp.float32)
