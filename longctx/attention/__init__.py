@@ -111,7 +111,8 @@ def make_layer(
   """
   shared = {key: arguments.pop(key) for key in _SHARED & set(arguments)}
   config = AttentionConfig(d_model=d_model, num_heads=num_heads, **shared)
-  return make_attention(name, config, rngs=rngs, **arguments)
+  layer = make_attention(name, config, rngs=rngs, **arguments)
+  return _without_idle(layer, set(shared))
 
 
 def make_attention(
@@ -144,7 +145,19 @@ def make_attention(
       )
   shared = {key: arguments.pop(key) for key in _SHARED & set(arguments)}
   config = dataclasses.replace(config.resolve(), **shared)
-  return variant(config, rngs=rngs, **arguments)
+  return _without_idle(variant(config, rngs=rngs, **arguments), set(shared))
+
+
+def _without_idle(layer: Attention, given: set[str]) -> Attention:
+  """The layer; raises where fields of the config were given that it ignores."""
+  idle = {'chunk_size'} if layer.recurrence is None else set()
+  idle |= {'block_q', 'block_k'} if layer.mask is None else set()
+  if idle & given:
+    raise ValueError(
+      f'{type(layer).__name__} has nothing that {sorted(idle & given)} would '
+      'set: block_q and block_k are of masks, chunk_size of recurrences'
+    )
+  return layer
 
 
 def parse_layer(layer: str) -> tuple[str, dict]:

@@ -1,4 +1,4 @@
-"""What every variant has to show: one check for each capability.
+"""Conformance of attention variants: one check for each capability.
 
 A check raises where the capability is missing, NotImplementedError where the
 layer refuses. All build the same small layer, whose parameters are all moved

@@ -47,6 +47,14 @@ def test_arguments_are_those_of_the_config_and_of_the_variant():
     make_layer('full', d_model=64, windw=5, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.parametrize(
+  ('variant', 'argument'), [('full', 'chunk_size'), ('linear', 'block_q')]
+)
+def test_an_argument_that_sets_nothing_is_refused(variant, argument):
+  with pytest.raises(ValueError, match=f"nothing that .'{argument}'. would"):
+    make_layer(variant, d_model=16, rngs=nnx.Rngs(0), **{argument: 8})
+
+
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_state_bytes_are_those_of_a_row_of_the_cache(variant):
   layer = make(variant, dtype='bfloat16')
