@@ -26,8 +26,12 @@ def test_reasons_are_for_known_capabilities(variant):
 # What the inner loop leaves to `make test-all`: cells that cost most, for all
 # but a mask, a recurrence and a layer of both, which show them every time.
 SLOW = {
+  'bfloat16',
+  'short',
   'eager',
   'second_derivative',
+  'gqa',
+  'dropout',
   'sharded_decode',
   'short_conv',
   *conformance.MESHES,
