@@ -28,7 +28,7 @@ from longctx.attention.recurrence import Recurrence
 
 # %%
 class WindowAndSteps(Attention):
-  """Softmax over the last 8 tokens, and every 4th of the 32 before."""
+  """Softmax over the last 8 tokens, and every 4th as far as 28 back."""
 
   steps = lc.masks.Dilated(window=8, dilation=4)
   mask = lc.masks.Causal() & (lc.masks.SlidingWindow(7) | steps)
