@@ -284,8 +284,10 @@ def check_mask(mask: Any, T: int | None = None, S: int | None = None) -> None:
     NotImplementedError: an `allowed` that computes in floats.
   """
   if not isinstance(mask, Mask):
+    is_class = isinstance(mask, type)
+    what = f'the class {mask.__name__}' if is_class else type(mask).__name__
     raise TypeError(
-      f'a mask is a rule over positions, and {type(mask).__name__} is no '
+      f'a mask is a rule over positions, and {what} is no '
       'Mask: take one, such as Causal() & SlidingWindow(127), and give what is '
       'packed or padded as q_segment_ids and k_segment_ids'
     )
