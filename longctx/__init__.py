@@ -12,6 +12,7 @@ JAX. There are:
 import glob
 import importlib
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 __version__ = '0.1.0'
@@ -123,15 +124,21 @@ __doc__ += '\n' + '\n'.join(
 )
 
 
+# One thread at a time: modules that import each other in turn are seen half
+# made by a second thread that begins elsewhere.
+_IMPORTING = threading.RLock()
+
+
 def __getattr__(name: str) -> Any:
   if name not in _FACE:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   path, _ = _FACE[name]
   module, _, attribute = path.rpartition('.')
-  if module == __name__:
-    value = importlib.import_module(path)
-  else:
-    value = getattr(importlib.import_module(module), attribute)
+  with _IMPORTING:
+    if module == __name__:
+      value = importlib.import_module(path)
+    else:
+      value = getattr(importlib.import_module(module), attribute)
   globals()[name] = value
   return value
 

@@ -46,6 +46,31 @@ def test_name_resolves_and_help_says_what_it_is_for(name):
   assert getattr(value, '__doc__', None), f'{name} has no docstring'
 
 
+THREADS = """
+import threading
+import jax
+from flax import nnx
+import longctx as lc
+failed = []
+def use(name):
+  try:
+    getattr(lc, name)
+  except BaseException as error:
+    failed.append(f'{name}: {error}')
+threads = [threading.Thread(target=use, args=(name,)) for name in lc.__all__]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(*failed, sep='\\n', end='')
+"""
+
+
+def test_threads_may_use_names_first():
+  done = subprocess.run(
+    [sys.executable, '-c', THREADS], capture_output=True, text=True
+  )
+  assert (done.stdout, done.returncode) == ('', 0), done.stderr
+
+
 def test_help_begins_with_the_table():
   assert 'exact attention under' in pydoc.render_doc(lc).split('CLASSES')[0]
 
