@@ -25,6 +25,8 @@ from longctx.typing import Array, Bool, Float, Int, Shaped
 
 # Where there is no token: later than any query, which causal masks exclude.
 NOWHERE = 2**30
+# So far masks are checked for rows without an end.
+MANY_TOKENS = 2**16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,10 @@ class DecodingContext(Context):
   def dot_product_attention(
     self, q, k, v, *, mask, q_bias=None, k_bias=None, **options
   ):
-    check_mask(mask)
+    # Steps check a mask as far as a cache has slots: what it lets a cache
+    # forget has to hold as far as a row may get.
+    length = self.builder.capacity or MANY_TOKENS
+    check_mask(mask, length if self.builder.is_tracing else None)
     retention = mask.kv_retention()
     if not mask.is_causal:
       self.builder.reads_later.append(mask)

@@ -292,10 +292,13 @@ def check_mask(mask: Any, T: int | None = None, S: int | None = None) -> None:
       'packed or padded as q_segment_ids and k_segment_ids'
     )
   for part in () if T is None else _own_parts(mask):
-    if vars(part) and '__eq__' not in vars(type(part)):
+    compares = '__eq__' in vars(type(part))
+    if (vars(part) and not compares) or any(
+      not field.compare for field in dataclasses.fields(part)
+    ):
       raise TypeError(
-        f'{type(part).__name__} must be a @dataclasses.dataclass(frozen=True): '
-        'otherwise masks that differ count as equal, and share programs'
+        f'{type(part).__name__} must be a @dataclasses.dataclass(frozen=True) '
+        'whose fields all compare: otherwise masks that differ count as equal, and share programs'
       )
     checks.check_declarations(part, T, T if S is None else S)
 

@@ -278,6 +278,24 @@ def test_decoding_needs_to_know_that_a_mask_is_causal():
     layer.cache_spec(20)
 
 
+@dataclasses.dataclass(frozen=True)
+class LateSink(Recent):
+  """A mask that reads a key again which it lets caches forget."""
+
+  def allowed(self, q_positions, k_positions):
+    near = super().allowed(q_positions, k_positions)
+    return near | (k_positions == 40) & (q_positions >= k_positions)
+
+
+@pytest.mark.parametrize('capacity', [100, None])
+def test_false_retention_is_refused_before_a_cache_forgets(capacity):
+  layer = OwnAttention(LateSink(6), rngs=nnx.Rngs(0))
+  # Rows that short never get there.
+  assert {entry.shape[0] for entry in layer.cache_spec(40)} == {6}
+  with pytest.raises(ValueError, match='against kv_retention'):
+    layer.cache_spec(capacity)
+
+
 def declared(
   allowed=lambda self, q, k: (q >= k) & (k % 3 == 0), **declarations
 ):
@@ -385,6 +403,17 @@ def test_masks_that_compare_wrong_are_refused():
   assert Undecorated(3) == Undecorated(5)
   with pytest.raises(TypeError, match=r'dataclass\(frozen=True\)'):
     Undecorated(3).num_allowed(9, 9)
+
+  @dataclasses.dataclass(frozen=True)
+  class Uncompared(masks.Primitive):
+    n: int = dataclasses.field(compare=False)
+
+    def allowed(self, q_positions, k_positions):
+      return q_positions - k_positions < self.n
+
+  assert Uncompared(3) == Uncompared(5)
+  with pytest.raises(TypeError, match='fields all compare'):
+    Uncompared(3).num_allowed(9, 9)
 
 
 @pytest.mark.parametrize(
