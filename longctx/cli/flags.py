@@ -111,6 +111,8 @@ def parse(name: str, argv: Sequence[str]) -> argparse.Namespace:
     )
   if rest and rest[0][:1] != '-':
     modes = [key.split()[1] for key in COMMANDS if key.startswith(f'{name} ')]
+    if rest[0] in modes:
+      raise ValueError(f'mode {rest[0]!r} comes first, before all flags')
     if modes:
       raise ValueError(f'unknown mode {rest[0]!r}; known: {", ".join(modes)}')
     raise ValueError(
@@ -174,7 +176,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     add_help=False,
   )
   for word in command.positional:
-    parser.add_argument('word', choices=[word], help=argparse.SUPPRESS)
+    parser.add_argument(word, choices=[word], help=argparse.SUPPRESS)
   flags = parser.add_argument_group('flags')
   for flag in command.flags:
     _add(flags, flag)

@@ -92,6 +92,7 @@ def test_slip_is_one_clear_line_and_exit_code_2(
   ('name', 'argv', 'message'),
   [
     ('eval', ['swep'], "unknown mode 'swep'; known: sweep, stream, s2a"),
+    ('eval', ['--workdir=x', 'sweep'], "mode 'sweep' comes first"),
     ('eval', ['--mode=s2a'], 'unknown flag --mode=s2a'),
     ('eval', ['--workdir=x', '--batches=0'], '--batches: 0 must be at least 1'),
     ('eval sweep', ['--seq_len=3'], 'unknown flag --seq_len=3'),
@@ -102,6 +103,7 @@ def test_slip_is_one_clear_line_and_exit_code_2(
       '--distractors: invalid integers value',
     ),
     ('eval stream', [], '--workdir=DIR is missing: Take the runs in this'),
+    ('data', [], 'arguments are required: prepare'),
     ('data', ['prepare', '--data_dir=x', 'y'], "unexpected argument 'y'"),
     ('analysis', ['--split=x'], "--split: invalid choice: 'x'"),
     ('plan', [CONFIG], '--topology=GENERATION:SHAPE is missing'),
