@@ -298,7 +298,8 @@ def check_mask(mask: Any, T: int | None = None, S: int | None = None) -> None:
     ):
       raise TypeError(
         f'{type(part).__name__} must be a @dataclasses.dataclass(frozen=True) '
-        'whose fields all compare: otherwise masks that differ count as equal, and share programs'
+        'whose fields all compare: otherwise masks that differ count as '
+        'equal, and share programs'
       )
     checks.check_declarations(part, T, T if S is None else S)
 

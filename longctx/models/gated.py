@@ -22,8 +22,7 @@ class GatedTransformer(Transformer):
 
   is_gated: ClassVar[bool] = True
 
-  def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-    super().__init__(config, rngs=rngs)
+  def _init_between(self, config: TransformerConfig, rngs: nnx.Rngs):
     self.gate = ContextGate(config.gate, config.d_model, rngs=rngs)
 
   @property

@@ -91,11 +91,18 @@ class Transformer(nnx.Module):
     self.blocks = nnx.List(
       [Block(layer, config, rngs=rngs) for layer in config.layers]
     )
+    self._init_between(config, rngs)
     self.norm = _norm(config, rngs)
     if not config.tied_head:
       lecun = nnx.initializers.lecun_normal()
       shape = (config.d_model, config.vocab_size)
       self.head = nnx.Param(lecun(rngs.params(), shape, param_dtype))
+
+  def _init_between(self, config: TransformerConfig, rngs: nnx.Rngs):
+    """Makes what stands between blocks: here nothing.
+
+    A subclass's parameters are drawn here, before those of the head.
+    """
 
   def __call__(
     self,
