@@ -63,16 +63,10 @@ hypothesis.settings.load_profile('longctx')
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-  """Marks the slow tail, before `-m` deselects it, and keeps files together.
-
-  One worker for all of a file, whose tests share fixtures and programs.
-  """
+  """Marks the slow tail, before `-m` deselects it."""
   for item in items:
     if slow.pattern_of(item.nodeid):
       item.add_marker(pytest.mark.slow)
-    if not item.get_closest_marker('xdist_group'):
-      file = item.nodeid.partition('::')[0]
-      item.add_marker(pytest.mark.xdist_group(file))
 
 
 @pytest.fixture(autouse=True, scope='module')

@@ -44,10 +44,8 @@ ALWAYS = ('sliding_window', 'gated_deltanet', 'window_linear')
 
 
 def cell(variant, capability):
-  # One worker for all of a variant, whose checks share compiled programs.
-  marks = [pytest.mark.xdist_group(variant)]
-  if capability in SLOW and variant not in ALWAYS:
-    marks.append(pytest.mark.slow)
+  is_slow = capability in SLOW and variant not in ALWAYS
+  marks = [pytest.mark.slow] if is_slow else []
   name = f'{variant}-{capability}'
   return pytest.param(variant, capability, marks=marks, id=name)
 

@@ -15,7 +15,7 @@ from longctx.evaluation.rewrite import (
   passed,
 )
 from longctx.models.gate import GateConfig
-from longctx.models.transformer import Transformer, TransformerConfig
+from longctx.models import TransformerConfig, make_model
 from longctx.tasks import make_task
 from longctx.tasks.opinions import END, FACT, OPINION, QUERY, SENTENCE
 
@@ -89,7 +89,7 @@ def make_answerer(task, **gate):
     num_heads=2,
     gate=GateConfig(**gate),
   )
-  return Answerer(Transformer(config, rngs=nnx.Rngs(0)), task, chunk=16)
+  return Answerer(make_model(config, rngs=nnx.Rngs(0)), task, chunk=16)
 
 
 def test_every_method_reads_what_it_should(task, monkeypatch):
