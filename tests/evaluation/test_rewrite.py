@@ -14,8 +14,8 @@ from longctx.evaluation.rewrite import (
   parse,
   passed,
 )
-from longctx.models.gate import GateConfig
 from longctx.models import TransformerConfig, make_model
+from longctx.models.gate import GateConfig
 from longctx.tasks import make_task
 from longctx.tasks.opinions import END, FACT, OPINION, QUERY, SENTENCE
 
