@@ -10,7 +10,6 @@ import contextlib
 import json
 import pathlib
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,7 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from longctx.analysis.analyzer import Analyzer
 from longctx.costs.hlo import program_cost
@@ -32,6 +30,7 @@ from longctx.training.errors import NotFiniteError, StoppedError
 from longctx.training.optimizer import make_schedule
 from longctx.training.progress import LINES, Progress, matmul_rate, span
 from longctx.training.runs import Run, open_batches
+from longctx.training.signals import StopRequest
 
 # From this many on a step's time is told beforehand: seconds, on two CPU cores.
 LONG_FLOPS = 1e11
@@ -62,39 +61,6 @@ def train(runs: list[Run], workdir: pathlib.Path) -> dict[str, Any]:
   print(results_lib.table(results))
   print(f'figures: {workdir / "figures"}')
   return results
-
-
-class StopRequest:
-  """Signal handler: notes SIGTERM and SIGINT; a second SIGINT interrupts."""
-
-  def __init__(self):
-    self.signum: int | None = None
-    self._previous = {}
-
-  def __enter__(self) -> 'StopRequest':
-    # With several processes JAX listens, so that all stop at the same step.
-    if jax.process_count() > 1:
-      return self
-    # Python delivers signals to the main thread, and lets no other listen.
-    if threading.current_thread() is threading.main_thread():
-      for signum in (signal.SIGTERM, signal.SIGINT):
-        self._previous[signum] = signal.signal(signum, self._note)
-    return self
-
-  def _note(self, signum, frame):
-    self.signum = signum
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-  def at(self, step: int) -> bool:
-    """Whether to stop at this step, which all processes agree on."""
-    several = jax.process_count() > 1
-    if several and multihost_utils.reached_preemption_sync_point(step):
-      self.signum = signal.SIGTERM
-    return self.signum is not None
-
-  def __exit__(self, *unused):
-    for signum, handler in self._previous.items():
-      signal.signal(signum, handler)
 
 
 def train_run(run: Run, *, stop: StopRequest) -> dict[str, Any]:

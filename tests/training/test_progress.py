@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from longctx.training import metrics, progress, runs, trainer
+from longctx.training import metrics, progress, runs, signals, trainer
 from tests.tiny import tiny_config
 
 
@@ -124,7 +124,7 @@ def test_run_tells_compiling_first_step_evaluating_and_saving(
   monkeypatch.setattr(
     trainer, 'matmul_rate', lambda dtype: made._flops() / 1320
   )
-  made.run(trainer.StopRequest())
+  made.run(signals.StopRequest())
   made.close()
   said = plain.getvalue()
   assert f'a step reads {tokens} tokens in an estimated 22 min' in said

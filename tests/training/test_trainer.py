@@ -17,7 +17,15 @@ import numpy as np
 import pytest
 
 from longctx.training import config as config_lib
-from longctx.training import figures, metrics, phase, runs, steps, trainer
+from longctx.training import (
+  figures,
+  metrics,
+  phase,
+  runs,
+  signals,
+  steps,
+  trainer,
+)
 from longctx.training import results as results_lib
 from longctx.training.config import ExperimentConfig
 from longctx.training.errors import (
@@ -90,7 +98,7 @@ def test_same_command_on_a_finished_run_trains_nothing(finished, capsys):
   assert 'already finished' in capsys.readouterr().err
 
 
-class StopAt(trainer.StopRequest):
+class StopAt(signals.StopRequest):
   """A stop request that comes with the training step `at`."""
 
   def __init__(self, running, at):
@@ -239,7 +247,7 @@ def test_diverged_run_names_the_step_and_keeps_the_last_good_checkpoint(
   with pytest.raises(
     NotFiniteError, match='loss is nan at step 6; checkpoint 4 is the'
   ):
-    running.run(trainer.StopRequest())
+    running.run(signals.StopRequest())
   running.close()
   assert sorted(p.name for p in (tmp_path / 'checkpoints').glob('[0-9]*')) == [
     '2',
