@@ -63,7 +63,8 @@ hypothesis.settings.load_profile('longctx')
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-  """Marks the slow tail, before `-m` deselects it."""
+  """Marks the slow tail, before `-m` deselects it; long files come first."""
+  items.sort(key=lambda item: slow.order_of(item.nodeid))
   for item in items:
     if slow.pattern_of(item.nodeid):
       item.add_marker(pytest.mark.slow)
