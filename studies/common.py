@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from longctx.training import metrics
+from longctx.training import log_files
 from studies.claims import Claim, conclude, table
 from studies.jobs import ROOT, Job, folder_of, run_all
 
@@ -87,8 +87,8 @@ def main(study: Study, argv: list[str] | None = None) -> list[dict[str, Any]]:
   command = f'python -m studies.{study.name}.run' + ' --quick' * args.quick
   claims = study.conclude(rows, command=command, quick=args.quick)
   args.out.mkdir(parents=True, exist_ok=True)
-  metrics.write_lines(args.out / 'results.jsonl', rows)
-  metrics.write_json(args.out / 'results.json', claims)
+  log_files.write_lines(args.out / 'results.jsonl', rows)
+  log_files.write_json(args.out / 'results.json', claims)
   if study.show:
     study.show(rows, args.out)
   print(table(claims))
@@ -153,4 +153,4 @@ def write_measured(
   for flag, default in integers.items():
     parser.add_argument(f'--{flag}', type=int, default=default)
   args = vars(parser.parse_args())
-  metrics.write_json(args['workdir'] / name, measure(**args))
+  log_files.write_json(args['workdir'] / name, measure(**args))

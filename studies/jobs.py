@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from longctx.training import metrics
+from longctx.training import log_files
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -127,7 +127,7 @@ class _Running:
     self.log.close()
     done = {'commands': self.job.commands(str(self.folder))}
     done |= _provenance(self.folder)
-    metrics.write_json(self.folder / 'done.json', done)
+    log_files.write_json(self.folder / 'done.json', done)
     return True
 
   def stop(self):

@@ -6,7 +6,7 @@ python -m studies.plot retrieval copying
 
 import sys
 
-from longctx.training import metrics
+from longctx.training import log_files
 from studies.all import load, names
 
 
@@ -14,7 +14,7 @@ def main(chosen: list[str]):
   for name in chosen or names():
     study = load(name)
     lines = study.folder / 'results.jsonl'
-    rows = metrics.read_lines(lines) if lines.exists() else []
+    rows = log_files.read_lines(lines) if lines.exists() else []
     study.show(rows, study.folder)
     print(f'{study.folder} drawn')
 

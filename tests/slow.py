@@ -57,6 +57,8 @@ SLOW = {
   'tests/docs/test_notebooks.py::*ring*': (),
   'tests/docs/test_pages.py::test_python_block*library*': ('*-0]',),
   'tests/evaluation/test_streaming.py::test_a_stream_goes_on*': (),
+  'tests/evaluation/test_streaming.py::test_a_stream_of_bfloat16*': (),
+  'tests/evaluation/test_streaming.py::test_a_stream_whose*': ('*[[]cut]',),
   'tests/evaluation/test_streaming.py::test_other_tasks*': (),
   'tests/evaluation/test_streaming.py::test_buckets*': ('*[[]sinks]',),
   'tests/models/test_gate.py::test_a_gate_on_a_mesh*': (),

@@ -9,7 +9,7 @@ import pytest
 
 from longctx.attention import VARIANTS
 from longctx.cli import config_file
-from longctx.training import figures, metrics
+from longctx.training import figures, log_files
 from studies import all as all_studies
 from studies import claims, jobs, report
 from studies.claims import Figure
@@ -144,7 +144,7 @@ def run_fake(tmp_path, study, *more):
 
 def test_study_runs_its_jobs_and_writes_its_files(tmp_path):
   found, out = run_fake(tmp_path, fake_study(tmp_path), '--processes=2')
-  lines = metrics.read_lines(out / 'results.jsonl')
+  lines = log_files.read_lines(out / 'results.jsonl')
   assert [line['seed'] for line in lines] == [0, 1, 2]
   assert [line['accuracy'] for line in lines] == [0.9, 0.91, 0.92]
   assert {line['commit'] for line in lines} == {'abc1234'}
@@ -215,7 +215,7 @@ def test_jobs_of_a_study_have_configs_that_load(name, quick, monkeypatch):
 def test_results_of_a_study_are_those_of_its_lines(name):
   """What is committed was made by the claims that the study now has."""
   study = all_studies.load(name)
-  rows = metrics.read_lines(study.folder / 'results.jsonl')
+  rows = log_files.read_lines(study.folder / 'results.jsonl')
   found = json.loads((study.folder / 'results.json').read_text())
   again = study.conclude(rows, command=found[0]['command'])
   assert json.loads(json.dumps(again)) == found
@@ -233,7 +233,7 @@ def test_figure_of_a_study_names_and_tells_apart_whatever_it_draws(
   variants = (ROOT / 'studies/zoo/variants.json').read_text()
   (tmp_path / 'variants.json').write_text(variants)
   lines = study.folder / 'results.jsonl'
-  study.show(metrics.read_lines(lines) if lines.exists() else [], tmp_path)
+  study.show(log_files.read_lines(lines) if lines.exists() else [], tmp_path)
   tables = [folder / 'table.md' for folder in (tmp_path, study.folder)]
   assert tables[0].read_text() == tables[1].read_text()
   (figure,) = drawn

@@ -9,7 +9,6 @@ folder of each.
 """
 
 import dataclasses
-import json
 import pathlib
 import shlex
 from collections.abc import Callable
@@ -29,7 +28,9 @@ from longctx.attention.context import Context
 from longctx.evaluation import sweep
 from longctx.evaluation.sweep import Sweep
 from longctx.parallel import Placement
-from longctx.training import metrics, runs
+from longctx.training import log_files, metrics, runs
+from longctx.training.errors import DamagedFileError
+from longctx.training.metrics_log import read_metrics
 from longctx.training.progress import Progress
 from longctx.training.runs import Run
 
@@ -58,7 +59,7 @@ def analyse(
   job: Job, progress: Progress, *, rows: int, split: str, command: str
 ):
   """Measures a run and writes its page and its numbers."""
-  graph, params, step = job.trained
+  graph, params, step, _ = job.trained
   analyzer = Analyzer(
     graph,
     job.run.model,
@@ -110,12 +111,11 @@ def analyse(
   text = report(
     numbers,
     [None if y is None else np.asarray(y) for y in maps],
-    rows=metrics.read_lines(folder / 'metrics.jsonl'),
+    rows=read_metrics(folder),
     results=results,
   )
-  if metrics.is_writer():
-    job.page.write_text(text)
-  metrics.write_json(job.numbers, numbers)
+  log_files.write_text(job.page, text)
+  log_files.write_json(job.numbers, numbers)
   metrics.say(summary(numbers, results.get('phase_change')))
   metrics.say(f'report: {job.page}')
 
@@ -132,7 +132,14 @@ def _layers(run: Run, model: Any) -> list[dict[str, Any]]:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-  return json.loads(path.read_text()) if path.exists() else {}
+  """What a JSON file of the workdir holds; nothing where it is damaged."""
+  try:
+    return log_files.read_json(path)
+  except FileNotFoundError:
+    return {}
+  except DamagedFileError as error:
+    metrics.say(f'{error}: it is left out')
+    return {}
 
 
 def find_jobs(args) -> list[Job]:

@@ -1,9 +1,9 @@
 """Command-line parser, and errors that end in one clear line.
 
 Exit codes: 2 for a command line, config or workdir that cannot work (nothing
-was compiled), 1 for a run that diverged or whose checkpoints are damaged,
-128 + n for one stopped by signal n, having saved itself. All else is a bug and
-keeps its traceback.
+was compiled), 1 for a run that diverged, whose checkpoints are damaged or whose
+disk is full, 128 + n for one stopped by signal n, having saved itself. All else
+is a bug and keeps its traceback.
 """
 
 import argparse
@@ -20,14 +20,16 @@ from longctx.cli import fields
 from longctx.cli.commands import COMMANDS, REQUIRED, Command, Flag
 from longctx.training.errors import (
   CheckpointError,
+  LockedError,
   NotFiniteError,
   StoppedError,
+  WriteError,
 )
 
 
 def _exit(error: BaseException, code: int):
   message = ' '.join(str(error).split())
-  if isinstance(error, OSError) and error.strerror:
+  if isinstance(error, OSError) and error.filename and error.strerror:
     message = f'{error.filename}: {error.strerror}'
   if isinstance(error, StoppedError):
     print(message, file=sys.stderr)
@@ -46,6 +48,8 @@ def before_compiling() -> Iterator[None]:
     NotImplementedError,
     OSError,
     CheckpointError,
+    LockedError,
+    WriteError,
     absl_flags.Error,
   ) as error:
     _exit(error, 2)
@@ -58,7 +62,7 @@ def while_running() -> Iterator[None]:
     yield
   except StoppedError as error:
     _exit(error, 128 + error.signum)
-  except (NotFiniteError, CheckpointError) as error:
+  except (NotFiniteError, CheckpointError, LockedError, WriteError) as error:
     _exit(error, 1)
 
 

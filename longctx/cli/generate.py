@@ -43,7 +43,7 @@ def prepare(args) -> Callable[[], None]:
   sampling = Sampling(
     temperature=args.temperature, top_k=args.top_k, top_p=args.top_p
   )
-  graph, params, step = sweep.restore(run)
+  graph, params, step, _ = sweep.restore(run)
   generator = Generator(
     nnx.merge(graph, params),
     capacity=int(prompts.lengths[0]) + args.max_new,

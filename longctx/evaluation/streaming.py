@@ -221,7 +221,7 @@ def _read(run, learned, tokens, policy, config) -> list[dict[str, Any]]:
     batch_size=config.rows,
     capacity=end if policy == 'dense' else None,
   )
-  log = _open_log(run, policy, config, learned.step)
+  log = _open_log(run, policy, config, learned)
   cache = log.resume(cache)
 
   @functools.partial(jax.jit, donate_argnames='cache')
@@ -246,14 +246,13 @@ def _read(run, learned, tokens, policy, config) -> list[dict[str, Any]]:
         bar.advance(config.chunk)
       total = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
       seconds = time.perf_counter() - start
-      log.write(begin, stop, total, seconds)
-      log.save(cache, stop)
+      log.write(begin, stop, total, seconds, cache)
   return log.lines
 
 
 def _recompute(run, learned, tokens, policy, config) -> list[dict[str, Any]]:
   """The lines of windows that are read anew."""
-  log = _open_log(run, policy, config, learned.step)
+  log = _open_log(run, policy, config, learned)
   log.resume(None)
   graph = learned.graph
 
@@ -289,14 +288,16 @@ def _recompute(run, learned, tokens, policy, config) -> list[dict[str, Any]]:
 
 
 def _open_log(
-  run: Run, policy: str, config: StreamConfig, step: int
+  run: Run, policy: str, config: StreamConfig, learned: sweep.Parameters
 ) -> StreamLog:
   """The log of a policy, which goes on where its settings are the same."""
   what = dataclasses.asdict(config)
   del what['tokens'], what['policies']
   if policy == 'dense':
     what['end'] = _end(run, policy, config)
-  return StreamLog(run.workdir, policy, {**what, 'step': step})
+  return StreamLog(
+    run.workdir, policy, {**what, **sweep.identity(run, learned)}
+  )
 
 
 def _sums(logits, piece: Piece) -> jax.Array:

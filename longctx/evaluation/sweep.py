@@ -17,9 +17,15 @@ from longctx.training import config as config_lib
 from longctx.training import figures, metrics, steps
 from longctx.training.checkpoint import Checkpointer
 from longctx.training.config import ExperimentConfig
-from longctx.training.errors import CheckpointError
+from longctx.training.errors import CheckpointError, DamagedFileError
+from longctx.training.log_files import JsonLog
 from longctx.training.progress import Progress
-from longctx.training.runs import Run, make_placement, resolve_model
+from longctx.training.runs import (
+  Run,
+  make_placement,
+  read_config,
+  resolve_model,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,9 +69,12 @@ def open_workdir(workdir: pathlib.Path) -> list[Run]:
   path = workdir / 'config.json'
   if not path.exists():
     raise ValueError(f'{workdir} is no workdir of train.py: no config.json')
-  config = config_lib.from_config_dict(
-    ExperimentConfig, json.loads(path.read_text())
-  )
+  try:
+    config = read_config(workdir)
+  except DamagedFileError as error:
+    raise DamagedFileError(
+      f"{error}: run train.py's command again, which writes it anew"
+    ) from error
   if not os.access(workdir, os.W_OK):
     raise PermissionError(13, 'cannot be written', str(workdir))
   found = []
@@ -144,6 +153,8 @@ def evaluate(
 ) -> list[dict[str, Any]]:
   """Measures every run at every value, and writes eval.jsonl and a picture.
 
+  A value is written when it is measured, and not measured again.
+
   Args:
     runs: from `open_workdir`.
     workdir: where eval.jsonl and figures/ go.
@@ -153,26 +164,36 @@ def evaluate(
     batch_size: rows of a batch; 0 takes the one of the run's validation.
 
   Returns:
-    The lines written, one per run and value: parameter, value, accuracy with
-    its 95% interval (low, high), loss (nats), count of scored tokens, examples;
-    of a gate, precision and recall of the relevant tokens.
+    The lines of eval.jsonl, one per run and value: parameter, value, accuracy
+    with its 95% interval (low, high), loss (nats), count of scored tokens,
+    examples; of a gate, precision and recall of the relevant tokens.
   """
   rows = []
+  log = JsonLog(workdir / 'eval.jsonl', keys=('run', 'parameter', 'value'))
+  before = log.rows()
   total = len(runs) * len(sweep.values) * batches
   with Progress('eval', total, unit='batch') as progress:
     for run in runs:
       measure = _Measure(run, progress)
       values = swept_tasks(run, sweep, batch_size=batch_size)
       for value, task in zip(sweep.values, values, strict=True):
-        row = measure(task, split=split, batches=batches, batch_size=batch_size)
-        head = {'run': run.name, 'parameter': sweep.parameter, 'value': value}
-        rows.append({**head, **row})
-        metrics.say(_line(rows[-1]))
-  merge_lines(
-    workdir / 'eval.jsonl',
-    rows,
-    ('run', 'parameter', 'value', 'split', 'step'),
-  )
+        head = {
+          'run': run.name,
+          'parameter': sweep.parameter,
+          'value': value,
+          'split': split,
+          'batches': batches,
+          'batch_size': _rows(run.config, batch_size),
+          **identity(run, measure.learned),
+        }
+        row, again = find_line(before, head), True
+        if row is None:
+          row, again = {**head, **measure(task, head)}, False
+          log.append(row)
+        else:
+          progress.advance(batches)
+        rows.append(row)
+        metrics.say(_line(row) + ', as measured before' * again)
   numbers = all(isinstance(value, (int, float)) for value in sweep.values)
   if sweep.parameter and numbers:
     path = workdir / 'figures' / f'{sweep.parameter}.png'
@@ -202,14 +223,13 @@ def _line(row: dict[str, Any]) -> str:
   )
 
 
-def merge_lines(
-  path: pathlib.Path, rows: list[dict[str, Any]], fields: tuple[str, ...]
-):
-  """Adds lines to a file; a measurement with the same fields is replaced."""
-  key = lambda row: tuple(str(row.get(field)) for field in fields)
-  new = {key(row) for row in rows}
-  old = [row for row in metrics.read_lines(path) if key(row) not in new]
-  metrics.write_lines(path, old + rows)
+def find_line(
+  rows: list[dict[str, Any]], head: dict[str, Any]
+) -> dict[str, Any] | None:
+  """The last line that begins so: the measurement with these settings."""
+  head = json.loads(json.dumps(head))
+  found = [r for r in rows if {key: r.get(key) for key in head} == head]
+  return found[-1] if found else None
 
 
 class Parameters(NamedTuple):
@@ -218,6 +238,7 @@ class Parameters(NamedTuple):
   graph: nnx.GraphDef
   params: Any
   step: int
+  digest: str
 
 
 def restore(run: Run, step: int | None = None) -> Parameters:
@@ -234,7 +255,21 @@ def restore(run: Run, step: int | None = None) -> Parameters:
     checkpointer.close()
   if restored is None:
     raise CheckpointError(f'there is no checkpoint in {run.workdir}')
-  return Parameters(graph, restored.params, restored.step)
+  text = run.task.text_digest
+  if restored.meta.get('text', text) != text:
+    metrics.say(
+      f'the text of the task has changed since {run.workdir} was trained on it'
+    )
+  return Parameters(graph, restored.params, restored.step, restored.digest)
+
+
+def identity(run: Run, learned: Parameters) -> dict[str, Any]:
+  """What tells measurements of a model on a text from those of others."""
+  return {
+    'step': learned.step,
+    'params': learned.digest,
+    'text': run.task.text_digest,
+  }
 
 
 class _Measure:
@@ -242,14 +277,11 @@ class _Measure:
 
   def __init__(self, run: Run, progress: Progress):
     self._run, self._progress = run, progress
-    self._graph, self._params, self._step = restore(run)
+    self.learned = restore(run)
     self._evaluate = {}
 
-  def __call__(
-    self, task: tasks.Task, *, split: str, batches: int, batch_size: int
-  ) -> dict[str, Any]:
-    config = self._run.config
-    batch_size = _rows(config, batch_size)
+  def __call__(self, task: tasks.Task, head: dict[str, Any]) -> dict[str, Any]:
+    config, batch_size = self._run.config, head['batch_size']
     # On the mesh that the run was trained on, in a layout of this length.
     placement = make_placement(config.parallel, task.seq_len)
     # Kept by length, since values of other fields need no new program.
@@ -257,17 +289,17 @@ class _Measure:
     if task.seq_len not in self._evaluate:
       activity = 'compiling'
       self._evaluate[task.seq_len] = steps.make_steps(
-        self._graph, config, placement=placement
+        self.learned.graph, config, placement=placement
       ).evaluate
     measure = self._evaluate[task.seq_len]
     iterator = make_iterator(
       task,
-      split=split,
+      split=head['split'],
       batch_size=batch_size,
       seed=config.seed,
-      num_examples=batches * batch_size,
+      num_examples=head['batches'] * batch_size,
     )
-    step = np.int32(self._step)
+    params, step = self.learned.params, np.int32(self.learned.step)
     try:
       placed = (
         steps.put(steps.with_query_indices(batch), placement)
@@ -276,7 +308,7 @@ class _Measure:
       sums = []
       for batch in placed:
         with self._progress.doing(activity):
-          sums.append(jax.device_get(measure(self._params, batch, step)))
+          sums.append(jax.device_get(measure(params, batch, step)))
         self._progress.advance()
         activity = ''
     finally:
@@ -285,14 +317,12 @@ class _Measure:
       np.array([s[key] for s in sums], np.float64)
       for key in ('loss', 'weight', 'correct')
     )
-    examples = batches * batch_size
+    examples = head['batches'] * batch_size
     low, high = metrics.accuracy_interval(correct, weight, examples)
     total = max(weight.sum(), 1e-9)
     kept = {key: sum(float(s[key]) for s in sums) for key in sums[0]}
     return {
       **gate.shares(kept),
-      'split': split,
-      'step': self._step,
       'accuracy': float(correct.sum() / total),
       'low': low,
       'high': high,

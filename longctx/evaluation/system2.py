@@ -30,6 +30,7 @@ from longctx.evaluation.rewrite import (
 from longctx.tasks.checks import at_least
 from longctx.tasks.opinions import CONDITIONS, UNIT, Opinions
 from longctx.training import figures, metrics
+from longctx.training.log_files import JsonLog
 from longctx.training.progress import Progress
 from longctx.training.runs import Run
 
@@ -38,6 +39,8 @@ WITHOUT_GATE = tuple(name for name in METHODS if name != 'gate')
 # What tells one line of s2a.jsonl from another.
 SETTINGS = ('sentences', 'mentions', 'opinions', 'keep')
 FIELDS = ('run', 'condition', 'distractors', *SETTINGS, 'method')
+# How often it was asked; another measurement of the same.
+ASKED = ('questions', 'batch_size')
 # Of a question's row, where it has them.
 SHARES = ('precision', 'recall', 'dropped', 'opinion', 'invented')
 MEANS = ('read', 'written', 'flops', 'seconds')
@@ -136,6 +139,8 @@ def measure(
 ) -> list[dict[str, Any]]:
   """Asks every run, and writes s2a.jsonl and figures/s2a.png.
 
+  A condition is written when it is measured, and not measured again.
+
   Returns:
     A line per run, condition, number of distractors and method: accuracy with
     its 95% interval (low, high), tokens `read` and `written`, `flops` and
@@ -145,15 +150,14 @@ def measure(
     of the gap from baseline to oracle, where that is a point at least.
   """
   rows = []
+  log = JsonLog(workdir / 's2a.jsonl', keys=FIELDS)
   total = len(runs) * len(config.distractors) * len(config.conditions)
   with Progress('s2a', total, unit='condition') as progress:
     for run in runs:
-      for found in _ask(run, config, progress):
-        add_recovered(found)
+      for found in _ask(run, config, progress, log):
         rows += found
         for row in found:
           metrics.say(_line(row))
-  sweep.merge_lines(workdir / 's2a.jsonl', rows, FIELDS)
   path = workdir / 'figures' / 's2a.png'
   title = figures.describe(runs[0].config.task, (run.model for run in runs))
   draw(rows, path, title=title)
@@ -162,15 +166,15 @@ def measure(
 
 
 def _ask(
-  run: Run, config: S2AConfig, progress: Progress
+  run: Run, config: S2AConfig, progress: Progress, log: JsonLog
 ) -> Iterator[list[dict[str, Any]]]:
   """The lines of a run, for each condition and number of distractors."""
   if config.keep and run.model.gate.keep:
     gate = dataclasses.replace(run.model.gate, keep=config.keep)
     model = dataclasses.replace(run.model, gate=gate)
     run = dataclasses.replace(run, model=model)
-  graph, params, step = sweep.restore(run)
-  model = nnx.merge(graph, params)
+  learned, before = sweep.restore(run), log.rows()
+  model = nnx.merge(learned.graph, learned.params)
   methods = config.methods
   if model.config.gate.keep:
     methods = ('gate',)
@@ -178,21 +182,33 @@ def _ask(
     methods = ('baseline',)
   for n in config.distractors:
     for condition in config.conditions:
-      with progress.doing(f'{run.name or "run"} {condition} {n}'):
+      settings = (*SETTINGS, *ASKED)
+      heads = [
+        {
+          'run': run.name,
+          'condition': condition,
+          'distractors': n,
+          **{name: getattr(config, name) for name in settings},
+          'method': method,
+          **sweep.identity(run, learned),
+        }
+        for method in methods
+      ]
+      found = [sweep.find_line(before, head) for head in heads]
+      if None in found:
         task = task_of(run, config, condition, n)
         asked = questions(task, seed=run.config.seed, count=config.questions)
-        answerer = Answerer(model, task, step=step, chunk=config.chunk)
-        found = [
-          {
-            'run': run.name,
-            'condition': condition,
-            'distractors': n,
-            **{name: getattr(config, name) for name in SETTINGS},
-            'method': method,
-            **summary(answerer, asked, method, config.batch_size),
-          }
-          for method in methods
-        ]
+        answerer = Answerer(model, task, step=learned.step, chunk=config.chunk)
+        with progress.doing(f'{run.name or "run"} {condition} {n}'):
+          measured = [
+            summary(answerer, asked, head['method'], config.batch_size)
+            for head in heads
+          ]
+        # All of a condition anew, for its methods are compared.
+        log.remove(lambda row, found=found: row in found)
+        found = [h | row for h, row in zip(heads, measured, strict=True)]
+        add_recovered(found)
+        log.append(*found)
       progress.advance()
       yield found
 

@@ -22,6 +22,9 @@ from longctx.tasks.task import (
 
 BOS = 256
 
+# Tokens of a piece, and the most pieces, that the digest of a text looks at.
+PIECE, PIECES = 2**16, 4096
+
 # Not the standard library itself, or not shipped by every distribution of it.
 NOT_STDLIB = {
   '__pycache__',
@@ -106,6 +109,10 @@ class BytesLM(Task):
   def chance(self) -> float:
     return commonest_share(self.path, self.tfds_name, self.tfds_data_dir)
 
+  @property
+  def text_digest(self) -> str:
+    return digest_text(self.path, self.tfds_name, self.tfds_data_dir)
+
   def example(self, rng: np.random.Generator) -> Example:
     return self._window(rng, 'train')
 
@@ -175,6 +182,21 @@ def commonest_share(path: str, tfds_name: str, tfds_data_dir: str) -> float:
   for start in range(0, len(text), 2**24):
     counts += np.bincount(text[start : start + 2**24], minlength=257)
   return float(counts[:BOS].max() / counts[:BOS].sum())
+
+
+@functools.lru_cache(maxsize=8)
+def digest_text(path: str, tfds_name: str, tfds_data_dir: str) -> str:
+  """Digest of the text: of its lengths and all of it, or of 4,096 pieces."""
+  digest = hashlib.blake2b(digest_size=8)
+  for split, text in load_text(path, tfds_name, tfds_data_dir).items():
+    digest.update(f'{split} {len(text)} '.encode())
+    starts = np.arange(0, len(text), PIECE)
+    if len(starts) > PIECES:
+      # A file of a terabyte is not read whole at each start.
+      starts = np.linspace(0, len(text) - PIECE, PIECES).astype(np.int64)
+    for start in starts:
+      digest.update(np.ascontiguousarray(text[start : start + PIECE]))
+  return digest.hexdigest()
 
 
 def stdlib_folder() -> pathlib.Path:

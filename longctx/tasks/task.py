@@ -77,6 +77,11 @@ class Task(abc.ABC):
     """Best accuracy that any model can reach."""
     return 1.0
 
+  @property
+  def text_digest(self) -> str:
+    """Tells the text that examples are cut from; '' where fields say all."""
+    return ''
+
   @abc.abstractmethod
   def example(self, rng: np.random.Generator) -> Example:
     """Draws one example, of whichever split."""

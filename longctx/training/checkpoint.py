@@ -10,23 +10,27 @@ A checkpoint is four items: `params` and `opt` (flat dicts of arrays, by path),
 evaluate.
 """
 
+import contextlib
 import dataclasses
+import errno
 import gc
 import hashlib
 import json
+import logging
+import os
 import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from longctx.training.errors import CheckpointError
+from longctx.training.digests import digest, flatten
+from longctx.training.errors import CheckpointError, WriteError
 
 ITEMS = ('params', 'opt', 'data', 'meta')
 
@@ -45,6 +49,7 @@ class Restored:
     opt: the optimizer state likewise; None when only params were asked for.
     data: the data iterator's state.
     meta: what the caller stored beside it.
+    digest: of the parameters, which tells them from others.
   """
 
   step: int
@@ -52,73 +57,7 @@ class Restored:
   opt: Any
   data: Any
   meta: Any
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-  """Leaves by dotted path: {'blocks.0.norm': array, ...}."""
-  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='.'): leaf
-    for path, leaf in leaves
-  }
-
-
-@jax.jit
-def _leaf_digest(x):
-  """Two 32-bit sums of hashed (index, word) pairs, and whether x is finite.
-
-  Each hash is a bijection of the word, so a single changed word always changes
-  both sums; anything else escapes with probability 2**-64. Sums of integers do
-  not depend on order, so neither does the digest on the sharding. Indices come
-  from one iota per axis: flattening a sharded array would gather it.
-  """
-  finite = (
-    jnp.all(jnp.isfinite(x))
-    if jnp.issubdtype(x.dtype, jnp.inexact)
-    else jnp.array(True)
-  )
-  if x.dtype == jnp.bool_:
-    x = x.astype(jnp.uint8)
-  width = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-  words = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
-  index = jnp.zeros(words.shape, jnp.uint32)
-  for axis, size in enumerate(words.shape):
-    iota = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    index = index * jnp.uint32(size) + iota
-
-  def total(seed):
-    # The finaliser of MurmurHash3.
-    z = words ^ (index * jnp.uint32(0x9E3779B1) + jnp.uint32(seed))
-    z = (z ^ (z >> 16)) * jnp.uint32(0x85EBCA6B)
-    z = (z ^ (z >> 13)) * jnp.uint32(0xC2B2AE35)
-    return jnp.sum(z ^ (z >> 16), dtype=jnp.uint32)
-
-  return total(0), total(0x6A09E667), finite
-
-
-def digest(tree: Any) -> tuple[dict[str, list], list[str]]:
-  """Describes each leaf as [shape, dtype, 64-bit digest].
-
-  Returns:
-    (leaves by path, paths of leaves that hold a NaN or an infinity).
-  """
-  leaves = flatten(tree)
-  sums = {
-    path: _leaf_digest(
-      jax.random.key_data(x)
-      if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-      else x
-    )
-    for path, x in leaves.items()
-  }
-  described, bad = {}, []
-  for path, (low, high, finite) in jax.device_get(sums).items():
-    leaf = leaves[path]
-    value = f'{int(high):08x}{int(low):08x}'
-    described[path] = [list(leaf.shape), str(leaf.dtype), value]
-    if not finite:
-      bad.append(path)
-  return described, bad
+  digest: str
 
 
 def _checksum(*values: Any) -> str:
@@ -162,6 +101,8 @@ class Checkpointer:
     """
     self.directory = pathlib.Path(directory).absolute()
     self._say = say
+    # Its errors are raised too, and said in one line.
+    logging.getLogger('absl').addFilter(_without_traceback)
     self._manager = ocp.CheckpointManager(
       self.directory,
       item_handlers={
@@ -177,6 +118,13 @@ class Checkpointer:
     """Steps that have a finished checkpoint, oldest first."""
     return sorted(self._manager.all_steps())
 
+  def written(self) -> list[int]:
+    """Likewise, once those being written have been, or have failed."""
+    with contextlib.suppress(WriteError):
+      self.wait()
+    names = (path.name for path in self.directory.iterdir())
+    return sorted(int(name) for name in names if name.isdigit())
+
   def save(self, step: int, *, params: Any, opt: Any, data: Any, meta: Any):
     """Writes a checkpoint in the background.
 
@@ -188,6 +136,7 @@ class Checkpointer:
     Raises:
       FloatingPointError: a leaf is not finite; nothing is written.
       CheckpointError: Orbax did not take it.
+      WriteError: the disk did not take it, or the one before it.
     """
     leaves = {}
     for name, tree in (('params', params), ('opt', opt)):
@@ -196,15 +145,16 @@ class Checkpointer:
         raise FloatingPointError(f'{name} {bad[0]} is not finite')
     record = {'step': step, 'leaves': leaves, 'user': meta}
     record['checksum'] = _checksum(step, leaves, meta, data)
-    taken = self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardSave(flatten(params)),
-        opt=ocp.args.StandardSave(flatten(opt)),
-        data=ocp.args.JsonSave(data),
-        meta=ocp.args.JsonSave(record),
-      ),
-    )
+    with self._writing():
+      taken = self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          params=ocp.args.StandardSave(flatten(params)),
+          opt=ocp.args.StandardSave(flatten(opt)),
+          data=ocp.args.JsonSave(data),
+          meta=ocp.args.JsonSave(record),
+        ),
+      )
     # Orbax says no by a return value, for a step that is not the newest.
     if not taken:
       raise CheckpointError(
@@ -254,15 +204,18 @@ class Checkpointer:
       )
     return None
 
+  def newest(self) -> tuple[int, Any] | None:
+    """The step of the newest record that can be read, and what it stored."""
+    for step in reversed(self.steps()):
+      with contextlib.suppress(DamagedError):
+        return step, self._read_record(step)[0]['user']
+    return None
+
   def check(self, *, params: Any):
     """Refuses, cheaply, a folder whose checkpoints are of another model."""
-    for step in reversed(self.steps()):
-      try:
-        record, _ = self._read_record(step)
-      except DamagedError:
-        continue
+    if found := self.newest():
+      record, _ = self._read_record(found[0])
       _check_same_model('params', record['leaves']['params'], flatten(params))
-      return
 
   def set_aside_after(self, step: int):
     """Moves checkpoints newer than `step` away, to make room for new ones."""
@@ -317,14 +270,56 @@ class Checkpointer:
       structure = jax.tree.structure(template)
       leaves = [items[name][path] for path in flatten(template)]
       trees[name] = jax.tree.unflatten(structure, leaves)
-    return Restored(step=step, data=data, meta=record['user'], **trees)
+    return Restored(
+      step=step,
+      data=data,
+      meta=record['user'],
+      digest=_checksum(record['leaves']['params'])[:16],
+      **trees,
+    )
 
   def wait(self):
-    """Returns once everything saved is on disk."""
-    self._manager.wait_until_finished()
+    """Returns once everything saved is on disk.
+
+    Raises:
+      WriteError: the disk did not take it.
+    """
+    with self._writing():
+      self._manager.wait_until_finished()
 
   def close(self):
-    self._manager.close()
+    """Waits likewise, and lets go of the folder."""
+    with self._writing():
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Names the folder in the error of a disk that takes no more."""
+    try:
+      yield
+    except Exception as error:
+      reason = _disk_error(error)
+      if reason is None:
+        raise
+      raise WriteError(
+        f'{self.directory} takes no checkpoint: {reason}'
+      ) from error
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+  return not (record.exc_info and 'orbax' in record.pathname)
+
+
+def _disk_error(error: BaseException | None) -> str | None:
+  """What the disk said, through all that Orbax and TensorStore wrap it in."""
+  while error is not None:
+    if isinstance(error, OSError) and error.errno:
+      return os.strerror(error.errno)
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+      if os.strerror(code) in str(error):
+        return os.strerror(code)
+    error = error.__cause__ or error.__context__
+  return None
 
 
 def _attempt(read: Callable[[], Any]) -> Any:

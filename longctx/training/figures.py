@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from longctx.training.log_files import write_whole
+
 Number = float | int
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito).
@@ -142,8 +144,7 @@ def _columns(labels: list[str], room: Number) -> int:
 
 def save(figure: Figure, path: pathlib.Path):
   """Writes a PNG, and the folder that it lies in."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path)
+  write_whole(path, figure.savefig)
 
 
 def middle_and_range(

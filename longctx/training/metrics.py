@@ -1,19 +1,21 @@
-"""Metrics of a run: JSON lines, a progress bar, TensorBoard, versions."""
+"""Metrics of a run: means over steps, intervals of accuracies, versions."""
 
-import json
+import collections
 import os
 import pathlib
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any
 
 import jax
 import numpy as np
 import tqdm
+
+from longctx.models import gate
 
 PACKAGES = (
   'jax',
@@ -40,35 +42,18 @@ def say(message: str):
   sys.stderr.flush()
 
 
-def write_json(path: pathlib.Path, value: Any):
-  """Writes a JSON file whole or not at all."""
-  _replace(path, json.dumps(value, indent=2) + '\n')
-
-
-def _replace(path: pathlib.Path, text: str):
-  if not is_writer():
-    return
-  partial = path.with_name(path.name + '.partial')
-  partial.write_text(text)
-  os.replace(partial, path)
-
-
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The objects of a JSON-lines file; a last line cut short is left out."""
-  rows = []
-  if path.exists():
-    for line in path.read_text().splitlines():
-      try:
-        rows.append(json.loads(line))
-      except json.JSONDecodeError:
-        # Only the line being written when a run was killed can be broken.
-        break
-  return rows
-
-
-def write_lines(path: pathlib.Path, rows: Iterable[dict[str, Any]]):
-  """Writes a JSON-lines file whole or not at all."""
-  _replace(path, ''.join(json.dumps(row) + '\n' for row in rows))
+def means(sums: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+  """Mean loss and accuracy of batches, from their sums over tokens."""
+  totals = collections.Counter()
+  for values in sums:
+    for key, value in jax.device_get(values).items():
+      totals[key] += float(value)
+  weight = max(totals['weight'], 1e-9)
+  return {
+    'loss': totals['loss'] / weight,
+    'accuracy': totals['correct'] / weight,
+    **gate.shares(totals),
+  }
 
 
 class Meter:
@@ -103,15 +88,18 @@ class Meter:
     """Leaves out the time until the end of the next step."""
     self._since = None
 
-  def rates(self) -> dict[str, float]:
-    """Mean loss (nats per scored token), accuracy, tokens per second."""
+  def rates(self) -> dict[str, float | None]:
+    """Mean loss (nats per scored token), accuracy, tokens per second.
+
+    No rate where all steps follow a pause.
+    """
     weight = max(self.sums['weight'], 1e-9)
     return {
       'loss': self.sums['loss'] / weight,
       'accuracy': self.sums['correct'] / weight,
       'tokens_per_second': self._tokens / self._seconds
       if self._seconds
-      else 0.0,
+      else None,
     }
 
   def reset(self):
@@ -128,75 +116,7 @@ class Meter:
     self.sums = {key: float(state[key]) for key in self.KEYS}
 
 
-class MetricsLog:
-  """Appends to metrics.jsonl and, if asked, to TensorBoard."""
-
-  def __init__(
-    self, workdir: pathlib.Path, *, start_step: int, tensorboard: bool
-  ):
-    """Opens the log of a run that continues after `start_step`.
-
-    Lines of later steps are dropped: the run makes those steps again.
-    """
-    self.path = workdir / 'metrics.jsonl'
-    kept = [row for row in read_lines(self.path) if row['step'] <= start_step]
-    write_lines(self.path, kept)
-    self._file = self._board = None
-    if not is_writer():
-      return
-    self._file = self.path.open('a')
-    if tensorboard:
-      self._board = make_summary_writer()(
-        str(workdir / 'tensorboard'), purge_step=start_step + 1
-      )
-
-  def write(self, row: dict[str, Any]):
-    """Appends one object with `step`, `split`, numbers and lists of them."""
-    if self._file is None:
-      return
-    self._file.write(json.dumps(row) + '\n')
-    self._file.flush()
-    if self._board is not None:
-      for key, value in row.items():
-        if key not in ('step', 'split'):
-          for tag, scalar in _scalars(f'{row["split"]}/{key}', value):
-            self._board.add_scalar(tag, scalar, row['step'])
-
-  def close(self):
-    if self._file is not None:
-      self._file.close()
-    if self._board is not None:
-      self._board.close()
-
-
-def _scalars(tag: str, value: Any) -> Iterator[tuple[str, float]]:
-  """The numbers of a value by tag: of a list by place, of a dict by key."""
-  if isinstance(value, int | float):
-    yield tag, value
-  elif isinstance(value, list):
-    for index, item in enumerate(value):
-      yield from _scalars(f'{tag}/{index}', item)
-  elif isinstance(value, dict):
-    for key, item in value.items():
-      yield from _scalars(f'{tag}/{key}', item)
-
-
-def make_summary_writer() -> Callable[..., Any]:
-  """TensorBoard's writer, from the optional dependency.
-
-  Raises:
-    ValueError: it is not installed.
-  """
-  try:
-    import tensorboardX
-  except ImportError as error:
-    raise ValueError(
-      "log.tensorboard=True needs tensorboardX: pip install -e '.[tensorboard]'"
-    ) from error
-  return tensorboardX.SummaryWriter
-
-
-def figures(rates: Mapping[str, float]) -> str:
+def figures(rates: Mapping[str, float | None]) -> str:
   """What `Meter.rates` gives, to read."""
   text = f'loss {rates["loss"]:.4f}  accuracy {rates["accuracy"]:.4f}'
   if rates['tokens_per_second']:

@@ -23,7 +23,9 @@ class OptimizerConfig:
       (arXiv:1908.03265) or 'sgd' (momentum b1).
     learning_rate: the peak, reached after `warmup_steps`.
     schedule: 'constant', 'cosine' and 'linear' (down to `final_factor` of the
-      peak at the last step) or 'step' (to `final_factor` at `step_at`).
+      peak after `schedule_steps`) or 'step' (to `final_factor` at `step_at`).
+    schedule_steps: updates after which 'cosine' and 'linear' are down; 0: those
+      of the run. A run that goes on for more than it began with needs it.
     warmup_steps: updates in which the learning rate rises to its peak.
     final_factor: share of the peak at the end.
     step_at: update from which 'step' takes that share.
@@ -41,6 +43,7 @@ class OptimizerConfig:
   name: str = 'adamw'
   learning_rate: float = 1e-3
   schedule: str = 'cosine'
+  schedule_steps: int = 0
   warmup_steps: int = 0
   final_factor: float = 0.1
   step_at: int = 0
@@ -74,13 +77,23 @@ class OptimizerConfig:
         raise ValueError(
           f'optimizer.{key}={getattr(self, key)} must not be negative'
         )
+    at_least(self, 0, 'schedule_steps', prefix='optimizer.')
     at_least(self, 1, 'accumulation', prefix='optimizer.')
+
+  def end_of_schedule(self, steps: int) -> int:
+    """The update of a run of so many from which its learning rate rests.
+
+    0 where the schedule does not depend on it.
+    """
+    if self.schedule not in ('cosine', 'linear'):
+      return 0
+    return self.schedule_steps or steps
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   """Learning rate by update: a linear warm-up, then the named shape."""
   peak, warmup = config.learning_rate, config.warmup_steps
-  rest = max(steps - warmup, 1)
+  rest = max(config.end_of_schedule(steps) - warmup, 1)
   if config.schedule == 'cosine':
     body = optax.cosine_decay_schedule(peak, rest, alpha=config.final_factor)
   elif config.schedule == 'linear':
@@ -174,7 +187,7 @@ OPTIMIZERS = {
 def make_optimizer(
   config: OptimizerConfig, steps: int
 ) -> optax.GradientTransformation:
-  """Clipping and the named optimizer; `steps` ends the schedule."""
+  """Clipping and the named optimizer of a run of so many steps."""
   optimizer = OPTIMIZERS[config.name](config, make_schedule(config, steps))
   if not config.clip_norm:
     return optimizer

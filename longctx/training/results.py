@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from longctx.tasks import Task
-from longctx.training import phase
+from longctx.training import metrics, phase
+from longctx.training.errors import DamagedFileError
+from longctx.training.log_files import read_json
 
 # Accuracy, as a share of the ceiling, whose step is told: tasks are learned in
 # jumps, so the step says more than the accuracy on either side of it.
@@ -42,15 +45,19 @@ def summary(
       ceiling, None if it never was;
     `phase_change`: the largest change of the validation accuracy, see
       `phase.estimate_change`, None if there was none;
+    `tokens_per_second`: the median of the lines, None where none has a rate;
     `analysis_share`: time spent on analyses for the time spent on updates, from
       the median of each, so without compilations; None without analyses.
   """
   rows = list(rows)
   rates = [r['tokens_per_second'] for r in rows if r['split'] == 'train']
   # Lines whose steps all follow a pause have no rate.
-  rate = float(np.median([r for r in rates if r] or [0.0]))
+  rates = [r for r in rates if r]
+  rate = float(np.median(rates)) if rates else None
   analyses = [r['seconds'] for r in rows if r['split'] == 'analysis']
   validations = [r for r in rows if r['split'] == 'validation']
+  # Lines that were damaged are missing.
+  last = validations[-1] if validations else {}
   learned = (
     r['step'] for r in validations if r['accuracy'] >= LEARNED * task.ceiling
   )
@@ -67,8 +74,8 @@ def summary(
     'bits_per_token': test['loss'] / math.log(2),
     'chance': task.chance,
     'ceiling': task.ceiling,
-    'validation_accuracy': validations[-1]['accuracy'],
-    'validation_loss': validations[-1]['loss'],
+    'validation_accuracy': last.get('accuracy'),
+    'validation_loss': last.get('loss'),
     'steps': steps,
     'steps_to_90': next(learned, None),
     'phase_change': change and dataclasses.asdict(change),
@@ -79,6 +86,19 @@ def summary(
     'analysis_share': share,
     'seed': seed,
   }
+
+
+def read_finished(path: pathlib.Path, step: int) -> dict[str, Any] | None:
+  """What results.json holds of a run of so many steps, if it is whole."""
+  try:
+    results = read_json(path)
+    return results if results['steps'] == step else None
+  except FileNotFoundError:
+    return None
+  except (DamagedFileError, KeyError, TypeError) as error:
+    why = error if isinstance(error, DamagedFileError) else f'{path} is damaged'
+    metrics.say(f'{why}: it is computed again')
+    return None
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:

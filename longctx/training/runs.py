@@ -1,7 +1,7 @@
 """The runs of an experiment: checked as far as that goes without compiling."""
 
+import contextlib
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -15,24 +15,12 @@ from longctx.models import TransformerConfig, validate
 from longctx.parallel import Placement
 from longctx.parallel.layout import SequenceLayout
 from longctx.training import config as config_lib
-from longctx.training import metrics, steps
+from longctx.training import metrics, metrics_log, resumption, steps
 from longctx.training.checkpoint import Checkpointer
 from longctx.training.config import ExperimentConfig, ParallelConfig
-
-# What a run may change between two starts: nothing that moves a parameter.
-FREE_KEYS = (
-  'steps',
-  'eval.',
-  'checkpoint.',
-  'log.',
-  'analysis.',
-  'data.',
-  'model.logits_chunk',
-  'model.remat',
-  'model.implementation',
-  # Not bit for bit, but up to the order of sums.
-  'parallel.',
-)
+from longctx.training.errors import DamagedFileError
+from longctx.training.lock import locked
+from longctx.training.log_files import read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +82,7 @@ def prepare(config: ExperimentConfig, workdir: pathlib.Path) -> list[Run]:
 
   Raises:
     ValueError, NotImplementedError: a config that cannot work.
-    OSError: a workdir that cannot be used.
+    OSError, LockedError, WriteError: a workdir that cannot be used.
     CheckpointError: the workdir holds checkpoints of another model.
   """
   runs = []
@@ -112,7 +100,7 @@ def prepare(config: ExperimentConfig, workdir: pathlib.Path) -> list[Run]:
     for split in tasks.SPLITS:
       open_batches(one, task, split, placement=placement).close()
     if one.log.tensorboard:
-      metrics.make_summary_writer()
+      metrics_log.make_summary_writer()
     runs.append(
       Run(
         name=name,
@@ -123,12 +111,40 @@ def prepare(config: ExperimentConfig, workdir: pathlib.Path) -> list[Run]:
         placement=placement,
       )
     )
-  for run in runs:
-    run.workdir.mkdir(parents=True, exist_ok=True)
-    _check_workdir(run)
-  metrics.write_json(workdir / 'config.json', config_lib.to_dict(config))
-  metrics.write_json(workdir / 'versions.json', metrics.versions())
+  with locked(workdir):
+    _check_names(runs, workdir)
+    done = {run.workdir: _check_workdir(run) for run in runs}
+    configs = {run.workdir: run.config for run in runs} | {workdir: config}
+    finished = all(done[run.workdir] == run.config.steps for run in runs)
+    for folder, one in configs.items():
+      write_json(folder / 'config.json', config_lib.to_dict(one), sealed=True)
+      steps_done, whole = done.get(folder), _is_whole(folder / 'versions.json')
+      if not whole or (steps_done != one.steps and not finished):
+        versions = metrics.versions()
+        write_json(folder / 'versions.json', versions, sealed=True)
   return runs
+
+
+def read_config(workdir: pathlib.Path) -> ExperimentConfig:
+  """The config of a workdir.
+
+  Raises:
+    DamagedFileError: config.json is not what was written.
+    OSError: it cannot be read.
+  """
+  path = workdir / 'config.json'
+  value = read_json(path)
+  try:
+    return config_lib.from_config_dict(ExperimentConfig, value)
+  except (ValueError, TypeError, AttributeError) as error:
+    raise DamagedFileError(f'{path}: {error}') from error
+
+
+def _is_whole(path: pathlib.Path) -> bool:
+  try:
+    return bool(read_json(path))
+  except (DamagedFileError, OSError):
+    return False
 
 
 def check_task(
@@ -181,39 +197,65 @@ def _check_gate(config: ExperimentConfig, task: tasks.Task):
       )
 
 
-def _check_workdir(run: Run):
-  """Refuses a folder that holds another run's checkpoints."""
+def _check_names(runs: list[Run], workdir: pathlib.Path):
+  """Refuses a folder that holds runs which this config does not name."""
+  try:
+    old = config_lib.expand_runs(read_config(workdir))
+  except (DamagedFileError, OSError):
+    return
+  left = old.keys() - {run.name for run in runs}
+  left = [n for n in sorted(left) if _has_checkpoints(workdir / n)]
+  if left:
+    names = ', '.join(name or 'one without a name' for name in left)
+    raise ValueError(
+      f'{workdir} holds runs that config.runs does not name ({names}): name '
+      'them, delete their checkpoints, or give another --workdir'
+    )
+
+
+def _has_checkpoints(folder: pathlib.Path) -> bool:
+  return any((folder / 'checkpoints').glob('[0-9]*'))
+
+
+def _check_workdir(run: Run) -> int:
+  """Refuses a folder that holds another run, and says what changes.
+
+  Returns:
+    Updates made so far, as far as checkpoints can be read.
+  """
+  run.workdir.mkdir(parents=True, exist_ok=True)
   for path in (run.workdir, *run.workdir.glob('*')):
     if not os.access(path, os.R_OK | os.W_OK):
       raise PermissionError(13, 'cannot be read and written', str(path))
-  if not (run.workdir / 'checkpoints').exists():
-    return
-  checkpointer = Checkpointer(run.workdir / 'checkpoints')
-  params = steps.abstract_params(run.model)[1]
-  checkpointer.check(params=params)
-  finished = checkpointer.steps()
-  checkpointer.close()
-  if finished and (run.workdir / 'config.json').exists():
-    _check_same_config(run)
+  if not _has_checkpoints(run.workdir):
+    return 0
+  folder = run.workdir / 'checkpoints'
+  with contextlib.closing(Checkpointer(folder)) as checkpointer:
+    step, stored = checkpointer.newest() or (0, {})
+    if old := _trained_config(run, stored):
+      changes = resumption.check_same_run(
+        old, run.config, step=step, where=run.workdir
+      )
+      if changes:
+        metrics.say(f'{run.name or "train"}: continues with {changes}')
+    resumption.check_same_text(stored, run.task, where=run.workdir)
+    checkpointer.check(params=steps.abstract_params(run.model)[1])
+  return step
 
 
-def _check_same_config(run: Run):
-  path = run.workdir / 'config.json'
-  old = config_lib.from_config_dict(
-    ExperimentConfig, json.loads(path.read_text())
-  )
-  changed = [
-    line
-    for line in config_lib.differences(
-      config_lib.to_dict(old), config_lib.to_dict(run.config)
-    )
-    if not line.startswith(FREE_KEYS)
-  ]
-  if changed:
-    raise ValueError(
-      f'{run.workdir} holds checkpoints of a run with another config '
-      f'({"; ".join(changed[:3])}): give another --workdir, or delete it'
-    )
+def _trained_config(run: Run, stored: dict) -> ExperimentConfig | None:
+  """The config of a run's checkpoints; those of earlier versions lack it."""
+  written = None
+  with contextlib.suppress(FileNotFoundError):
+    try:
+      written = read_config(run.workdir)
+    except DamagedFileError as error:
+      if 'config' not in stored:
+        raise
+      metrics.say(f'{error}: it is written anew, as the checkpoints tell it')
+  if 'config' not in stored:
+    return written
+  return config_lib.from_config_dict(ExperimentConfig, stored['config'])
 
 
 def make_placement(

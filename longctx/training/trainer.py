@@ -5,9 +5,7 @@ checkpoint and ends with the parameters of a run that was never stopped, bit for
 bit on the same mesh, data order included.
 """
 
-import collections
 import contextlib
-import json
 import pathlib
 import signal
 import time
@@ -19,21 +17,23 @@ import numpy as np
 from flax import nnx
 
 from longctx.analysis.analyzer import Analyzer
-from longctx.costs.hlo import program_cost
 from longctx.data.pipeline import BatchIterator
-from longctx.models import gate
 from longctx.training import config as config_lib
-from longctx.training import figures, metrics, phase, steps
+from longctx.training import figures, metrics, phase, step_cost, steps
 from longctx.training import results as results_lib
 from longctx.training.checkpoint import Checkpointer, abstract
-from longctx.training.errors import NotFiniteError, StoppedError
+from longctx.training.errors import (
+  NotFiniteError,
+  StoppedError,
+  WriteError,
+)
+from longctx.training.lock import locked
+from longctx.training.log_files import write_json
+from longctx.training.metrics_log import MetricsLog, read_metrics
 from longctx.training.optimizer import make_schedule
-from longctx.training.progress import LINES, Progress, matmul_rate, span
+from longctx.training.progress import Progress
 from longctx.training.runs import Run, open_batches
 from longctx.training.signals import StopRequest
-
-# From this many on a step's time is told beforehand: seconds, on two CPU cores.
-LONG_FLOPS = 1e11
 
 
 def train(runs: list[Run], workdir: pathlib.Path) -> dict[str, Any]:
@@ -42,22 +42,22 @@ def train(runs: list[Run], workdir: pathlib.Path) -> dict[str, Any]:
   Raises:
     StoppedError: SIGTERM or SIGINT came; what was done is saved.
     NotFiniteError: a loss diverged; the last good checkpoint stays.
+    LockedError: another process trains there.
+    WriteError: the disk is full; the last good checkpoint stays.
   """
-  with StopRequest() as stop:
+  with locked(workdir), StopRequest() as stop:
     results = {run.name: train_run(run, stop=stop) for run in runs}
-  curves = {
-    run.name: metrics.read_lines(run.workdir / 'metrics.jsonl') for run in runs
-  }
-  if not metrics.is_writer():
-    return results
-  if len(runs) > 1:
-    metrics.write_json(workdir / 'results.json', results)
-    figures.training(
-      workdir / 'figures' / 'training.png',
-      curves,
-      results=results,
-      title=figures.describe(runs[0].config.task, (run.model for run in runs)),
-    )
+    if not metrics.is_writer():
+      return results
+    if len(runs) > 1:
+      write_json(workdir / 'results.json', results, sealed=True)
+      models = (run.model for run in runs)
+      figures.training(
+        workdir / 'figures' / 'training.png',
+        {run.name: read_metrics(run.workdir) for run in runs},
+        results=results,
+        title=figures.describe(runs[0].config.task, models),
+      )
   print(results_lib.table(results))
   print(f'figures: {workdir / "figures"}')
   return results
@@ -65,11 +65,13 @@ def train(runs: list[Run], workdir: pathlib.Path) -> dict[str, Any]:
 
 def train_run(run: Run, *, stop: StopRequest) -> dict[str, Any]:
   """Trains one run to its last step and measures it on the test split."""
-  trainer = Trainer(run)
-  try:
-    return trainer.run(stop)
-  finally:
-    trainer.close()
+  with contextlib.ExitStack() as stack:
+    trainer = Trainer(run)
+    stack.callback(trainer.close)
+    try:
+      return trainer.run(stop)
+    except WriteError as error:
+      raise WriteError(f'{error}; {trainer.kept()}') from error
 
 
 class Trainer:
@@ -77,7 +79,7 @@ class Trainer:
 
   def __init__(self, run: Run):
     """Restores the run where it was, or makes its initial state."""
-    config = run.config
+    config, self._run = run.config, run
     self.name, self.config, self.task = run.name, config, run.task
     self.workdir = run.workdir
     self.placement = run.placement
@@ -115,23 +117,25 @@ class Trainer:
     # Processes that share a CPU's collectives can lock each other up when steps
     # are queued.
     self.lockstep = jax.process_count() > 1 and jax.default_backend() == 'cpu'
-    self.step = self._restore()
+    self.step, logged = self._restore()
     self.saved = self.step
-    metrics.write_json(run.workdir / 'config.json', config_lib.to_dict(config))
-    metrics.write_json(run.workdir / 'versions.json', metrics.versions())
-    self.log = metrics.MetricsLog(
-      run.workdir, start_step=self.step, tensorboard=config.log.tensorboard
+    self.log = MetricsLog(
+      run.workdir,
+      start_step=self.step,
+      tensorboard=config.log.tensorboard,
+      saved=logged,
     )
     self.validation: list | None = None
 
   def _open(self, split: str) -> BatchIterator:
     return open_batches(self.config, self.task, split, placement=self.placement)
 
-  def _restore(self) -> int:
+  def _restore(self) -> tuple[int, dict[str, int] | None]:
+    """Updates made so far, and the state of their log."""
     self.checkpointer.remove_unfinished()
     found = self.checkpointer.restore(**abstract(self.state))
     if found is None:
-      return 0
+      return 0, MetricsLog.EMPTY
     self.checkpointer.set_aside_after(found.step)
     self.state = {'params': found.params, 'opt': found.opt}
     self.batches.set_state(found.data)
@@ -140,12 +144,12 @@ class Trainer:
     # Checkpoints of earlier versions lack it.
     if 'detector' in found.meta:
       self.detector.set_state(found.meta['detector'])
-    return found.step
+    return found.step, found.meta.get('log')
 
   def run(self, stop: StopRequest) -> dict[str, Any]:
     """Trains to the last step; returns what results.json holds."""
     config, first = self.config, self.step
-    self._announce()
+    step_cost.announce_run(self._run, first, self.parameters)
     begun, before = time.perf_counter(), self.seconds
     pending = None
     with Progress(
@@ -209,7 +213,9 @@ class Trainer:
   def _update(self, batch: steps.Batch, step: int) -> dict[str, jax.Array]:
     """Makes one update, and says so where it has to be compiled first."""
     first = self.compiled is None
-    expected = self._expect() if first else 0.0
+    expected = 0.0
+    if first:
+      expected = step_cost.expect(self._run, self._flops())
     shapes = tuple(x.shape for x in batch.values())
     activity = contextlib.nullcontext()
     if shapes not in self.shapes:
@@ -224,26 +230,6 @@ class Trainer:
         jax.block_until_ready(values)
     return values
 
-  def _expect(self) -> float:
-    """Says how long a step takes at least, where it takes long: seconds."""
-    flops = self._flops()
-    if flops < LONG_FLOPS or not metrics.is_writer():
-      return 0.0
-    dtype = 'bfloat16' if self.config.model.dtype == 'bfloat16' else 'float32'
-    rate = matmul_rate(dtype)
-    # Virtual devices share what one of them has.
-    if self.placement is not None and jax.default_backend() != 'cpu':
-      rate *= self.placement.mesh.size
-    seconds = flops / rate
-    if seconds > LINES:
-      tokens = self.config.batch_size * self.task.seq_len
-      metrics.say(
-        f'{self.name or "train"}: a step reads {tokens:,} tokens in an '
-        f'estimated {span(seconds)}: {flops:.3g} FLOPs at {rate:.3g} a second, '
-        'as fast as matrix products are here'
-      )
-    return seconds
-
   def _flops(self) -> int:
     return 3 * self.model.flops(self.task.seq_len) * self.config.batch_size
 
@@ -254,38 +240,9 @@ class Trainer:
       return
     train = self.functions.train.lower(self.state, batch, np.int32(0))
     self.compiled = train.compile()
-    cost = program_cost(self.compiled)
-    wire = sum(cost.wire_bytes.values())
-    kinds = ', '.join(
-      f'{kind} {n / 1e6:,.1f}' for kind, n in cost.wire_bytes.items() if n
-    )
-    metrics.say(
-      f'{self.name or "train"}: a step computes {self._flops():.3g} FLOPs '
-      '(three forward passes on allowed pairs), holds '
-      f'{cost.device_bytes / 1e6:,.0f} MB per device and sends '
-      f'{wire / 1e6:,.1f} MB over all wires ({kinds})'
-    )
+    step_cost.announce_program(self._run, self._flops(), self.compiled)
     # At a million tokens one step is a run.
     self.meter.start()
-
-  def _announce(self):
-    where = f'step {self.step} of {self.config.steps}' if self.step else 'new'
-    metrics.say(
-      f'{self.name or "train"}: {where}, {self.parameters:,} parameters, task '
-      f'{self.config.task["name"]} (chance {self.task.chance:.4f}, ceiling '
-      f'{self.task.ceiling:.4f}), {self._devices()}, workdir {self.workdir}'
-    )
-
-  def _devices(self) -> str:
-    kind = jax.devices()[0].device_kind
-    if self.placement is None:
-      return f'1 {kind} device'
-    mesh, layout = self.placement.mesh, self.placement.layout
-    shape = ' x '.join(f'{name} {n}' for name, n in mesh.shape.items())
-    return (
-      f'{mesh.size} {kind} devices ({shape}), {self.placement.scheme}, '
-      f'{layout.name} layout'
-    )
 
   def _note(self, step: int, values: Any):
     """Takes in the metrics of a finished step, and stops at a bad one."""
@@ -313,14 +270,16 @@ class Trainer:
       self.log.write(row)
       self.meter.reset()
 
+  def kept(self) -> str:
+    """What is safe of the run, whatever happens."""
+    written = self.checkpointer.written()
+    if not written:
+      return 'there is no checkpoint yet'
+    return f'checkpoint {written[-1]} is the last good one'
+
   def _not_finite(self, what: str):
-    kept = (
-      f'checkpoint {self.saved} is the last good one'
-      if self.saved
-      else 'there is no checkpoint yet'
-    )
     raise NotFiniteError(
-      f'{what}; {kept}. A lower optimizer.learning_rate, more '
+      f'{what}; {self.kept()}. A lower optimizer.learning_rate, more '
       'optimizer.warmup_steps or a smaller optimizer.clip_norm may help'
     )
 
@@ -352,20 +311,14 @@ class Trainer:
 
   def measure(self, batches: Iterable[steps.Batch]) -> dict[str, float]:
     """Mean loss and accuracy over batches, each token counted once."""
-    totals = collections.Counter()
-    for batch in batches:
-      batch = self._put(batch, training=False)
-      values = self.functions.evaluate(
-        self.state['params'], batch, np.int32(self.step)
+    return metrics.means(
+      self.functions.evaluate(
+        self.state['params'],
+        self._put(batch, training=False),
+        np.int32(self.step),
       )
-      for key, value in jax.device_get(values).items():
-        totals[key] += float(value)
-    weight = max(totals['weight'], 1e-9)
-    return {
-      'loss': totals['loss'] / weight,
-      'accuracy': totals['correct'] / weight,
-      **gate.shares(totals),
-    }
+      for batch in batches
+    )
 
   def _save(self):
     if self.saved == self.step:
@@ -379,6 +332,9 @@ class Trainer:
           'meter': self.meter.state(),
           'seconds': self.seconds,
           'detector': self.detector.state(),
+          'log': self.log.state(),
+          'config': config_lib.to_dict(self.config),
+          'text': self.task.text_digest,
         },
       )
     except FloatingPointError as error:
@@ -398,12 +354,11 @@ class Trainer:
     path = self.workdir / 'results.json'
     with self.progress.doing('saving'):
       self.checkpointer.wait()
-    if first == self.step and path.exists():
-      results = json.loads(path.read_text())
-      if results['steps'] == self.step:
-        metrics.say(f'{self.name or "train"}: already finished')
-        return results
-    rows = metrics.read_lines(self.log.path)
+    finished = first == self.step and results_lib.read_finished(path, first)
+    if finished:
+      metrics.say(f'{self.name or "train"}: already finished')
+      return finished
+    rows = self.log.rows()
     batches = self._open('test')
     with self.progress.doing('evaluating'):
       test = self.measure(batches)
@@ -421,13 +376,14 @@ class Trainer:
       seconds=self.seconds,
       seed=self.config.seed,
     )
-    metrics.write_json(path, results)
     figures.training(
       self.workdir / 'figures' / 'training.png',
       {self.name: rows},
       results={self.name: results},
       title=figures.describe(self.config.task, [self.model.config]),
     )
+    # Last of all, for it says that the run is finished.
+    write_json(path, results, sealed=True)
     return results
 
   def close(self):

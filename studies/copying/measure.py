@@ -27,7 +27,7 @@ TOKENS = 32768
 def measure(workdir: pathlib.Path, strings: int, longest: int) -> dict:
   found = {}
   for run in sweep.open_workdir(workdir):
-    graph, params, _ = sweep.restore(run)
+    graph, params, *_ = sweep.restore(run)
     copied = jax.jit(
       lambda params, tokens, graph=graph: nnx.merge(graph, params)(
         tokens

@@ -16,7 +16,7 @@ ROWS = 64
 
 def measure(workdir: pathlib.Path) -> dict:
   run = sweep.choose(sweep.open_workdir(workdir), '')
-  graph, params, step = sweep.restore(run)
+  graph, params, step, _ = sweep.restore(run)
   analyzer = Analyzer(
     graph, run.model, run.task, rows=ROWS, seed=run.config.seed
   )

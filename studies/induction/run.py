@@ -9,7 +9,7 @@ is looked for in layers of other kinds. One to two minutes each on one CPU core.
 --quick trains the first three from one seed.
 """
 
-from longctx.training import metrics
+from longctx.training import log_files
 from longctx.training.phase import jump_within
 from studies.claims import of, of_run
 from studies.common import Job, Study, main, read
@@ -64,7 +64,7 @@ def measure(job, workdir) -> dict:
   results, found = read(workdir), read(workdir, 'measured.json')
   curve = [
     (row['step'], row['accuracy'])
-    for row in metrics.read_lines(workdir / 'metrics.jsonl')
+    for row in log_files.read_lines(workdir / 'metrics.jsonl')
     if row['split'] == 'validation'
   ]
   keys = ('prefix_matching', 'previous_token', 'ablation')

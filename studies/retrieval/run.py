@@ -18,7 +18,7 @@ import pathlib
 import numpy as np
 
 from longctx.analysis.capacity import capacity, most_recalled
-from longctx.training import metrics
+from longctx.training import log_files
 from studies.claims import Figure, of, of_run
 from studies.common import Job, Study, main, read
 from studies.retrieval import plot
@@ -108,7 +108,7 @@ def size(name: str, workdir: pathlib.Path) -> dict:
 
 def curve(name: str, workdir: pathlib.Path) -> dict:
   """Validation accuracy along the training, and that of the test split."""
-  lines = metrics.read_lines(workdir / 'metrics.jsonl')
+  lines = log_files.read_lines(workdir / 'metrics.jsonl')
   lines = [row for row in lines if row['split'] == 'validation']
   found = read(workdir)
   return {

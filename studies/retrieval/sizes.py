@@ -43,7 +43,7 @@ def accuracies(run: Run, loads: list[int], *, batches: int) -> list[float]:
   All loads have one program: `evaluate.evaluate` would compile one for each
   number of scored places.
   """
-  graph, params, step = sweep.restore(run)
+  graph, params, step, _ = sweep.restore(run)
   evaluate = steps.make_steps(graph, run.config).evaluate
   found = []
   for n in loads:

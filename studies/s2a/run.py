@@ -8,7 +8,7 @@ every method in every condition, more distractors than in training, a crowd of
 opinions, and contexts of 65,536 tokens.
 """
 
-from longctx.training import metrics
+from longctx.training import log_files
 from studies.claims import Figure, largest, least, of_run
 from studies.common import Job, Study, main
 from studies.s2a.plot import show
@@ -88,7 +88,7 @@ def jobs(seed: int, quick: bool) -> list[Job]:
 
 def measure(job: Job, workdir) -> list[dict]:
   found = []
-  for row in metrics.read_lines(workdir / 's2a.jsonl'):
+  for row in log_files.read_lines(workdir / 's2a.jsonl'):
     model = 'even' if job.run == 'even' else row['run']
     found.append({**row, 'model': model, 'run': name_of({**row, 'run': model})})
   return found

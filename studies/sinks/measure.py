@@ -23,7 +23,7 @@ ROWS = 256
 
 def measure(workdir: pathlib.Path) -> dict[str, float]:
   run = sweep.choose(sweep.open_workdir(workdir), '')
-  graph, params, _ = sweep.restore(run)
+  graph, params, *_ = sweep.restore(run)
   examples = [run.task.get(run.config.seed, 'test', i) for i in range(ROWS)]
   tokens, labels = (
     np.stack([getattr(example, name) for example in examples])

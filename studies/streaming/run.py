@@ -14,7 +14,7 @@ import pathlib
 import numpy as np
 
 from longctx.evaluation import sweep
-from longctx.training import metrics
+from longctx.training import log_files
 from studies.claims import Figure, of
 from studies.common import Job, Study, main
 from studies.streaming import plot
@@ -39,7 +39,7 @@ def jobs(seed: int, quick: bool) -> list[Job]:
 
 def measure(job: Job, workdir: pathlib.Path) -> dict:
   """What a seed shows, in nats per byte."""
-  short = metrics.read_lines(workdir / 'short.jsonl')
+  short = log_files.read_lines(workdir / 'short.jsonl')
   short = {
     name: [row for row in short if row['policy'] == name] for name in POLICIES
   }
@@ -49,7 +49,7 @@ def measure(job: Job, workdir: pathlib.Path) -> dict:
   # Within the trained length nothing has left.
   found['dense_trained'] = short['dense'][1]['loss']
   found['curves'] = short
-  lines = metrics.read_lines(workdir / 'stream.jsonl')
+  lines = log_files.read_lines(workdir / 'stream.jsonl')
   endless = [row for row in lines if row['policy'] == 'sinks']
   if endless[-1]['end'] > BUCKET:
     task = sweep.choose(sweep.open_workdir(workdir), '').task

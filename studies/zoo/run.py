@@ -11,7 +11,7 @@ variants.json, from which zoo.png is drawn.
 import json
 import pathlib
 
-from longctx.training import metrics
+from longctx.training import log_files
 from studies.claims import of, spread
 from studies.common import Job, Study, by_run, main, read
 from studies.zoo import plot
@@ -59,7 +59,7 @@ def show(rows, folder: pathlib.Path):
   # The lines of each seed were not kept when what is committed was measured.
   path = folder / 'variants.json'
   if rows:
-    metrics.write_json(path, by_variant(rows))
+    log_files.write_json(path, by_variant(rows))
   plot.show(json.loads(path.read_text()), folder)
 
 

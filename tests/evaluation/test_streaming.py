@@ -1,6 +1,8 @@
 """Streams: what is measured is the model under a policy's mask."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from longctx.data.token_stream import TokenStream
 from longctx.evaluation import streaming, sweep
 from longctx.evaluation.streaming import StreamConfig, evaluate_stream
 from longctx.tasks.bytes_lm import BOS
-from longctx.training import metrics, runs, steps, trainer
+from longctx.training import log_files, runs, steps, trainer
 from tests.tiny import tiny_config
 
 CONFIG = StreamConfig(
@@ -104,8 +106,92 @@ def test_a_stream_goes_on_where_it_stopped(run):
   assert rows[-1]['loss'] == whole[-1]['loss']
   both = np.mean([row['loss'] for row in rows[2:4]])
   np.testing.assert_allclose(both, whole[2]['loss'], rtol=1e-5)
-  lines = metrics.read_lines(run.workdir / 'stream.jsonl')
+  lines = log_files.read_lines(run.workdir / 'stream.jsonl')
   assert [row for row in lines if row['policy'] == 'sinks'] == rows
+
+
+def flip(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+def change_leaf(path):
+  """Other numbers in the cache, in a file that is whole."""
+  with np.load(path) as saved:
+    arrays = dict(saved)
+  arrays['leaf1'] = arrays['leaf1'][::-1]
+  np.savez(path, **arrays)
+
+
+def without_seconds(rows):
+  drop = ('seconds', 'peak_memory')
+  return [{k: v for k, v in row.items() if k not in drop} for row in rows]
+
+
+@pytest.fixture(scope='module')
+def streamed(run):
+  """The lines of a stream that nothing befell."""
+  config = dataclasses.replace(CONFIG, policies=('sinks',), slots=5)
+  rows = evaluate_stream(run, config)['sinks']
+  shutil.rmtree(run.workdir / 'stream')
+  (run.workdir / 'stream.jsonl').unlink()
+  return config, without_seconds(rows)
+
+
+@pytest.mark.parametrize(
+  'harm', [flip, change_leaf, Path.unlink, 'cut', 'lost']
+)
+def test_a_stream_whose_files_disagree_ends_like_any_other(
+  run, streamed, harm, capsys
+):
+  config, whole = streamed
+  lines, state = run.workdir / 'stream.jsonl', run.workdir / 'stream/sinks.npz'
+  lines.unlink(missing_ok=True)
+  state.unlink(missing_ok=True)
+  evaluate_stream(run, dataclasses.replace(config, tokens=32))
+  capsys.readouterr()
+  if harm == 'cut':
+    lines.write_bytes(lines.read_bytes()[:-300])
+  elif harm == 'lost':
+    lines.unlink()
+  else:
+    harm(state)
+  rows = evaluate_stream(run, config)['sinks']
+  assert without_seconds(rows) == whole
+  found = [r for r in log_files.read_lines(lines) if r['policy'] == 'sinks']
+  assert without_seconds(found) == whole
+  said = capsys.readouterr().err
+  if harm in ('cut', 'lost'):
+    assert f'{1 if harm == "cut" else 3} lines are written again' in said
+  else:
+    assert f'{state} is ' in said
+    assert '3 lines are moved to stream.jsonl.old' in said
+
+
+def test_lines_of_other_settings_are_kept_beside(run, capsys):
+  config = dataclasses.replace(CONFIG, policies=('recompute',), tokens=16)
+  rows = evaluate_stream(run, config)['recompute']
+  evaluate_stream(run, dataclasses.replace(config, recomputed=2))
+  assert 'its settings are others' in capsys.readouterr().err
+  old = log_files.read_lines(run.workdir / 'stream.jsonl.old')
+  assert [row for row in old if row in rows] == rows
+
+
+def test_a_stream_of_bfloat16_goes_on(run, tmp_path):
+  config = dataclasses.replace(
+    run.config,
+    model=dataclasses.replace(
+      run.config.model, dtype='bfloat16', param_dtype='bfloat16'
+    ),
+  )
+  trainer.train(runs.prepare(config, tmp_path), tmp_path)
+  half = sweep.choose(sweep.open_workdir(tmp_path), '')
+  config = dataclasses.replace(CONFIG, policies=('sinks',))
+  whole = without_seconds(evaluate_stream(half, config)['sinks'])
+  shutil.rmtree(tmp_path / 'stream')
+  evaluate_stream(half, dataclasses.replace(config, tokens=32))
+  assert without_seconds(evaluate_stream(half, config)['sinks']) == whole
 
 
 def test_text_begins_anew_where_it_ends(run):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from longctx import tasks
 from longctx.data.pipeline import make_iterator
 from longctx.evaluation import sweep
-from longctx.training import metrics, runs, steps, trainer
+from longctx.training import log_files, metrics, runs, steps, trainer
 from tests.tiny import tiny_config
 
 
@@ -46,8 +47,64 @@ def test_sweep_reaches_beyond_the_trained_length_and_is_drawn(workdir):
   assert [row['value'] for row in rows] == [16, 64]
   assert (folder / 'figures' / 'seq_len.png').stat().st_size > 5000
   run_sweep(folder, 'seq_len=64', batches=2)
-  lines = metrics.read_lines(folder / 'eval.jsonl')
+  lines = log_files.read_lines(folder / 'eval.jsonl')
   assert [line['value'] for line in lines if line['parameter']] == [16, 64]
+
+
+class StoppedHere(Exception):
+  pass
+
+
+def test_a_value_is_written_when_it_is_measured_and_not_measured_again(
+  workdir, monkeypatch, capsys
+):
+  folder, _ = workdir
+  measure, calls = sweep._Measure.__call__, []
+
+  def counted(self, task, head):
+    if len(calls) == 2:
+      raise StoppedHere
+    calls.append(head['value'])
+    return measure(self, task, head)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(sweep._Measure, '__call__', counted)
+    with pytest.raises(StoppedHere):
+      run_sweep(folder, 'num_pairs=1,2,3', batches=1)
+  lines = log_files.read_lines(folder / 'eval.jsonl')
+  before = [row for row in lines if row['parameter'] == 'num_pairs']
+  assert [row['value'] for row in before] == calls == [1, 2]
+  capsys.readouterr()
+  rows = run_sweep(folder, 'num_pairs=1,2,3', batches=1)
+  assert rows[:2] == before
+  assert capsys.readouterr().err.count('as measured before') == 2
+  # More batches are another measurement.
+  run_sweep(folder, 'num_pairs=1', batches=2)
+  assert 'as measured before' not in capsys.readouterr().err
+
+
+def test_a_damaged_line_is_measured_again(workdir, capsys):
+  folder, _ = workdir
+  rows = run_sweep(folder, 'num_pairs=2,3', batches=1)
+  path = folder / 'eval.jsonl'
+  lines = path.read_bytes().splitlines(keepends=True)
+  lines[-1] = lines[-1].replace(b'0', b'1', 1)
+  path.write_bytes(b''.join(lines))
+  assert run_sweep(folder, 'num_pairs=2,3', batches=1) == rows
+  assert f'{path}: line {len(lines)} is damaged' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('text', ['', '{"seed": ', '[]'])
+def test_a_damaged_config_is_one_line_that_says_what_to_do(
+  workdir, tmp_path, text
+):
+  path = shutil.copytree(workdir[0], tmp_path / 'copy') / 'config.json'
+  path.write_text(text)
+  with pytest.raises(
+    ValueError, match=r"run train\.py's command again"
+  ) as error:
+    sweep.open_workdir(path.parent)
+  assert str(path) in str(error.value) and '\n' not in str(error.value)
 
 
 def weights_at(T, *rows):
@@ -158,4 +215,4 @@ def test_interval_of_a_perfect_score_counts_examples_not_tokens():
 def test_line_cut_short_by_a_kill_is_left_out(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   path.write_text(json.dumps({'step': 1}) + '\n{"step": 2, "lo')
-  assert metrics.read_lines(path) == [{'step': 1}]
+  assert log_files.read_lines(path) == [{'step': 1}]

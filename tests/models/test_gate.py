@@ -20,7 +20,7 @@ from longctx.models.gate import GateConfig, choose, ends_of
 from longctx.parallel import Placement
 from longctx.parallel.layout import SequenceLayout
 from longctx.training.config import ExperimentConfig, from_config_dict
-from longctx.training.metrics import read_lines
+from longctx.training.log_files import read_lines
 from longctx.training.runs import prepare
 from longctx.training.trainer import train
 from tests.tiny import tiny_layer

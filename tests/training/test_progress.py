@@ -9,7 +9,14 @@ import types
 
 import pytest
 
-from longctx.training import metrics, progress, runs, signals, trainer
+from longctx.training import (
+  metrics,
+  progress,
+  runs,
+  signals,
+  step_cost,
+  trainer,
+)
 from tests.tiny import tiny_config
 
 
@@ -119,10 +126,10 @@ def test_run_tells_compiling_first_step_evaluating_and_saving(
   )
   monkeypatch.setattr(made, '_validate', slow('evaluating', made._validate))
   monkeypatch.setattr(made, '_save', slow('saving', made._save))
-  monkeypatch.setattr(trainer, 'LONG_FLOPS', 1.0)
-  monkeypatch.setattr(trainer, 'LINES', 0.0)
+  monkeypatch.setattr(step_cost, 'LONG_FLOPS', 1.0)
+  monkeypatch.setattr(step_cost, 'LINES', 0.0)
   monkeypatch.setattr(
-    trainer, 'matmul_rate', lambda dtype: made._flops() / 1320
+    step_cost, 'matmul_rate', lambda dtype: made._flops() / 1320
   )
   made.run(signals.StopRequest())
   made.close()
