@@ -46,6 +46,7 @@ class Command:
     flags: in the order of --help.
     positional: words that must come first.
     prefixes: of arguments that go into `args.overrides`, in their order.
+    after_stop: what an interrupted call has left, in the words of a user.
   """
 
   prog: str
@@ -54,6 +55,7 @@ class Command:
   flags: tuple[Flag, ...]
   positional: tuple[str, ...] = ()
   prefixes: tuple[str, ...] = ()
+  after_stop: str = ''
 
 
 def at_least(smallest: int) -> Callable[[str], int]:
@@ -266,6 +268,7 @@ COMMANDS = {
     text='train what a config file describes, or continue it',
     flags=TRAIN,
     prefixes=('config',),
+    after_stop='the same command continues from the last checkpoint',
   ),
   'eval': Command(
     prog='python eval.py',
@@ -285,6 +288,7 @@ COMMANDS = {
     module='stream',
     text='... on an endless stream, in constant memory',
     flags=STREAM,
+    after_stop='the same command goes on after the last bucket',
   ),
   'eval s2a': Command(
     prog='python eval.py s2a',
@@ -303,6 +307,7 @@ COMMANDS = {
     module='prepare',
     text='write a task as a TFDS dataset (ArrayRecord)',
     flags=PREPARE,
+    after_stop='nothing is left behind; the same command begins anew',
     positional=('prepare',),
     prefixes=('config', 'task'),
   ),

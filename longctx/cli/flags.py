@@ -1,9 +1,9 @@
 """Command-line parser, and errors that end in one clear line.
 
 Exit codes: 2 for a command line, config or workdir that cannot work (nothing
-was compiled), 1 for a run that diverged, whose checkpoints are damaged or whose
-disk is full, 128 + n for one stopped by signal n, having saved itself. All else
-is a bug and keeps its traceback.
+was compiled), 1 for a run that diverged, whose checkpoints or data are damaged
+or whose disk is full, 128 + n for one stopped by signal n. All else is a bug
+and keeps its traceback.
 """
 
 import argparse
@@ -11,13 +11,18 @@ import ast
 import contextlib
 import difflib
 import importlib
+import os
+import select
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 
 from absl import flags as absl_flags
 
 from longctx.cli import fields
 from longctx.cli.commands import COMMANDS, REQUIRED, Command, Flag
+from longctx.data.errors import DamagedDataError
 from longctx.training.errors import (
   CheckpointError,
   LockedError,
@@ -28,9 +33,10 @@ from longctx.training.errors import (
 
 
 def _exit(error: BaseException, code: int):
-  message = ' '.join(str(error).split())
-  if isinstance(error, OSError) and error.filename and error.strerror:
-    message = f'{error.filename}: {error.strerror}'
+  message = ' '.join(str(error).split()) or type(error).__name__
+  if isinstance(error, OSError) and error.strerror:
+    where = f'{error.filename}: ' if error.filename else ''
+    message = where + error.strerror
   if isinstance(error, StoppedError):
     print(message, file=sys.stderr)
   else:
@@ -38,11 +44,71 @@ def _exit(error: BaseException, code: int):
   sys.exit(code)
 
 
+class _Signalled(KeyboardInterrupt):
+  """A signal that would have ended the process without a word."""
+
+
+def _raise(signum, frame):
+  raise _Signalled(signum)
+
+
+@contextlib.contextmanager
+def _quiet_end(after_stop: str = '') -> Iterator[None]:
+  """Turns a signal into one line, and output that nobody reads into none."""
+  previous = {}
+  if threading.current_thread() is threading.main_thread():
+    previous = {
+      signum: signal.signal(signum, _raise)
+      for signum in (signal.SIGTERM, signal.SIGHUP)
+      # `nohup` wants no end.
+      if signal.getsignal(signum) == signal.SIG_DFL
+    }
+  try:
+    yield
+    sys.stdout.flush()
+  except KeyboardInterrupt as error:
+    signum = error.args[0] if isinstance(error, _Signalled) else signal.SIGINT
+    words = [f'{signal.Signals(signum).name}: interrupted', after_stop]
+    print('; '.join(filter(None, words)), file=sys.stderr)
+    sys.exit(128 + signum)
+  except BrokenPipeError:
+    if not any(map(_is_closed, (1, 2))):
+      raise
+    # Python flushes once more at its end.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for fd in filter(_is_closed, (1, 2)):
+      os.dup2(nowhere, fd)
+    sys.exit(128 + signal.SIGPIPE)
+  finally:
+    for signum, handler in previous.items():
+      signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def _later() -> Iterator[None]:
+  """Holds signals back: Python may lose an exception within an import."""
+  signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _is_closed(fd: int) -> bool:
+  """Whether nobody reads what is written there."""
+  poll = select.poll()
+  poll.register(fd, 0)
+  return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 @contextlib.contextmanager
 def before_compiling() -> Iterator[None]:
   """Turns what is wrong with flags, config or workdir into one line."""
   try:
     yield
+  except BrokenPipeError:
+    raise
   except (
     ValueError,
     NotImplementedError,
@@ -62,7 +128,13 @@ def while_running() -> Iterator[None]:
     yield
   except StoppedError as error:
     _exit(error, 128 + error.signum)
-  except (NotFiniteError, CheckpointError, LockedError, WriteError) as error:
+  except (
+    NotFiniteError,
+    CheckpointError,
+    DamagedDataError,
+    LockedError,
+    WriteError,
+  ) as error:
     _exit(error, 1)
 
 
@@ -71,9 +143,17 @@ def main(argv: list[str]) -> int:
   name, rest = ' '.join(argv[:2]), argv[2:]
   if name not in COMMANDS:
     name, rest = ' '.join(argv[:1]), argv[1:]
-  if name in COMMANDS:
-    run(name, rest)
-    return 0
+  try:
+    with _quiet_end(COMMANDS[name].after_stop if name in COMMANDS else ''):
+      return run(name, rest) if name in COMMANDS else _list(name)
+  except BaseException as error:
+    # Not imported by --help and what is misspelt.
+    if processes := sys.modules.get('longctx.parallel.processes'):
+      processes.part(error)
+    raise
+
+
+def _list(name: str) -> int:
   asked = name in ('', '-h', '--help')
   out = sys.stdout if asked else sys.stderr
   if not asked:
@@ -84,14 +164,16 @@ def main(argv: list[str]) -> int:
   return 0 if asked else 2
 
 
-def run(name: str, argv: Sequence[str]):
+def run(name: str, argv: Sequence[str]) -> int:
   """Runs one of COMMANDS."""
   with before_compiling():
     args = parse(name, argv)
-    module = importlib.import_module(f'longctx.cli.{COMMANDS[name].module}')
+    with _later():
+      module = importlib.import_module(f'longctx.cli.{COMMANDS[name].module}')
     work = module.prepare(args)
   with while_running():
     work()
+  return 0
 
 
 def parse(name: str, argv: Sequence[str]) -> argparse.Namespace:

@@ -9,11 +9,11 @@ from longctx.parallel.halo import short_conv
 from longctx.parallel.mesh import (
   ensure_devices,
   has_accelerator,
-  join_processes,
   make_mesh,
   topology_mesh,
 )
 from longctx.parallel.placement import Placement, sequence_axes
+from longctx.parallel.processes import join_processes
 from longctx.parallel.recurrences import (
   gated_delta_rule,
   linear_attention,

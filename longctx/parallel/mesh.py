@@ -221,32 +221,3 @@ def _keep_one_heap() -> None:
   except (OSError, AttributeError):
     # Another C library, with other habits.
     return
-
-
-def join_processes(
-  coordinator: str, num_processes: int | None, process_id: int | None
-) -> None:
-  """Makes this process one of several that train together.
-
-  Has to run before anything uses a device.
-
-  Args:
-    coordinator: 'host:port' of the first process; 'auto' where the cluster
-      tells (TPU pods, Slurm, Open MPI, Kubernetes).
-    num_processes: how many there are; None with 'auto'.
-    process_id: which one this is, from 0; None with 'auto'.
-
-  Raises:
-    ValueError: the three do not fit together.
-  """
-  if coordinator == 'auto':
-    jax.distributed.initialize()
-    return
-  if num_processes is None or process_id is None:
-    raise ValueError(
-      f'{coordinator=} needs num_processes and process_id too, got '
-      f'{num_processes=} and {process_id=}'
-    )
-  if not 0 <= process_id < num_processes:
-    raise ValueError(f'need 0 <= {process_id=} < {num_processes=}')
-  jax.distributed.initialize(coordinator, num_processes, process_id)

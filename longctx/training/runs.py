@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from longctx import parallel, tasks
 from longctx.data.pipeline import BatchIterator, make_iterator
 from longctx.models import TransformerConfig, validate
-from longctx.parallel import Placement
+from longctx.parallel import Placement, processes
 from longctx.parallel.layout import SequenceLayout
 from longctx.training import config as config_lib
 from longctx.training import metrics, metrics_log, resumption, steps
@@ -114,6 +114,7 @@ def prepare(config: ExperimentConfig, workdir: pathlib.Path) -> list[Run]:
   with locked(workdir):
     _check_names(runs, workdir)
     done = {run.workdir: _check_workdir(run) for run in runs}
+    processes.meet('longctx/workdirs')
     configs = {run.workdir: run.config for run in runs} | {workdir: config}
     finished = all(done[run.workdir] == run.config.steps for run in runs)
     for folder, one in configs.items():

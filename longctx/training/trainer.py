@@ -169,7 +169,7 @@ class Trainer:
         if self.lockstep:
           self._note(*pending)
           pending = None
-        stop_now = stop.at(step)
+        stop_now = stop.due()
         if due or stop_now:
           if pending is not None:
             self._note(*pending)

@@ -102,11 +102,12 @@ class StopAt(signals.StopRequest):
   """A stop request that comes with the training step `at`."""
 
   def __init__(self, running, at):
+    super().__init__()
     self._trainer, self._at = running, at
 
-  @property
-  def signum(self):
-    return signal.SIGTERM if self._trainer.step >= self._at else None
+  def due(self):
+    self.signum = signal.SIGTERM
+    return self._trainer.step >= self._at
 
 
 @pytest.mark.parametrize('at', [1, 7])
