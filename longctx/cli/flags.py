@@ -64,8 +64,10 @@ def _quiet_end(after_stop: str = '') -> Iterator[None]:
       if signal.getsignal(signum) == signal.SIG_DFL
     }
   try:
-    yield
-    sys.stdout.flush()
+    try:
+      yield
+    finally:
+      sys.stdout.flush()
   except KeyboardInterrupt as error:
     signum = error.args[0] if isinstance(error, _Signalled) else signal.SIGINT
     words = [f'{signal.Signals(signum).name}: interrupted', after_stop]

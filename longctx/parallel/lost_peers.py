@@ -42,7 +42,7 @@ def describe(log: str, me: int, hosts: list[str]) -> str:
     {int(i) for pair in found for part in pair for i in part.split()}
   )
   # The first one runs the service: without it nobody answers.
-  lost = lost or ([0] if 'error from peer' in log else [])
+  lost = lost or ([0] if 'received from peer' in log else [])
   if me in lost:
     return (
       f'error: process {me} ({hosts[me]}) gave no sign of life for so long '

@@ -1,8 +1,11 @@
 """A slip on the command line costs one line and no compilation."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+import types
 
 import pytest
 
@@ -279,3 +282,64 @@ def test_eval_of_a_run_without_a_checkpoint_is_one_line(tmp_path, capsys):
   error = capsys.readouterr().err
   assert 'no checkpoint in' in error
   assert error.count('\n') == 1
+
+
+@pytest.mark.parametrize('words', [[], ['train', '--help'], ['eval', '--help']])
+def test_help_that_nobody_reads_to_its_end_is_no_error(words):
+  read, write = os.pipe()
+  process = subprocess.Popen(
+    [sys.executable, '-m', 'longctx', *words],
+    cwd=ROOT,
+    stdout=write,
+    stderr=subprocess.PIPE,
+  )
+  os.close(write)
+  os.close(read)
+  assert process.communicate()[1] == b''
+  # argparse takes no notice where output is not buffered.
+  assert process.returncode in (0, 128 + signal.SIGPIPE)
+
+
+@pytest.mark.parametrize('when', ['prepare', 'work'])
+@pytest.mark.parametrize(
+  'signum', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name
+)
+@pytest.mark.parametrize('name', COMMANDS)
+def test_a_signal_ends_every_command_by_one_line(
+  name, signum, when, monkeypatch, capsys
+):
+  def stop(*args):
+    os.kill(os.getpid(), signum)
+    time.sleep(5)
+
+  module = types.SimpleNamespace(
+    prepare=stop if when == 'prepare' else lambda args: stop
+  )
+  monkeypatch.setitem(
+    sys.modules, f'longctx.cli.{COMMANDS[name].module}', module
+  )
+  monkeypatch.setattr(flags, 'parse', lambda name, argv: None)
+  before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
+  with pytest.raises(SystemExit) as ended:
+    flags.main(name.split())
+  assert ended.value.code == 128 + signum
+  out, err = capsys.readouterr()
+  assert not out
+  assert err.startswith(f'{signum.name}: interrupted')
+  assert err.count('\n') == 1
+  assert before == {s: signal.getsignal(s) for s in before}
+
+
+@pytest.mark.parametrize(
+  ('error', 'line'),
+  [
+    (OSError(28, 'No space left on device'), 'error: No space left on device'),
+    (OSError('tape is torn'), 'error: tape is torn'),
+    (PermissionError(13, 'not allowed', 'a'), 'error: a: not allowed'),
+    (ValueError(), 'error: ValueError'),
+  ],
+)
+def test_an_error_is_told_by_what_it_knows(error, line, capsys):
+  with pytest.raises(SystemExit), flags.before_compiling():
+    raise error
+  assert capsys.readouterr().err == f'{line}\n'
