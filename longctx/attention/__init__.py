@@ -43,6 +43,7 @@ from longctx.attention.variants.softmax1 import Softmax1Attention
 from longctx.attention.variants.softpick import SoftpickAttention
 from longctx.attention.variants.streaming import StreamingAttention
 from longctx.attention.variants.window_linear import WindowLinearAttention
+from longctx.typing import among, did_you_mean
 
 __all__ = [
   'VARIANTS',
@@ -134,18 +135,45 @@ def make_attention(
   name, given = parse_layer(layer)
   variant = VARIANTS[name]
   # Of __init__: the signature of an nnx.Module's class is *args, **kwargs.
-  own = set(inspect.signature(variant.__init__).parameters)
-  own -= {'self', 'config', 'rngs'}
+  own = dict(inspect.signature(variant.__init__).parameters)
+  for key in ('self', 'config', 'rngs'):
+    own.pop(key, None)
   arguments = given | arguments
   for argument in arguments:
-    if argument not in _SHARED | own:
+    if argument not in _SHARED - {'d_model'} | own.keys():
       raise ValueError(
-        f'layer {layer!r}: {name} takes no {argument!r}, but '
-        f'{", ".join(sorted(own) + sorted(_SHARED))}'
+        f'layer {layer!r}: {name} takes no {argument!r}'
+        f'{did_you_mean(argument, own.keys() | _SHARED)}, but '
+        f'{", ".join(sorted(own) + sorted(_SHARED - {"d_model"}))}'
       )
+  for argument, parameter in own.items():
+    if parameter.default is parameter.empty and argument not in arguments:
+      raise ValueError(f'layer {layer!r}: {name} needs {argument}')
   shared = {key: arguments.pop(key) for key in _SHARED & set(arguments)}
-  config = dataclasses.replace(config.resolve(), **shared)
-  return _without_idle(variant(config, rngs=rngs, **arguments), set(shared))
+  try:
+    config = _of_layer(config, shared)
+    made = variant(config, rngs=rngs, **arguments)
+  except ValueError as error:
+    raise ValueError(f'layer {layer!r}: {error}') from error
+  return _without_idle(made, set(shared))
+
+
+def _of_layer(
+  config: AttentionConfig, shared: dict[str, Any]
+) -> AttentionConfig:
+  """The config of a model with what a layer has in its place, resolved.
+
+  Other heads have keys of their own, unless the model says how many there are.
+  """
+  resolved = config.resolve()
+  if config.num_kv_heads is None and 'num_heads' in shared:
+    shared = {'num_kv_heads': None, **shared}
+  if shared.get('position_encoding') == 'learned' != config.position_encoding:
+    raise ValueError(
+      "position_encoding='learned' is the model's, which adds them to its "
+      'embeddings: set model.position_encoding'
+    )
+  return dataclasses.replace(resolved, **shared).resolve()
 
 
 def _without_idle(layer: Attention, given: set[str]) -> Attention:
@@ -180,6 +208,6 @@ def parse_layer(layer: str) -> tuple[str, dict]:
     ) from error
   if node.id not in VARIANTS:
     raise ValueError(
-      f'unknown variant {node.id!r}; known: {", ".join(sorted(VARIANTS))}'
+      f'unknown variant {node.id!r}{among(node.id, sorted(VARIANTS))}'
     )
   return node.id, arguments

@@ -17,7 +17,7 @@ from longctx.attention.decoding_context import DecodingContext
 from longctx.attention.recurrence import Recurrence
 from longctx.ops.alibi import alibi_slopes
 from longctx.ops.rope import apply_rope
-from longctx.typing import Array, Float, Int
+from longctx.typing import Array, Float, Int, check_arguments
 
 
 class QKV(NamedTuple):
@@ -49,6 +49,8 @@ class Attention(nnx.Module, abc.ABC):
     mask_is_bound: whether a query reads some of what the mask allows, chosen by
       its contents, and not all.
     branches: sets of keys and values that a layer projects its inputs to.
+    undecayed: names of parameters with two axes or more that are vectors, and
+      no matrices: weight decay leaves them, and so does Muon.
     unsupported: capability -> why the variant lacks it.
     small: arguments that show the variant's structure within 20 tokens, for
       tests and pictures.
@@ -58,8 +60,16 @@ class Attention(nnx.Module, abc.ABC):
   recurrence: Recurrence | None = None
   mask_is_bound: ClassVar[bool] = False
   branches: ClassVar[int] = 1
+  undecayed: ClassVar[tuple[str, ...]] = ()
   unsupported: ClassVar[Mapping[str, str]] = {}
   small: ClassVar[Mapping[str, Any]] = {}
+
+  def __init_subclass__(cls, **kwargs: Any):
+    """Holds the arguments of a variant to what their annotations say."""
+    super().__init_subclass__(**kwargs)
+    if '__init__' in vars(cls):
+      name = cls.__module__.rpartition('.')[2]
+      cls.__init__ = check_arguments(cls.__init__, name)
 
   def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
     self.config = config
@@ -88,8 +98,14 @@ class Attention(nnx.Module, abc.ABC):
       **fields: of `Context`, to be set or replaced, such as segment_ids.
 
     Raises:
+      ValueError: inputs of another shape.
       NotImplementedError: what the variant lacks, with the reason.
     """
+    if x.ndim != 3 or x.shape[-1] != self.config.d_model:
+      raise ValueError(
+        f'{x.shape=} must be [B, T, {self.config.d_model}]: rows, tokens and '
+        'd_model; a single sequence is x[None]'
+      )
     out = self.head_outputs(x, Context.of(context, fields))
     return self.out(out.reshape(*out.shape[:2], -1))
 

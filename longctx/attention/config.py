@@ -1,14 +1,30 @@
 """Attention config: what the attention layers of a model share."""
 
 import dataclasses
+from typing import Annotated, Literal
 
-from longctx.ops.dot_product_attention import BlockSizes
+import jax
+
+from longctx.ops.dot_product_attention import IMPLEMENTATIONS, BlockSizes
+from longctx.typing import (
+  Between,
+  Checked,
+  Fraction,
+  Natural,
+  Positive,
+  Reason,
+  check_multiple,
+)
 
 POSITION_ENCODINGS = ('rope', 'alibi', 'learned', 'none')
+Dtype = Annotated[
+  Literal['float32', 'bfloat16', 'float64'],
+  Reason('float16', ", which overflows beyond 65,504: take 'bfloat16'"),
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
+class AttentionConfig(Checked):
   """Attention config: heads, widths, position encoding, dtypes of a layer.
 
   Attributes:
@@ -32,56 +48,42 @@ class AttentionConfig:
     chunk_size: tokens C that a recurrence mixes by one matrix product.
   """
 
-  d_model: int = 64
-  num_heads: int = 4
-  num_kv_heads: int | None = None
-  head_dim: int | None = None
-  value_dim: int | None = None
-  position_encoding: str = 'rope'
-  rope_base: float = 10000.0
-  short_conv: int = 0
-  attention_dropout: float = 0.0
-  dtype: str = 'float32'
-  param_dtype: str = 'float32'
-  implementation: str | None = None
-  block_q: int | None = None
-  block_k: int | None = None
-  chunk_size: int = 64
+  d_model: Positive = 64
+  num_heads: Positive = 4
+  num_kv_heads: Positive | None = None
+  head_dim: Positive | None = None
+  value_dim: Positive | None = None
+  position_encoding: Literal[POSITION_ENCODINGS] = 'rope'
+  rope_base: Annotated[float, Between(1, 1e15)] = 10000.0
+  short_conv: Natural = 0
+  attention_dropout: Fraction = 0.0
+  dtype: Dtype = 'float32'
+  param_dtype: Dtype = 'float32'
+  implementation: Literal[tuple(IMPLEMENTATIONS)] | None = None
+  block_q: Positive | None = None
+  block_k: Positive | None = None
+  chunk_size: Positive = 64
 
-  def __post_init__(self):
-    widths = ('d_model', 'num_heads', 'num_kv_heads', 'head_dim', 'value_dim')
-    for name in (*widths, 'chunk_size'):
-      value = getattr(self, name)
-      if value is not None and value < 1:
-        raise ValueError(f'{name}={value} must be at least 1')
-    if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
-      raise ValueError(
-        f'num_heads={self.num_heads} must be a multiple of '
-        f'num_kv_heads={self.num_kv_heads}'
-      )
-    if self.position_encoding not in POSITION_ENCODINGS:
-      raise ValueError(
-        f'unknown position_encoding={self.position_encoding!r}; known: '
-        f'{", ".join(POSITION_ENCODINGS)}'
-      )
+  def check(self):
+    if self.num_kv_heads is not None:
+      check_multiple(self, 'num_heads', 'num_kv_heads')
     if self.position_encoding == 'rope' and (self.head_dim or 0) % 2:
-      raise ValueError(f'RoPE needs an even head_dim, got {self.head_dim}')
-    if self.short_conv < 0:
-      raise ValueError(f'short_conv={self.short_conv} must be at least 0')
-    if not 0 <= self.attention_dropout < 1:
       raise ValueError(
-        f'attention_dropout={self.attention_dropout} must be in [0, 1)'
+        f'RoPE needs an even head_dim, got {self.head_dim}: take '
+        f'{self.head_dim + 1}, or another position_encoding'
       )
+    for name in ('dtype', 'param_dtype'):
+      if getattr(self, name) == 'float64' and not jax.config.jax_enable_x64:
+        raise ValueError(
+          f"{name}='float64' needs jax_enable_x64, without which arrays are "
+          "float32: take 'float32'"
+        )
 
   def resolve(self) -> 'AttentionConfig':
     """The config of one layer: its fields alone, no width of them None."""
     head_dim = self.head_dim
     if head_dim is None:
-      if self.d_model % self.num_heads:
-        raise ValueError(
-          f'd_model={self.d_model} must be a multiple of '
-          f'num_heads={self.num_heads}, or head_dim be set'
-        )
+      check_multiple(self, 'd_model', 'num_heads')
       head_dim = self.d_model // self.num_heads
     fields = dataclasses.fields(AttentionConfig)
     values = {field.name: getattr(self, field.name) for field in fields}

@@ -4,11 +4,11 @@ import dataclasses
 from typing import Any
 
 from longctx.attention.config import AttentionConfig
-from longctx.typing import Array, Float
+from longctx.typing import Array, Checked, Float, Positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recurrence:
+class Recurrence(Checked):
   """Recurrent state: a matrix of key_dim x columns per head, in float32.
 
   The counterpart of a mask: `Context.recurrence` runs it, on one device or
@@ -26,18 +26,15 @@ class Recurrence:
     chunk_size: tokens C that are mixed by matrix products.
   """
 
-  heads: int
-  key_dim: int
-  value_dim: int
+  heads: Positive
+  key_dim: Positive
+  value_dim: Positive
   normalize: bool = False
   delta: bool = False
   scale: float = 1.0
-  chunk_size: int = 64
+  chunk_size: Positive = 64
 
-  def __post_init__(self):
-    for name in ('heads', 'key_dim', 'value_dim', 'chunk_size'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+  def check(self):
     if self.delta and self.normalize:
       raise ValueError('the delta rule has no sum of keys to normalize by')
 

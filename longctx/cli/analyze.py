@@ -150,10 +150,14 @@ def find_jobs(args) -> list[Job]:
     OSError: a folder that cannot be read or written.
     CheckpointError: parameters that cannot be read.
   """
-  if args.rows < 1:
-    raise ValueError(f'--rows={args.rows} must be at least 1')
   opened = sweep.open_workdir(args.workdir)
   chosen = [sweep.choose(opened, args.run)] if args.run else opened
+  for run in chosen:
+    if run.model.gate.keep:
+      raise NotImplementedError(
+        f'{run.workdir} has a gate, which lets few tokens pass, and analysis '
+        'walks through all of them: take a --run without one'
+      )
   if args.out and len(chosen) > 1:
     names = ', '.join(run.name for run in chosen)
     raise ValueError(f'--out names one file: choose a --run of {names}')

@@ -7,6 +7,7 @@ import argparse
 import ast
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -58,15 +59,27 @@ class Command:
   after_stop: str = ''
 
 
-def at_least(smallest: int) -> Callable[[str], int]:
-  """Reads an integer that is not smaller."""
+def at_least(smallest: int, largest: int = 2**31 - 1) -> Callable[[str], int]:
+  """Reads an integer that is not smaller, nor too large for a device."""
 
   def integer(text: str) -> int:
     if int(text) < smallest:
       raise argparse.ArgumentTypeError(f'{text} must be at least {smallest}')
+    if int(text) > largest:
+      raise argparse.ArgumentTypeError(f'{text} must be at most {largest}')
     return int(text)
 
   return integer
+
+
+seed = at_least(0, 2**32 - 1)
+
+
+def share(text: str) -> float:
+  """Reads a number above 0, up to 1."""
+  if not 0 < float(text) <= 1:
+    raise argparse.ArgumentTypeError(f'{text} must be in (0, 1]')
+  return float(text)
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -81,15 +94,15 @@ def integers(text: str) -> tuple[int, ...]:
 
 def _of_fields(module: str, cls: str) -> tuple[Flag, ...]:
   """Flags that set the fields of a dataclass, whose docstring tells of them."""
-  kinds = {'int': int, 'tuple[str, ...]': names, 'tuple[int, ...]': integers}
   flags = []
   for field in fields.read(module, cls):
     default = field.default and ast.literal_eval(field.default)
     if isinstance(default, tuple):
       default = ','.join(map(str, default))
     text = field.doc + (f' Default: {default}.' if default else '')
-    metavar = 'N' if 'int' in field.kind else 'NAME'
-    kind = kinds.get(field.kind, str)
+    count = re.search('Natural|Positive', field.kind)
+    kind = (names, integers) if 'tuple' in field.kind else (str, int)
+    metavar, kind = ('N', kind[1]) if count else ('NAME', kind[0])
     flags.append(Flag(field.name, metavar, text, kind, argparse.SUPPRESS))
   return tuple(flags)
 
@@ -194,7 +207,7 @@ GENERATE = (
   Flag(
     'top_p', 'X', 'Draw from the likeliest bytes of this share.', float, 1.0
   ),
-  Flag('seed', 'N', 'Draw what this number names; 0 by default.', int, 0),
+  Flag('seed', 'N', 'Draw what this number names; 0 by default.', seed, 0),
   Flag('devices', 'N', 'Spread the cache over this many devices.', int, 1),
 )
 PREPARE = (
@@ -203,7 +216,7 @@ PREPARE = (
     text='Write what the runs of this config file read.', default=None
   ),
   Flag('task', 'NAME', 'Write this task, its fields set by --task.KEY=VALUE.'),
-  Flag('seed', 'N', "Take this seed; the config's by default, else 0.", int),
+  Flag('seed', 'N', "Take this seed; the config's by default, else 0.", seed),
   *(
     Flag(
       f'num_{split}',
@@ -218,13 +231,29 @@ PREPARE = (
 ANALYZE = (
   WORKDIR,
   RUN._replace(text='Take this run of several; all by default.'),
-  Flag('rows', 'N', 'Look at this many sequences; 8 by default.', int, 8),
+  Flag(
+    'rows',
+    'N',
+    'Look at this many sequences; 8 by default.',
+    at_least(1, 2**16),
+    8,
+  ),
   EVALUATE[1]._replace(
     text='Take sequences of this split; validation by default.',
     default='validation',
   ),
-  Flag('seq_len', 'N', 'Give sequences this length; else as in training.', int),
-  Flag('step', 'N', 'Take the checkpoint of this step, else the last.', int),
+  Flag(
+    'seq_len',
+    'N',
+    'Give sequences this length; else as in training.',
+    at_least(1),
+  ),
+  Flag(
+    'step',
+    'N',
+    'Take the checkpoint of this step, else the last.',
+    at_least(0),
+  ),
   Flag(
     'out',
     'FILE.html',
@@ -245,7 +274,7 @@ PLAN = (
     'utilization',
     'X',
     'Let matrix products reach this share of the peak.',
-    float,
+    share,
   ),
   Flag('json', '', 'Print JSON instead of text.', bool),
   Flag(

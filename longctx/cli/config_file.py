@@ -1,9 +1,14 @@
 """Config files with their overrides: --config=FILE[:ARGUMENT] --config.x=y."""
 
+import contextlib
+import functools
 import importlib.util
 import inspect
+import operator
 import pathlib
-from collections.abc import Sequence
+import re
+import traceback
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -26,18 +31,35 @@ def load(spec: str, overrides: Sequence[str] = ()) -> config_dict.ConfigDict:
   values = flags.FlagValues()
   argv = ['', *overrides]
   config_flags.DEFINE_config_dict('config', config, '', values, sys_argv=argv)
-  if rest := values(argv)[1:]:
+  try:
+    rest = values(argv)[1:]
+  except flags.IllegalFlagValueError as error:
+    raise ValueError(_wrong_value(config, str(error))) from error
+  if rest:
     raise ValueError(
       f'unexpected argument {rest[0]!r}: write --config.key=value'
     )
   return values['config'].value
 
 
+def _wrong_value(config: config_dict.ConfigDict, message: str) -> str:
+  """One line on a value that the flag parser could not read."""
+  found = re.match(r'flag --config\.([\w.]+)=(.*?): ', message, re.DOTALL)
+  if found is None:
+    return message
+  *groups, key = found[1].split('.')
+  kind = functools.reduce(operator.getitem, groups, config).get_type(key)
+  names = {int: 'an integer', float: 'a number', bool: 'true or false'}
+  wanted = names.get(kind, f'a {kind.__name__} as Python writes it')
+  return f'--config.{found[1]}={found[2]} must be {wanted}'
+
+
 def load_config_file(spec: str) -> config_dict.ConfigDict:
   """Runs get_config() of 'file.py' or 'file.py:argument'.
 
   Raises:
-    ValueError: it takes no such argument, or is no config.
+    ValueError: it takes no such argument, is no config, or has a bug, which is
+      told with its line.
     OSError: there is no such file.
   """
   path, colon, argument = spec.partition(':')
@@ -47,13 +69,38 @@ def load_config_file(spec: str) -> config_dict.ConfigDict:
   if module_spec is None:
     raise ValueError(f'--config={path} must be a Python file')
   module = importlib.util.module_from_spec(module_spec)
-  module_spec.loader.exec_module(module)
+  with _bugs_in_a_line(path):
+    module_spec.loader.exec_module(module)
   if not hasattr(module, 'get_config'):
     raise ValueError(f'{path} must define get_config()')
   accepts = inspect.signature(module.get_config).parameters
   if colon and not accepts:
     raise ValueError(f'{path} takes no argument, got {argument!r}')
-  return module.get_config(*([argument] if colon else []))
+  with _bugs_in_a_line(path):
+    config = module.get_config(*([argument] if colon else []))
+  if not isinstance(config, config_dict.ConfigDict):
+    raise ValueError(
+      f'{path}: get_config() must return a ConfigDict, and gave {config!r}: '
+      'begin with default.get_config(), assign, and return it'
+    )
+  return config
+
+
+@contextlib.contextmanager
+def _bugs_in_a_line(path: str) -> Iterator[None]:
+  """Tells what a config file raises in a line, with the place."""
+  try:
+    yield
+  except (ValueError, NotImplementedError, OSError):
+    # What it says of an argument, or of a value.
+    raise
+  except Exception as error:
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame.lineno for frame in frames if frame.filename == path]
+    line = getattr(error, 'lineno', None) or (own or ['?'])[-1]
+    raise ValueError(
+      f'{path}, line {line}: {type(error).__name__}: {error}'
+    ) from error
 
 
 def check_overrides(config: config_dict.ConfigDict, argv: Sequence[str]):

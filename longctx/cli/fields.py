@@ -47,6 +47,8 @@ def read(module: str, name: str) -> tuple[Field, ...]:
     if not isinstance(node, ast.AnnAssign):
       continue
     kind, default, group = ast.unparse(node.annotation), '', ()
+    if kind.startswith('ClassVar'):
+      continue
     doc = docs.get(node.target.id, '')
     if isinstance(node.value, ast.Constant | ast.Tuple):
       default = ast.unparse(node.value)

@@ -159,7 +159,9 @@ def _list(name: str) -> int:
   asked = name in ('', '-h', '--help')
   out = sys.stdout if asked else sys.stderr
   if not asked:
-    print(f'error: unknown command {name!r}', file=out)
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f'; did you mean {close[0]}?' if close else ''
+    print(f'error: unknown command {name!r}{hint}', file=out)
   print('usage: python -m longctx COMMAND ..., each with a --help\n', file=out)
   for key, command in COMMANDS.items():
     print(f'  {key:<13}{command.text}', file=out)

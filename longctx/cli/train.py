@@ -25,11 +25,22 @@ def prepare(args) -> Callable[[], object]:
   config = config_file.load(args.config, args.overrides)
   config = from_config_dict(ExperimentConfig, config)
   workdir = args.workdir or default_workdir(args.config)
+  number, count = args.process_id, args.num_processes
+  if not args.coordinator and (number is not None or count is not None):
+    raise ValueError(
+      '--process_id and --num_processes are of several processes: give '
+      '--coordinator=HOST:PORT, where the first one listens'
+    )
+  if number is not None and count is not None and number >= count:
+    raise ValueError(
+      f'--process_id={number} must be below --num_processes={count}: processes '
+      'are counted from 0'
+    )
   runs.start_devices(
     config,
     coordinator=args.coordinator,
-    num_processes=args.num_processes,
-    process_id=args.process_id,
+    num_processes=count,
+    process_id=number,
   )
   return functools.partial(
     trainer.train, runs.prepare(config, workdir), workdir

@@ -14,7 +14,7 @@ before the answer, and counted.
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -155,11 +155,23 @@ METHODS = {
 }
 
 
+# Tokens that are written, with room for a unit more than there should be.
+LONGEST = UNIT * 3 + 4
+
+
+def capacity(task: Opinions, methods: Collection[str]) -> int:
+  """The most tokens of a row that these methods read and write."""
+  rewrites = any(METHODS[name].rewrite for name in methods)
+  # KeepOrig reads what was written behind the context.
+  return UNIT * task.max_units + 6 + (2 * LONGEST if rewrites else 1)
+
+
 class Answerer:
   """Answers questions by a trained model, by any method.
 
   Args:
     model: trained on `tasks.opinions`.
+    methods: those that it will answer by, which room is made for.
     step: of the training that made the parameters.
     chunk: tokens of a prompt that are read at once.
   """
@@ -169,23 +181,20 @@ class Answerer:
     model: Transformer,
     task: Opinions,
     *,
+    methods: Collection[str] = tuple(METHODS),
     step: int | None = None,
     chunk: int = 64,
   ):
     self.model, self.task = model, task
-    # Room for a unit more than there should be.
-    self._longest = UNIT * 3 + 4
     self._gated = model.config.gate.keep > 0
-    # KeepOrig reads what was written behind the context.
-    capacity = UNIT * task.max_units + 6 + 2 * self._longest
     self._generator = Generator(
       model,
-      capacity=capacity,
+      capacity=capacity(task, methods),
       chunk=chunk,
       sampling=GREEDY,
       stop_tokens=(opinions.END,),
       step=step,
-      max_new=self._longest,
+      max_new=LONGEST,
     )
     self._key = jax.random.key(0)
 
@@ -195,7 +204,7 @@ class Answerer:
     """Writes the contexts anew."""
     tokens, _ = self._continue(
       [self.task.prompt(q.units, q.about, instruction) for q in asked],
-      self._longest,
+      LONGEST,
     )
     return [parse(row, q.units) for row, q in zip(tokens, asked, strict=True)]
 

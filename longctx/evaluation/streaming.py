@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +35,16 @@ from longctx.decoding import cache as cache_lib
 from longctx.evaluation import sweep
 from longctx.evaluation.stream_log import StreamLog
 from longctx.models.transformer import TransformerConfig
-from longctx.tasks.checks import at_least
+from longctx.tasks import SPLITS
 from longctx.training import figures, metrics, steps
 from longctx.training.runs import Run
+from longctx.typing import (
+  Checked,
+  Natural,
+  Positive,
+  check_multiple,
+  check_some,
+)
 
 # What stands in for a layer `full`; None leaves it.
 POLICIES = {
@@ -51,7 +58,7 @@ POLICIES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StreamConfig:
+class StreamConfig(Checked):
   """Streaming evaluation config: tokens, policies and cache size.
 
   Attributes:
@@ -67,33 +74,25 @@ class StreamConfig:
     split: Take the text of this split.
   """
 
-  tokens: int = 65536
-  policies: tuple[str, ...] = ('window', 'sinks')
-  slots: int = 256
-  sinks: int = 4
-  rows: int = 1
-  chunk: int = 128
-  bucket: int = 16384
-  dense_tokens: int = 0
-  recomputed: int = 16
-  split: str = 'test'
+  tokens: Positive = 65536
+  policies: tuple[Literal[tuple(POLICIES)], ...] = ('window', 'sinks')
+  slots: Positive = 256
+  sinks: Natural = 4
+  rows: Positive = 1
+  chunk: Positive = 128
+  bucket: Positive = 16384
+  dense_tokens: Natural = 0
+  recomputed: Positive = 16
+  split: Literal[SPLITS] = 'test'
 
-  def __post_init__(self):
-    sizes = ('tokens', 'slots', 'rows', 'chunk', 'bucket', 'recomputed')
-    at_least(self, 1, *sizes)
-    if unknown := set(self.policies) - set(POLICIES):
-      raise ValueError(
-        f'unknown policy {min(unknown)!r}; known: {", ".join(POLICIES)}'
-      )
-    if not 0 <= self.sinks < self.slots:
+  def check(self):
+    check_some(self, 'policies')
+    if self.sinks >= self.slots:
       raise ValueError(
         f'sinks={self.sinks} must be fewer than slots={self.slots}, which the '
         'window needs too'
       )
-    if self.bucket % self.chunk:
-      raise ValueError(
-        f'bucket={self.bucket} must be a multiple of chunk={self.chunk}'
-      )
+    check_multiple(self, 'bucket', 'chunk')
 
   def edges(self, end: int) -> Iterator[tuple[int, int]]:
     """Buckets up to a position: as large as all before, then of one size."""
@@ -154,7 +153,9 @@ def check(run: Run, config: StreamConfig) -> None:
     graph, params = steps.abstract_params(changed)
     model = nnx.merge(graph, params)
     capacity = _end(run, policy, config) if policy == 'dense' else None
-    if policy != 'recompute':
+    if policy == 'recompute':
+      cache_lib.check_positions(model, config.slots)
+    else:
       jax.eval_shape(
         lambda model=model, capacity=capacity: (
           cache_lib.init(model, batch_size=1, capacity=capacity).layers

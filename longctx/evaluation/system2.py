@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
@@ -25,14 +25,15 @@ from longctx.evaluation.rewrite import (
   METHODS,
   Answerer,
   OpinionQuestion,
+  capacity,
   questions,
 )
-from longctx.tasks.checks import at_least
 from longctx.tasks.opinions import CONDITIONS, UNIT, Opinions
 from longctx.training import figures, metrics
 from longctx.training.log_files import JsonLog
 from longctx.training.progress import Progress
 from longctx.training.runs import Run
+from longctx.typing import Checked, Natural, Positive, check_some
 
 WITHOUT_GATE = tuple(name for name in METHODS if name != 'gate')
 
@@ -47,7 +48,7 @@ MEANS = ('read', 'written', 'flops', 'seconds')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class S2AConfig:
+class S2AConfig(Checked):
   """System 2 Attention evaluation config: questions and methods.
 
   Attributes:
@@ -66,31 +67,20 @@ class S2AConfig:
     keep: Let this many spans pass a gate; 0: as many as in training.
   """
 
-  conditions: tuple[str, ...] = CONDITIONS[1:]
-  distractors: tuple[int, ...] = (8,)
-  sentences: int = 8
-  mentions: int = 1
-  opinions: int = 1
-  questions: int = 256
-  batch_size: int = 64
-  chunk: int = 128
-  methods: tuple[str, ...] = WITHOUT_GATE
-  keep: int = 0
+  conditions: tuple[Literal[CONDITIONS[1:]], ...] = CONDITIONS[1:]
+  distractors: tuple[Natural, ...] = (8,)
+  sentences: Natural = 8
+  mentions: Positive = 1
+  opinions: Positive = 1
+  questions: Positive = 256
+  batch_size: Positive = 64
+  chunk: Positive = 128
+  methods: tuple[Literal[WITHOUT_GATE], ...] = WITHOUT_GATE
+  keep: Natural = 0
 
-  def __post_init__(self):
-    for name, known in (
-      ('conditions', CONDITIONS[1:]),
-      ('methods', WITHOUT_GATE),
-    ):
-      unknown = [x for x in getattr(self, name) if x not in known]
-      if unknown:
-        raise ValueError(
-          f'unknown {name} {unknown[0]!r}; known: {", ".join(known)}'
-        )
-    at_least(self, 0, 'sentences', 'keep')
-    at_least(
-      self, 1, 'mentions', 'opinions', 'questions', 'batch_size', 'chunk'
-    )
+  def check(self):
+    for name in ('conditions', 'distractors', 'methods'):
+      check_some(self, name)
     if self.questions > self.batch_size and self.questions % self.batch_size:
       raise ValueError(
         f'questions={self.questions} must be a multiple of batch_size='
@@ -127,11 +117,26 @@ def task_of(
   )
 
 
+def methods_of(run: Run, config: S2AConfig) -> tuple[str, ...]:
+  """The methods that a run can answer by."""
+  if run.model.gate.keep:
+    return ('gate',)
+  return config.methods if run.task.rewrite else ('baseline',)
+
+
 def check(runs: list[Run], config: S2AConfig):
   """Raises ValueError where a run cannot be asked."""
   for run in runs:
     for n in config.distractors:
-      task_of(run, config, config.conditions[0], n)
+      task = task_of(run, config, config.conditions[0], n)
+      needed = capacity(task, methods_of(run, config))
+      learned = run.model.position_encoding == 'learned'
+      if learned and needed > run.model.max_positions:
+        raise ValueError(
+          f'{n} distractors and {config.sentences} sentences take {needed} '
+          f'tokens, and {run.workdir} learned {run.model.max_positions} '
+          'positions, beyond which there are none: ask with fewer'
+        )
 
 
 def measure(
@@ -175,11 +180,7 @@ def _ask(
     run = dataclasses.replace(run, model=model)
   learned, before = sweep.restore(run), log.rows()
   model = nnx.merge(learned.graph, learned.params)
-  methods = config.methods
-  if model.config.gate.keep:
-    methods = ('gate',)
-  elif not run.task.rewrite:
-    methods = ('baseline',)
+  methods = methods_of(run, config)
   for n in config.distractors:
     for condition in config.conditions:
       settings = (*SETTINGS, *ASKED)
@@ -198,7 +199,9 @@ def _ask(
       if None in found:
         task = task_of(run, config, condition, n)
         asked = questions(task, seed=run.config.seed, count=config.questions)
-        answerer = Answerer(model, task, step=learned.step, chunk=config.chunk)
+        answerer = Answerer(
+          model, task, methods=methods, step=learned.step, chunk=config.chunk
+        )
         with progress.doing(f'{run.name or "run"} {condition} {n}'):
           measured = [
             summary(answerer, asked, head['method'], config.batch_size)

@@ -292,6 +292,13 @@ def check_mask(mask: Any, T: int | None = None, S: int | None = None) -> None:
       'packed or padded as q_segment_ids and k_segment_ids'
     )
   for part in () if T is None else _own_parts(mask):
+    try:
+      hash(part)
+    except TypeError as error:
+      raise TypeError(
+        f'{type(part).__name__} has a field that cannot be hashed ({error}): '
+        'masks name programs, so that arrays and lists go in as tuples'
+      ) from error
     compares = '__eq__' in vars(type(part))
     if (vars(part) and not compares) or any(
       not field.compare for field in dataclasses.fields(part)

@@ -55,7 +55,13 @@ def bounds_on_host(
   """`mask.bounds`, likewise."""
   shape = np.broadcast_shapes(q.low.shape, k.low.shape)
   with jax.ensure_compile_time_eval():
-    return np.stack([np.broadcast_to(x, shape) for x in mask.bounds(q, k)])
+    found = [np.asarray(x) for x in mask.bounds(q, k)]
+  if len(found) != 2 or any(x.dtype != bool for x in found):
+    raise TypeError(
+      f'{mask}: bounds must return (some, all), both Booleans, not '
+      f'{[str(x.dtype) for x in found]}; compare, as in q.high >= k.low'
+    )
+  return np.stack([np.broadcast_to(x, shape) for x in found])
 
 
 def count_rows(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from longctx.masks.algebra import KVRetention, Positions, Primitive, Range
+from longctx.typing import LARGEST, Natural, Positive, Seed, check_fields
 
 # A pattern inside of a program: bits that a word holds (without its sign), and
 # the most words.
@@ -50,12 +51,12 @@ class Causal(Primitive):
 class SlidingWindow(Primitive):
   """Sliding window mask: keys in [q - left, q + right], its own included."""
 
-  left: int
-  right: int = 0
+  left: Natural
+  right: Natural = 0
   shift_invariant = True
 
   def __post_init__(self):
-    _check(self, left=0, right=0)
+    _check(self)
 
   def allowed(self, q_positions: Positions, k_positions: Positions):
     offset = q_positions - k_positions
@@ -82,12 +83,17 @@ class Dilated(Primitive):
   `Causal()` for a decoder. Longformer (arXiv:2004.05150), section 3.1.
   """
 
-  window: int
-  dilation: int
+  window: Positive
+  dilation: Positive
   shift_invariant = True
 
   def __post_init__(self):
-    _check(self, window=1, dilation=1)
+    _check(self)
+    if self.window * self.dilation > LARGEST:
+      raise ValueError(
+        f'Dilated: window={self.window} times dilation={self.dilation} must be '
+        f'at most {LARGEST}'
+      )
 
   def allowed(self, q_positions: Positions, k_positions: Positions):
     offset = abs(q_positions - k_positions)
@@ -110,10 +116,10 @@ class Dilated(Primitive):
 class _Prefix(Primitive):
   """Mask of the first n tokens, as queries, as keys or as both."""
 
-  n: int
+  n: Natural
 
   def __post_init__(self):
-    _check(self, n=0)
+    _check(self)
 
   def cuts(self, T: int, S: int):
     return np.array([self.n]), np.array([self.n])
@@ -164,11 +170,11 @@ class Beyond(Primitive):
     columns: keys from this position on.
   """
 
-  rows: int
-  columns: int
+  rows: Natural
+  columns: Natural
 
   def __post_init__(self):
-    _check(self, rows=0, columns=0)
+    _check(self)
 
   def cuts(self, T: int, S: int):
     return np.array([self.rows]), np.array([self.columns])
@@ -197,15 +203,13 @@ class RandomBlocks(Primitive):
       length of the sequence, as a decoder needs.
   """
 
-  block: int
-  per_row: int
-  seed: int
-  num_blocks: int | None = None
+  block: Positive
+  per_row: Positive
+  seed: Seed
+  num_blocks: Positive | None = None
 
   def __post_init__(self):
-    _check(self, block=1, per_row=1, seed=0)
-    if self.num_blocks is not None:
-      _check(self, num_blocks=1)
+    _check(self)
 
   def cuts(self, T: int, S: int):
     return np.arange(0, T, self.block), np.arange(0, S, self.block)
@@ -246,11 +250,11 @@ class BlockSparse(Primitive):
       block j. An array is accepted and stored as nested tuples.
   """
 
-  block: int
-  pattern: tuple | np.ndarray
+  block: Positive
+  pattern: tuple | list | np.ndarray
 
   def __post_init__(self):
-    _check(self, block=1)
+    _check(self)
     table = np.asarray(self.pattern)
     if table.ndim != 2 or not np.isin(table, (0, 1)).all():
       raise ValueError(
@@ -316,14 +320,9 @@ def _numpy_of(*positions: Positions):
   return jnp if any(isinstance(x, jax.Array) for x in positions) else np
 
 
-def _check(mask: Primitive, **minimum: int) -> None:
-  """Raises where a field of the mask is below its minimum."""
-  for name, least in minimum.items():
-    value = getattr(mask, name)
-    if value < least:
-      raise ValueError(
-        f'{type(mask).__name__}: {name}={value} must be at least {least}'
-      )
+def _check(mask: Primitive) -> None:
+  """Holds the fields of a mask to their types and ranges."""
+  check_fields(mask, f'{type(mask).__name__}: ')
 
 
 def _random_bits(row: Positions, seed: int, draw: int):

@@ -1,9 +1,12 @@
 """Transformer language models built from a pattern of attention layers."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from longctx.masks import Mask
 from longctx.models.config import TransformerConfig
 from longctx.models.gated import GatedTransformer
 from longctx.models.transformer import Transformer
@@ -11,11 +14,24 @@ from longctx.parallel import Placement
 
 __all__ = [
   'GatedTransformer',
+  'TracedModel',
   'Transformer',
   'TransformerConfig',
   'make_model',
   'validate',
 ]
+
+
+class TracedModel(NamedTuple):
+  """Traced model, as far as a trace tells.
+
+  Attributes:
+    parameter_bytes: of all parameters.
+    masks: of each layer; None where it has none.
+  """
+
+  parameter_bytes: int
+  masks: tuple[Mask | None, ...]
 
 
 def make_model(config: TransformerConfig, *, rngs: nnx.Rngs) -> Transformer:
@@ -30,7 +46,7 @@ def validate(
   *,
   batch_size: int = 1,
   placement: Placement | None = None,
-) -> None:
+) -> TracedModel:
   """Traces the loss on `seq_len` tokens without compiling or computing.
 
   Args:
@@ -39,6 +55,9 @@ def validate(
     batch_size: rows.
     placement: where the tokens lie on a mesh.
 
+  Returns:
+    What is known of the model then.
+
   Raises:
     ValueError: for a wrong value.
     NotImplementedError: for a combination that is not supported.
@@ -46,8 +65,13 @@ def validate(
   if placement is not None:
     seq_len = placement.layout.padded_len
 
+  traced = []
+
   def loss():
     model = make_model(config, rngs=nnx.Rngs(0))
+    params = jax.tree.leaves(nnx.state(model, nnx.Param))
+    masks = tuple(block.attention.mask for block in model.blocks)
+    traced.append(TracedModel(sum(x.nbytes for x in params), masks))
     tokens = jnp.zeros((batch_size, seq_len), jnp.int32)
     return model.loss(
       tokens,
@@ -58,3 +82,4 @@ def validate(
     )
 
   jax.eval_shape(loss)
+  return traced[0]

@@ -1,14 +1,14 @@
 """Transformer config: layers, widths, rematerialisation, checked as a whole."""
 
 import dataclasses
+from typing import ClassVar, Literal
 
 import jax
 
 from longctx.attention import AttentionConfig
 from longctx.models.gate import GateConfig
 from longctx.ops.remat import keeping
-
-DTYPES = ('float32', 'bfloat16', 'float64')
+from longctx.typing import Natural, Positive
 
 # What a block keeps for its backward pass, by name. What softmax attention
 # gives is kept by all but 'full', which runs it forward twice (as do all where
@@ -43,41 +43,32 @@ class TransformerConfig(AttentionConfig):
       `longctx.models.gate`.
   """
 
-  vocab_size: int | None = None
+  prefix: ClassVar[str] = 'model.'
+
+  vocab_size: Positive | None = None
   layers: tuple[str, ...] = ('full', 'full')
-  mlp_dim: int = 0
-  max_positions: int | None = None
+  mlp_dim: Natural = 0
+  max_positions: Positive | None = None
   tied_head: bool = True
-  logits_chunk: int = 1024
-  remat: str = 'none'
+  logits_chunk: Positive = 1024
+  remat: Literal[tuple(REMAT_POLICIES)] = 'none'
   gate: GateConfig = dataclasses.field(default_factory=GateConfig)
 
-
-def check(config: TransformerConfig) -> None:
-  """Raises for values that no layer would notice."""
-  if not config.layers:
-    raise ValueError("layers is empty: name at least one, such as ('full',)")
-  if config.vocab_size is None or config.vocab_size < 1:
-    raise ValueError(f'vocab_size={config.vocab_size} must be at least 1')
-  if config.mlp_dim < 0 or config.logits_chunk < 1:
-    raise ValueError(
-      f'need mlp_dim={config.mlp_dim} >= 0 and '
-      f'logits_chunk={config.logits_chunk} >= 1'
-    )
-  if config.gate.keep and config.gate.after >= len(config.layers):
-    raise ValueError(
-      f'gate.after={config.gate.after} leaves no block above the gate: it must '
-      f'be below the {len(config.layers)} of layers'
-    )
-  if config.remat not in REMAT_POLICIES:
-    raise ValueError(
-      f'unknown remat {config.remat!r}; known: {", ".join(REMAT_POLICIES)}'
-    )
-  for name in ('dtype', 'param_dtype'):
-    if getattr(config, name) not in DTYPES:
+  def check(self):
+    super().check()
+    if not self.layers:
+      raise ValueError("layers is empty: name at least one, such as ('full',)")
+    if self.gate.keep and self.gate.after >= len(self.layers):
       raise ValueError(
-        f'unknown {name} {getattr(config, name)!r}; known: {", ".join(DTYPES)}'
+        f'gate.after={self.gate.after} leaves no block above the gate: it must '
+        f'be below the {len(self.layers)} of layers'
       )
+
+
+def check_resolved(config: TransformerConfig) -> None:
+  """Raises where a task was to fill in what is open, and did not."""
+  if config.vocab_size is None:
+    raise ValueError('vocab_size=None must be at least 1, as the task has it')
   if config.position_encoding == 'learned' and not config.max_positions:
     raise ValueError(
       "position_encoding='learned' needs max_positions, the longest sequence"

@@ -13,7 +13,7 @@ but selected from, before the answer and not by soft weights.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,23 @@ from flax import nnx
 from jax import lax
 
 from longctx.parallel import Placement
-from longctx.typing import Array, Bool, Float, Int, Key, Shaped
+from longctx.typing import (
+  Array,
+  Bool,
+  Checked,
+  Float,
+  Fraction,
+  Int,
+  Key,
+  Natural,
+  NonNegative,
+  Positive,
+  Shaped,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GateConfig:
+class GateConfig(Checked):
   """Gate config: where it stands, and how much passes.
 
   Attributes:
@@ -45,25 +57,19 @@ class GateConfig:
       tells, to be among those that pass.
   """
 
-  keep: int = 0
-  span: int = 1
-  question: int = 1
-  answer: int = 1
-  after: int = 1
-  width: int = 64
-  labels: float = 1.0
-  noise: float = 0.0
-  threshold: float = 0.0
+  prefix: ClassVar[str] = 'model.gate.'
 
-  def __post_init__(self):
-    smallest = dict(keep=0, span=1, question=1, answer=1, after=1, width=1)
-    for name, least in {**smallest, 'labels': 0, 'noise': 0}.items():
-      if not getattr(self, name) >= least:
-        raise ValueError(
-          f'gate.{name}={getattr(self, name)} must be at least {least}'
-        )
-    if not 0 <= self.threshold < 1:
-      raise ValueError(f'gate.threshold={self.threshold} must be in [0, 1)')
+  keep: Natural = 0
+  span: Positive = 1
+  question: Positive = 1
+  answer: Positive = 1
+  after: Positive = 1
+  width: Positive = 64
+  labels: NonNegative = 1.0
+  noise: NonNegative = 0.0
+  threshold: Fraction = 0.0
+
+  def check(self):
     if self.threshold and not self.labels:
       raise ValueError(
         f'gate.threshold={self.threshold} is a probability, which scores learn '

@@ -11,7 +11,11 @@ from flax import nnx
 from longctx.attention import make_attention
 from longctx.attention.base import make_linear
 from longctx.attention.context import Context
-from longctx.models.config import REMAT_POLICIES, TransformerConfig, check
+from longctx.models.config import (
+  REMAT_POLICIES,
+  TransformerConfig,
+  check_resolved,
+)
 from longctx.ops.cross_entropy import cross_entropy_sums, project
 from longctx.parallel import Placement
 from longctx.typing import Array, Bool, Float, Int
@@ -72,7 +76,7 @@ class Transformer(nnx.Module):
   is_gated: ClassVar[bool] = False
 
   def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-    check(config)
+    check_resolved(config)
     if self.is_gated != (config.gate.keep > 0):
       raise ValueError(
         f'gate.keep={config.gate.keep} is not of a {type(self).__name__}: take '

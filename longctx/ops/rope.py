@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from longctx.typing import Array, Float, Int
+from longctx.typing import Array, Float, Int, check_floats
 
 
 def apply_rope(
@@ -35,6 +35,7 @@ def apply_rope(
   Raises:
     ValueError: if H is odd or the positions do not fit.
   """
+  check_floats(x=x)
   B, T, _, H = x.shape
   if H % 2:
     raise ValueError(f'head dim {H=} must be even to be rotated in pairs')

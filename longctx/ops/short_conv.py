@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from longctx.typing import Array, Float, Int
+from longctx.typing import Array, Float, Int, check_floats
 
 
 def short_conv(
@@ -34,6 +34,7 @@ def short_conv(
   Raises:
     ValueError: if shapes do not fit.
   """
+  check_floats(x=x, kernel=kernel)
   B, T, D = x.shape
   W = kernel.shape[0]
   if W < 1 or kernel.shape[1] != D:

@@ -5,7 +5,6 @@ example = task.get(seed=0, split='train', index=7)
 """
 
 import dataclasses
-import difflib
 from typing import Any
 
 from longctx.tasks.arithmetic import Arithmetic
@@ -24,6 +23,7 @@ from longctx.tasks.selective_copying import SelectiveCopying
 from longctx.tasks.stream_eval import StreamEval
 from longctx.tasks.task import SPLITS, Example, Task
 from longctx.tasks.variable_tracking import VariableTracking
+from longctx.typing import among, checked, field_types
 
 TASKS = {
   'arithmetic': Arithmetic,
@@ -75,35 +75,19 @@ def task_defaults(name: str, **overrides: Any) -> dict[str, Any]:
   Raises:
     ValueError: unknown task, unknown field or a value of the wrong type.
   """
-  if name not in TASKS:
-    raise ValueError(
-      f'unknown task {name!r}; known: {", ".join(sorted(TASKS))}'
-    )
+  if name not in list(TASKS):
+    raise ValueError(f'unknown task {name!r}{among(name, sorted(TASKS))}')
   defaults = {f.name: f.default for f in dataclasses.fields(TASKS[name])}
-  values = {
-    key: _checked(name, defaults, key, value)
-    for key, value in overrides.items()
-  }
-  return {'name': name, **defaults, **values}
+  for key, value in overrides.items():
+    if key not in defaults:
+      raise ValueError(
+        f'task {name!r} has no field {key!r}{among(key, defaults)}'
+      )
+    defaults[key] = checked(value, field_types(TASKS[name])[key], f'task.{key}')
+  return {'name': name, **defaults}
 
 
 def task_fields(task: Task) -> dict[str, Any]:
   """The name and fields that `make_task` would make this task from."""
   names = {cls: name for name, cls in TASKS.items()}
   return {'name': names[type(task)], **dataclasses.asdict(task)}
-
-
-def _checked(name: str, defaults: dict, key: str, value: Any) -> Any:
-  """The value of a field, or ValueError where the task cannot take it."""
-  if key not in defaults:
-    closest = difflib.get_close_matches(key, defaults, n=1, cutoff=0.0)[0]
-    raise ValueError(
-      f'task {name!r} has no field {key!r}; did you mean {closest!r}? '
-      f'known: {", ".join(defaults)}'
-    )
-  kind = type(defaults[key])
-  if kind is float and type(value) is int:
-    return float(value)
-  if type(value) is not kind:
-    raise ValueError(f'{name}.{key}={value!r} must be of type {kind.__name__}')
-  return value

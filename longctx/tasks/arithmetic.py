@@ -1,11 +1,13 @@
 """Arithmetic: compute one quantity from others, among irrelevant numbers."""
 
 import dataclasses
+from typing import Annotated
 
 import numpy as np
 
-from longctx.tasks.checks import at_least, large_enough, not_negative
+from longctx.tasks.checks import large_enough
 from longctx.tasks.task import Example, Task, scored, spread
+from longctx.typing import Between, Natural, Positive
 
 BOS, EQUALS, PLUS, MINUS, QUERY, FIRST_NUMBER = 0, 1, 2, 3, 4, 5
 SIGNS = {PLUS: 1, MINUS: -1}
@@ -52,18 +54,15 @@ class Arithmetic(Task):
       from one that nothing else speaks of, z = y - 4.
   """
 
-  seq_len: int = 64
-  vocab_size: int = 64
-  modulus: int = 10
-  num_names: int = 32
-  num_steps: int = 3
-  num_irrelevant: int = 3
+  seq_len: Positive = 64
+  vocab_size: Positive = 64
+  modulus: Annotated[int, Between(2)] = 10
+  num_names: Positive = 32
+  num_steps: Positive = 3
+  num_irrelevant: Natural = 3
   in_topic: bool = True
 
-  def __post_init__(self):
-    at_least(self, 2, 'modulus')
-    at_least(self, 1, 'num_steps')
-    not_negative(self, 'num_irrelevant')
+  def check(self):
     steps = ('num_steps', 'num_irrelevant')
     fewest = self._num_lines + self.num_irrelevant * (not self.in_topic)
     large_enough(self, 'num_names', fewest, *steps, 'in_topic')

@@ -3,12 +3,14 @@
 import bisect
 import dataclasses
 import functools
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from longctx.tasks.checks import at_least, large_enough, not_negative
+from longctx.tasks.checks import large_enough
 from longctx.tasks.task import Example, Task, scored
+from longctx.typing import Between, Natural, Positive, PositiveNumber, Seed
 
 BOS = 0
 
@@ -54,21 +56,15 @@ class BigramBackcopy(Task):
       all splits.
   """
 
-  seq_len: int = 64
-  vocab_size: int = 48
-  num_triggers: int = 3
-  concentration: float = 0.08
-  chain_seed: int = 0
+  seq_len: Positive = 64
+  vocab_size: Annotated[int, Between(3, 2**13)] = 48
+  num_triggers: Natural = 3
+  concentration: PositiveNumber = 0.08
+  chain_seed: Seed = 0
 
-  def __post_init__(self):
-    at_least(self, 1, 'seq_len')
-    not_negative(self, 'num_triggers', 'chain_seed')
+  def check(self):
     # BOS, and two symbols that are no triggers.
     large_enough(self, 'vocab_size', self.num_triggers + 3, 'num_triggers')
-    if not 0 < self.concentration < np.inf:
-      raise ValueError(
-        f'concentration={self.concentration} must be positive and finite'
-      )
     # A chain that cannot be used is refused now.
     _ = self._chain
 

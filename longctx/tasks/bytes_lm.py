@@ -10,7 +10,6 @@ import sysconfig
 import numpy as np
 import tensorflow_datasets as tfds
 
-from longctx.tasks.checks import at_least
 from longctx.tasks.task import (
   NUM_BUCKETS,
   SPLITS,
@@ -19,6 +18,7 @@ from longctx.tasks.task import (
   check_address,
   split_of,
 )
+from longctx.typing import Positive
 
 BOS = 256
 
@@ -78,20 +78,19 @@ class BytesLM(Task):
       predecessor, as an anchor that is always there.
   """
 
-  seq_len: int = 256
+  seq_len: Positive = 256
   path: str = ''
   tfds_name: str = ''
   tfds_data_dir: str = ''
   packed: bool = False
   prepend_bos: bool = False
 
-  def __post_init__(self):
+  def check(self):
     if self.path and self.tfds_name:
       raise ValueError(
         f'path={self.path!r} and tfds_name={self.tfds_name!r} are both set: '
         'the text comes from one of them'
       )
-    at_least(self, 1, 'seq_len')
     for split in SPLITS:
       text = self.text(split)
       if len(text) < self.seq_len + 1:

@@ -4,8 +4,9 @@ import dataclasses
 
 import numpy as np
 
-from longctx.tasks.checks import at_least, large_enough
+from longctx.tasks.checks import large_enough
 from longctx.tasks.task import Example, Task, scored
+from longctx.typing import Natural, Positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,13 +38,12 @@ class Copying(Task):
       (seq_len - 1) // 2 - 1 and the shortest.
   """
 
-  seq_len: int = 128
-  num_symbols: int = 10
-  min_length: int = 0
-  max_length: int = 0
+  seq_len: Positive = 128
+  num_symbols: Positive = 10
+  min_length: Natural = 0
+  max_length: Natural = 0
 
-  def __post_init__(self):
-    at_least(self, 1, 'num_symbols')
+  def check(self):
     low, high = self.lengths
     if not 1 <= low <= high:
       raise ValueError(

@@ -6,6 +6,7 @@ import numpy as np
 
 from longctx.tasks.checks import large_enough
 from longctx.tasks.task import Example, Task, scored
+from longctx.typing import Positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,13 +43,13 @@ class Induction(Task):
     score_first: whether the first period is scored as well.
   """
 
-  seq_len: int = 64
-  vocab_size: int = 64
-  min_period: int = 16
-  max_period: int = 32
+  seq_len: Positive = 64
+  vocab_size: Positive = 64
+  min_period: Positive = 16
+  max_period: Positive = 32
   score_first: bool = False
 
-  def __post_init__(self):
+  def check(self):
     low, high = self.min_period, self.max_period
     if not 1 <= low <= high:
       raise ValueError(

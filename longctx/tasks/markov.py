@@ -3,12 +3,13 @@
 import bisect
 import dataclasses
 import functools
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float64, Int
 
-from longctx.tasks.checks import at_least
 from longctx.tasks.task import Example, Task, scored
+from longctx.typing import Between, Positive
 
 # Sequences whose mean is the ceiling, and how many entries their counts of
 # pairs may have: beyond 22 states there are fewer.
@@ -51,16 +52,8 @@ class Markov(Task):
     num_states: k.
   """
 
-  seq_len: int = 100
-  num_states: int = 3
-
-  def __post_init__(self):
-    at_least(self, 1, 'seq_len')
-    if self.num_states < 2:
-      raise ValueError(
-        f'num_states={self.num_states} must be at least 2: one state is always '
-        'followed by itself'
-      )
+  seq_len: Positive = 100
+  num_states: Annotated[int, Between(2, 2**11)] = 3
 
   @property
   def vocab_size(self) -> int:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+from typing import Literal
 
 import numpy as np
 
-from longctx.tasks.checks import at_least, large_enough, one_of
+from longctx.tasks.checks import large_enough
 from longctx.tasks.task import Example, Task, scored
+from longctx.typing import Natural, Positive, PositiveNumber
 
 FILLERS = ('clean', 'zero', 'zoology')
 
@@ -46,25 +48,21 @@ class MQAR(Task):
       from the whole vocabulary (random_non_queries=True).
   """
 
-  seq_len: int = 64
-  vocab_size: int = 256
-  num_pairs: int = 16
-  min_pairs: int = 0
-  power_a: float = 0.01
-  filler: str = 'clean'
+  seq_len: Positive = 64
+  vocab_size: Positive = 256
+  num_pairs: Positive = 16
+  min_pairs: Natural = 0
+  power_a: PositiveNumber = 0.01
+  filler: Literal[FILLERS] = 'clean'
 
-  def __post_init__(self):
-    one_of(self, 'filler', FILLERS)
-    at_least(self, 1, 'num_pairs')
-    if not 0 <= self.min_pairs <= self.num_pairs:
+  def check(self):
+    if self.min_pairs > self.num_pairs:
       raise ValueError(
         f'min_pairs={self.min_pairs} must be 0 or up to num_pairs='
         f'{self.num_pairs}'
       )
     large_enough(self, 'seq_len', 4 * self.num_pairs, 'num_pairs')
     large_enough(self, 'vocab_size', 2 * (self.num_pairs + 1), 'num_pairs')
-    if self.power_a <= 0:
-      raise ValueError(f'power_a={self.power_a} must be positive; 1 is uniform')
 
   @property
   def chance(self) -> float:

@@ -1,11 +1,13 @@
 """Multi-needle retrieval: keys with values in a filler, some asked for."""
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 
-from longctx.tasks.checks import at_least, large_enough, one_of
+from longctx.tasks.checks import large_enough
 from longctx.tasks.task import Example, Task, filler_tokens, scored, spread
+from longctx.typing import Positive
 
 BOS, NEEDLE, QUERY, FIRST_SYMBOL = 0, 1, 2, 3
 FILLERS = ('random', 'repeat')
@@ -45,18 +47,16 @@ class MultiNeedle(Task):
       over.
   """
 
-  seq_len: int = 64
-  vocab_size: int = 64
-  num_symbols: int = 10
-  num_keys: int = 32
-  num_needles: int = 4
-  num_queries: int = 2
-  value_length: int = 4
-  filler: str = 'random'
+  seq_len: Positive = 64
+  vocab_size: Positive = 64
+  num_symbols: Positive = 10
+  num_keys: Positive = 32
+  num_needles: Positive = 4
+  num_queries: Positive = 2
+  value_length: Positive = 4
+  filler: Literal[FILLERS] = 'random'
 
-  def __post_init__(self):
-    one_of(self, 'filler', FILLERS)
-    at_least(self, 1, 'num_symbols', 'value_length')
+  def check(self):
     if not 1 <= self.num_queries <= self.num_needles <= self.num_keys:
       raise ValueError(
         f'num_queries={self.num_queries}, num_needles={self.num_needles} and '

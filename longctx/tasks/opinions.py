@@ -1,12 +1,13 @@
 """Sycophancy, as of System 2 Attention: facts, opinions and a question."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 
-from longctx.tasks.checks import at_least, large_enough, one_of
+from longctx.tasks.checks import large_enough
 from longctx.tasks.task import Example, Task, scored
+from longctx.typing import Between, Natural, Positive, Share
 
 PAD, BOS, FACT, OPINION, DOUBT, SENTENCE = range(6)
 QUERY, NEUTRAL, ANSWER, REWRITE, END = range(6, 11)
@@ -100,33 +101,25 @@ class Opinions(Task):
     depth: where the fact lies, from 0 (first unit) to 1; -1: anywhere.
   """
 
-  seq_len: int = 128
-  num_topics: int = 16
-  num_names: int = 16
-  num_values: int = 32
-  num_words: int = 32
-  num_facts: int = 8
-  num_in_topic: int = 2
-  num_mentions: int = 1
-  num_opinions: int = 1
-  num_units: int = 0
-  agree: float = 0.9
-  stale: float = 0.1
-  rewrite: float = 0.4
-  neutral: float = 0.1
-  condition: str = 'suggest_wrong'
-  instruction: str = 'answer'
-  depth: float = -1.0
+  seq_len: Positive = 128
+  num_topics: Positive = 16
+  num_names: Positive = 16
+  num_values: Annotated[int, Between(2)] = 32
+  num_words: Positive = 32
+  num_facts: Natural = 8
+  num_in_topic: Natural = 2
+  num_mentions: Positive = 1
+  num_opinions: Positive = 1
+  num_units: Natural = 0
+  agree: Share = 0.9
+  stale: Share = 0.1
+  rewrite: Share = 0.4
+  neutral: Share = 0.1
+  condition: Literal[CONDITIONS] = 'suggest_wrong'
+  instruction: Literal[INSTRUCTIONS] = 'answer'
+  depth: Annotated[float, Between(-1, 1)] = -1.0
 
-  def __post_init__(self):
-    one_of(self, 'condition', CONDITIONS)
-    one_of(self, 'instruction', INSTRUCTIONS)
-    for name in ('agree', 'stale', 'rewrite', 'neutral'):
-      if not 0 <= getattr(self, name) <= 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be in [0, 1]')
-    at_least(self, 0, 'num_facts', 'num_in_topic', 'num_units')
-    at_least(self, 1, 'num_mentions', 'num_opinions', 'num_words')
-    at_least(self, 2, 'num_values')
+  def check(self):
     if self.num_in_topic >= self.num_names:
       raise ValueError(
         f'num_names={self.num_names} must be above num_in_topic='

@@ -1,10 +1,11 @@
 """Passkey retrieval: recall a number hidden somewhere in a long filler."""
 
 import dataclasses
+from typing import Annotated, Literal
 
 import numpy as np
 
-from longctx.tasks.checks import large_enough, one_of
+from longctx.tasks.checks import large_enough
 from longctx.tasks.task import (
   Example,
   Task,
@@ -12,6 +13,7 @@ from longctx.tasks.task import (
   next_token_labels,
   scored,
 )
+from longctx.typing import Between, Positive
 
 BOS, KEY, QUERY, FIRST_SYMBOL = 0, 1, 2, 3
 FILLERS = ('random', 'repeat')
@@ -48,27 +50,22 @@ class Passkey(Task):
       over.
   """
 
-  seq_len: int = 256
-  vocab_size: int = 64
-  num_symbols: int = 10
-  key_length: int = 5
-  depth: float = -1.0
-  filler: str = 'random'
+  seq_len: Positive = 256
+  vocab_size: Positive = 64
+  num_symbols: Positive = 10
+  key_length: Positive = 5
+  depth: Annotated[float, Between(-1, 1)] = -1.0
+  filler: Literal[FILLERS] = 'random'
 
-  def __post_init__(self):
-    one_of(self, 'filler', FILLERS)
-    if not 1 <= self.key_length <= self.num_symbols:
+  def check(self):
+    if self.key_length > self.num_symbols:
       raise ValueError(
-        f'key_length={self.key_length} must be between 1 and '
-        f'num_symbols={self.num_symbols}: no symbol comes twice in a key'
+        f'key_length={self.key_length} must be at most num_symbols='
+        f'{self.num_symbols}: no symbol comes twice in a key'
       )
     # At least one token is filler.
     large_enough(self, 'vocab_size', self._first_filler + 1, 'num_symbols')
     large_enough(self, 'seq_len', 2 * self.key_length + 2, 'key_length')
-    if self.depth > 1:
-      raise ValueError(
-        f'depth={self.depth} must be in [0, 1], or negative to draw it'
-      )
 
   @property
   def _first_filler(self) -> int:

@@ -4,8 +4,9 @@ import dataclasses
 
 import numpy as np
 
-from longctx.tasks.checks import at_least, large_enough
+from longctx.tasks.checks import large_enough
 from longctx.tasks.task import Example, Task, scored
+from longctx.typing import Positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,12 +34,11 @@ class SelectiveCopying(Task):
     num_kept: how many symbols to keep; 2 * num_kept <= seq_len.
   """
 
-  seq_len: int = 256
-  num_symbols: int = 14
-  num_kept: int = 16
+  seq_len: Positive = 256
+  num_symbols: Positive = 14
+  num_kept: Positive = 16
 
-  def __post_init__(self):
-    at_least(self, 1, 'num_symbols', 'num_kept')
+  def check(self):
     large_enough(self, 'seq_len', 2 * self.num_kept, 'num_kept')
 
   @property

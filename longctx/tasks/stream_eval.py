@@ -4,10 +4,13 @@ import dataclasses
 
 import numpy as np
 
-from longctx.tasks.checks import at_least, large_enough, not_negative
+from longctx.tasks.checks import large_enough
 from longctx.tasks.task import Example, Task, next_token_labels
+from longctx.typing import Natural, Positive
 
 FACT, QUERY, FIRST_SYMBOL = 0, 1, 2
+# Of more keys than these a few are drawn, and not all put in an order.
+MOST_LISTED = 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,21 +48,24 @@ class StreamEval(Task):
     max_lag: the largest lag that is drawn; 0: as many facts as there were.
   """
 
-  seq_len: int = 256
-  num_symbols: int = 16
-  key_length: int = 2
-  facts_per_query: int = 2
-  lag: int = 0
-  max_lag: int = 0
+  seq_len: Positive = 256
+  num_symbols: Positive = 16
+  key_length: Positive = 2
+  facts_per_query: Positive = 2
+  lag: Natural = 0
+  max_lag: Natural = 0
 
-  def __post_init__(self):
-    at_least(self, 1, 'num_symbols', 'key_length', 'facts_per_query')
-    not_negative(self, 'lag', 'max_lag')
+  def check(self):
     if max(self.lag, self.max_lag) > self.num_keys:
       raise ValueError(
         f'lag={self.lag} and max_lag={self.max_lag} must be at most '
         f'{self.num_keys}, after which keys come again: raise num_symbols or '
         'key_length'
+      )
+    if self.num_keys >= 2**63:
+      raise ValueError(
+        f'num_symbols={self.num_symbols} and key_length={self.key_length} must '
+        'make fewer than 2**63 keys: lower one of them'
       )
     blocks = -(-max(self.lag, 1) // self.facts_per_query)
     large_enough(self, 'seq_len', blocks * self.block_len, 'lag')
@@ -67,7 +73,8 @@ class StreamEval(Task):
   @property
   def num_keys(self) -> int:
     """Different keys."""
-    return self.num_symbols**self.key_length
+    # That there are too many is seen at 2**64.
+    return self.num_symbols ** min(self.key_length, 64)
 
   @property
   def block_len(self) -> int:
@@ -88,7 +95,10 @@ class StreamEval(Task):
     facts = blocks * per_block
     # A key as digits, so that keys beside each other share no symbols more
     # often than others.
-    order = rng.permutation(self.num_keys)[np.arange(facts) % self.num_keys]
+    if self.num_keys > max(MOST_LISTED, facts):
+      order = rng.choice(self.num_keys, facts, replace=False)
+    else:
+      order = rng.permutation(self.num_keys)[np.arange(facts) % self.num_keys]
     digits = self.num_symbols ** np.arange(self.key_length)
     keys = FIRST_SYMBOL + order[:, None] // digits % self.num_symbols
     values = rng.integers(self.num_symbols, size=facts)

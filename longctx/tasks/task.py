@@ -3,10 +3,12 @@
 import abc
 import dataclasses
 import hashlib
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
+
+from longctx.typing import Checked, Positive
 
 # Position in this tuple is part of every example's random seed.
 SPLITS = ('train', 'validation', 'test')
@@ -49,7 +51,7 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Task(abc.ABC):
+class Task(Checked, abc.ABC):
   """Task: a distribution over examples, cut into splits that share none.
 
   A draw belongs to the split that the hash of its tokens names, so an example
@@ -60,7 +62,9 @@ class Task(abc.ABC):
     seq_len: length T of every example.
   """
 
-  seq_len: int
+  prefix: ClassVar[str] = 'task.'
+
+  seq_len: Positive
 
   @property
   @abc.abstractmethod

@@ -4,8 +4,9 @@ import dataclasses
 
 import numpy as np
 
-from longctx.tasks.checks import at_least, large_enough, not_negative
+from longctx.tasks.checks import large_enough
 from longctx.tasks.task import Example, Task, scored, spread
+from longctx.typing import Natural, Positive
 
 BOS, ASSIGN, QUERY, FIRST_VALUE = 0, 1, 2, 3
 
@@ -50,16 +51,14 @@ class VariableTracking(Task):
       variable that is asked for holds its value itself.
   """
 
-  seq_len: int = 64
-  vocab_size: int = 64
-  num_values: int = 16
-  num_variables: int = 32
-  num_chains: int = 3
-  num_hops: int = 2
+  seq_len: Positive = 64
+  vocab_size: Positive = 64
+  num_values: Positive = 16
+  num_variables: Positive = 32
+  num_chains: Positive = 3
+  num_hops: Natural = 2
 
-  def __post_init__(self):
-    at_least(self, 1, 'num_chains')
-    not_negative(self, 'num_hops')
+  def check(self):
     if self.num_values < self.num_chains:
       raise ValueError(
         f'num_values={self.num_values} is too small for num_chains='

@@ -7,23 +7,34 @@ ConfigDict.
 """
 
 import dataclasses
-import difflib
 import types
-import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 from ml_collections import config_dict
 
 from longctx import parallel, tasks
 from longctx.models.transformer import TransformerConfig
 from longctx.parallel.layout import LAYOUTS
-from longctx.tasks.checks import at_least, one_of
 from longctx.training.optimizer import OptimizerConfig
+from longctx.typing import (
+  Between,
+  Checked,
+  Natural,
+  Positive,
+  Reason,
+  Seed,
+  check_multiple,
+  did_you_mean,
+  field_types,
+  plain_types,
+)
+
+Devices = Annotated[int, Between(1, 2**16)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Checked):
   """Data config: prepared datasets and worker processes.
 
   Attributes:
@@ -32,15 +43,14 @@ class DataConfig:
     workers: Grain worker processes; 0 makes the examples in this process.
   """
 
-  directory: str = ''
-  workers: int = 0
+  prefix: ClassVar[str] = 'data.'
 
-  def __post_init__(self):
-    at_least(self, 0, 'workers', prefix='data.')
+  directory: str = ''
+  workers: Annotated[int, Between(0, 1024)] = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(Checked):
   """Evaluation config: validations on the way and the test at the end.
 
   Attributes:
@@ -50,18 +60,16 @@ class EvalConfig:
     test_batches: batches of the test split, measured once at the end.
   """
 
-  every: int = 200
-  batches: int = 8
-  batch_size: int = 0
-  test_batches: int = 16
+  prefix: ClassVar[str] = 'eval.'
 
-  def __post_init__(self):
-    at_least(self, 0, 'every', 'batch_size', prefix='eval.')
-    at_least(self, 1, 'batches', 'test_batches', prefix='eval.')
+  every: Natural = 200
+  batches: Positive = 8
+  batch_size: Natural = 0
+  test_batches: Positive = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Checked):
   """Checkpoint config: how often the state is written, and kept.
 
   Attributes:
@@ -70,16 +78,14 @@ class CheckpointConfig:
       damaged one.
   """
 
-  every: int = 500
-  keep: int = 2
+  prefix: ClassVar[str] = 'checkpoint.'
 
-  def __post_init__(self):
-    at_least(self, 0, 'every', prefix='checkpoint.')
-    at_least(self, 1, 'keep', prefix='checkpoint.')
+  every: Natural = 500
+  keep: Positive = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LogConfig:
+class LogConfig(Checked):
   """Logging config: metrics, TensorBoard and the progress bar.
 
   Attributes:
@@ -88,16 +94,15 @@ class LogConfig:
     progress: a progress bar on a terminal; otherwise a line in ten seconds.
   """
 
-  every: int = 50
+  prefix: ClassVar[str] = 'log.'
+
+  every: Positive = 50
   tensorboard: bool = False
   progress: bool = True
 
-  def __post_init__(self):
-    at_least(self, 1, 'every', prefix='log.')
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AnalysisConfig:
+class AnalysisConfig(Checked):
   """Analysis config: how closely learning is watched, at no cost to it.
 
   Tasks are learned in jumps. `longctx.training.phase` tells from the training
@@ -117,21 +122,17 @@ class AnalysisConfig:
       change and at the last step.
   """
 
-  every: int = 0
-  rows: int = 8
-  dense_every: int = 0
-  bend: float = 0.05
-  ablate: bool = True
+  prefix: ClassVar[str] = 'analysis.'
 
-  def __post_init__(self):
-    at_least(self, 0, 'every', 'dense_every', prefix='analysis.')
-    at_least(self, 1, 'rows', prefix='analysis.')
-    if not 0 < self.bend < 1:
-      raise ValueError(f'analysis.bend={self.bend} must lie between 0 and 1')
+  every: Natural = 0
+  rows: Positive = 8
+  dense_every: Natural = 0
+  bend: Annotated[float, Between(0, 1, open='both')] = 0.05
+  ablate: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
+class ParallelConfig(Checked):
   """Mesh config: devices, and how sequences lie on them.
 
   The same losses come out on any mesh, up to the order of sums.
@@ -148,17 +149,20 @@ class ParallelConfig:
     fsdp: whether parameters and optimizer state are split over `data` too.
   """
 
-  data: int = 1
-  seq: int = 1
-  model: int = 1
-  scheme: str = 'ring'
-  layout: str = 'zigzag'
-  fsdp: bool = False
+  prefix: ClassVar[str] = 'parallel.'
 
-  def __post_init__(self):
-    at_least(self, 1, 'data', 'seq', 'model', prefix='parallel.')
-    one_of(self, 'scheme', parallel.SCHEMES, prefix='parallel.')
-    one_of(self, 'layout', LAYOUTS, prefix='parallel.')
+  data: Devices = 1
+  seq: Devices = 1
+  model: Devices = 1
+  scheme: Annotated[
+    Literal[tuple(parallel.SCHEMES)],
+    *(Reason(x, f': {x} is a parallel.layout') for x in LAYOUTS),
+  ] = 'ring'
+  layout: Annotated[
+    Literal[tuple(LAYOUTS)],
+    *(Reason(x, f': {x} is a parallel.scheme') for x in parallel.SCHEMES),
+  ] = 'zigzag'
+  fsdp: bool = False
 
   @property
   def devices(self) -> int:
@@ -166,7 +170,7 @@ class ParallelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExperimentConfig:
+class ExperimentConfig(Checked):
   """Experiment config: a task, a model and how the one learns the other.
 
   Attributes:
@@ -178,9 +182,9 @@ class ExperimentConfig:
       each named run trains in workdir/<name>, and they are compared at the end.
   """
 
-  seed: int = 0
-  steps: int = 1000
-  batch_size: int = 32
+  seed: Seed = 0
+  steps: Positive = 1000
+  batch_size: Positive = 32
   task: dict[str, Any] = dataclasses.field(
     default_factory=lambda: tasks.task_defaults('mqar')
   )
@@ -198,14 +202,18 @@ class ExperimentConfig:
   analysis: AnalysisConfig = AnalysisConfig()
   runs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-  def __post_init__(self):
-    at_least(self, 0, 'seed')
-    at_least(self, 1, 'steps', 'batch_size')
-    if self.batch_size % self.optimizer.accumulation:
-      raise ValueError(
-        f'batch_size={self.batch_size} must be a multiple of '
-        f'optimizer.accumulation={self.optimizer.accumulation}'
-      )
+  @property
+  def eval_rows(self) -> int:
+    """Rows of a batch of validation."""
+    return self.eval.batch_size or self.batch_size
+
+  def check(self):
+    # With runs, each is checked as it is.
+    if self.runs:
+      return
+    check_multiple(self, 'batch_size', 'optimizer.accumulation')
+    for name in ('batch_size', 'eval.batch_size'):
+      check_multiple(self, name, 'parallel.data')
 
 
 def _init_fields(cls: type) -> list[dataclasses.Field]:
@@ -218,7 +226,7 @@ def to_config_dict(config: Any) -> config_dict.ConfigDict:
   A field that may be None becomes a typed placeholder, so that
   `--config.model.head_dim=16` works where the default is None.
   """
-  hints = typing.get_type_hints(type(config))
+  hints = field_types(type(config))
   result = config_dict.ConfigDict()
   for field in _init_fields(type(config)):
     value = getattr(config, field.name)
@@ -231,19 +239,12 @@ def _slot(value: Any, hint: Any) -> Any:
     return to_config_dict(value)
   if isinstance(value, Mapping):
     return config_dict.ConfigDict(dict(value))
-  options = _options(hint)
-  if types.NoneType not in options:
+  kinds = plain_types(hint)
+  if types.NoneType not in kinds:
     return value
-  options = [option for option in options if option is not types.NoneType]
-  slot = config_dict.placeholder(typing.get_origin(options[0]) or options[0])
+  slot = config_dict.placeholder(kinds[0])
   slot.set(value)
   return slot
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-  if typing.get_origin(hint) in (typing.Union, types.UnionType):
-    return typing.get_args(hint)
-  return (hint,)
 
 
 def from_config_dict(
@@ -261,7 +262,7 @@ def from_config_dict(
 
 
 def _build(cls: type, values: Mapping, path: str) -> Any:
-  hints = typing.get_type_hints(cls)
+  hints = field_types(cls)
   fields = [field.name for field in _init_fields(cls)]
   kwargs = {}
   for key, value in values.items():
@@ -274,35 +275,11 @@ def _build(cls: type, values: Mapping, path: str) -> Any:
         raise ValueError(f'{path}{key} must be a group of keys, got {value!r}')
       kwargs[key] = _build(hints[key], value, f'{path}{key}.')
     else:
-      kwargs[key] = _coerce(value, hints[key], f'{path}{key}')
+      if hints[key] == tuple[str, ...] and isinstance(value, (list, tuple)):
+        # The flag parser reads `--config.model.layers=full,linear` as one name.
+        value = [part for item in value for part in split_names(str(item))]
+      kwargs[key] = value
   return cls(**kwargs)
-
-
-def _coerce(value: Any, hint: Any, path: str) -> Any:
-  for option in _options(hint):
-    origin = typing.get_origin(option) or option
-    if option is Any or (value is None and option is types.NoneType):
-      return value
-    if origin is tuple and isinstance(value, (tuple, list)):
-      return _coerce_tuple(value, typing.get_args(option), path)
-    if origin is float and type(value) is int:
-      return float(value)
-    # bool is an int to Python, but `steps=True` is a slip.
-    if type(value) is bool and origin is int:
-      continue
-    if isinstance(origin, type) and isinstance(value, origin):
-      return value
-  wanted = ' or '.join(getattr(o, '__name__', str(o)) for o in _options(hint))
-  raise ValueError(f'{path}={value!r} must be {wanted}')
-
-
-def _coerce_tuple(value: Any, args: tuple, path: str) -> tuple:
-  if len(args) != 2 or args[1] is not Ellipsis:
-    return tuple(value)
-  if args[0] is str:
-    # The flag parser reads `--config.model.layers=full,linear` as one name.
-    value = [part for item in value for part in split_names(str(item))]
-  return tuple(_coerce(item, args[0], path) for item in value)
 
 
 def split_names(text: str) -> list[str]:
@@ -320,11 +297,10 @@ def split_names(text: str) -> list[str]:
 def unknown_key(path: str, known: list[str]) -> str:
   """One line on a misspelt key, naming the closest known one."""
   head, _, key = path.rpartition('.')
-  close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
   prefix = f'{head}.' if head else ''
-  hint = f'did you mean {prefix}{close[0]}?' if close else ''
-  return f'unknown config key {path}; ' + (
-    hint or f'known: {", ".join(sorted(known))}'
+  hint = did_you_mean(key, known).replace('mean ', f'mean {prefix}')
+  return f'unknown config key {path}' + (
+    hint or f'; known: {", ".join(sorted(known))}'
   )
 
 

@@ -1,20 +1,26 @@
 """Optimizers, learning-rate schedules and weight decay, from one config."""
 
 import dataclasses
-import math
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import optax
 from optax import contrib
 
-from longctx.tasks.checks import at_least
-
-SCHEDULES = ('constant', 'cosine', 'linear', 'step')
+from longctx.attention import VARIANTS
+from longctx.typing import (
+  Checked,
+  Fraction,
+  Natural,
+  NonNegative,
+  Positive,
+  PositiveNumber,
+  Share,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
   """Optimizer config: how gradients become updates.
 
   Attributes:
@@ -32,7 +38,8 @@ class OptimizerConfig:
     weight_decay: decoupled, times the learning rate. It applies to weight
       matrices alone: norms, biases and per-head scalars are not shrunk, since
       that changes a scale rather than a capacity, nor are embeddings, whose
-      rare rows would fade between their few gradients.
+      rare rows would fade between their few gradients, nor what a variant
+      names in `Attention.undecayed`.
     b1: decay of the first moment, or the momentum.
     b2: decay of the second moment.
     eps: added to the root of the second moment.
@@ -40,45 +47,28 @@ class OptimizerConfig:
     accumulation: forward passes that one update is split into.
   """
 
-  name: str = 'adamw'
-  learning_rate: float = 1e-3
-  schedule: str = 'cosine'
-  schedule_steps: int = 0
-  warmup_steps: int = 0
-  final_factor: float = 0.1
-  step_at: int = 0
-  weight_decay: float = 0.1
-  b1: float = 0.9
-  b2: float = 0.95
-  eps: float = 1e-8
-  clip_norm: float = 1.0
-  accumulation: int = 1
+  prefix: ClassVar[str] = 'optimizer.'
 
-  def __post_init__(self):
-    if self.name not in OPTIMIZERS:
-      raise ValueError(
-        f'unknown optimizer {self.name!r}; known: {", ".join(OPTIMIZERS)}'
-      )
-    if self.schedule not in SCHEDULES:
-      raise ValueError(
-        f'unknown schedule {self.schedule!r}; known: {", ".join(SCHEDULES)}'
-      )
+  name: Literal['adamw', 'muon', 'radam', 'sgd'] = 'adamw'
+  learning_rate: PositiveNumber = 1e-3
+  schedule: Literal['constant', 'cosine', 'linear', 'step'] = 'cosine'
+  schedule_steps: Natural = 0
+  warmup_steps: Natural = 0
+  final_factor: Share = 0.1
+  step_at: Natural = 0
+  weight_decay: NonNegative = 0.1
+  b1: Fraction = 0.9
+  b2: Fraction = 0.95
+  eps: PositiveNumber = 1e-8
+  clip_norm: NonNegative = 1.0
+  accumulation: Positive = 1
+
+  def check(self):
     if self.schedule == 'step' and self.step_at <= self.warmup_steps:
       raise ValueError(
         f'optimizer.step_at={self.step_at} must be later than '
         f'optimizer.warmup_steps={self.warmup_steps}'
       )
-    if not 0 < self.learning_rate < math.inf:
-      raise ValueError(
-        f'optimizer.learning_rate={self.learning_rate} must be positive'
-      )
-    for key in ('warmup_steps', 'weight_decay', 'clip_norm', 'final_factor'):
-      if not 0 <= getattr(self, key) < math.inf:
-        raise ValueError(
-          f'optimizer.{key}={getattr(self, key)} must not be negative'
-        )
-    at_least(self, 0, 'schedule_steps', prefix='optimizer.')
-    at_least(self, 1, 'accumulation', prefix='optimizer.')
 
   def end_of_schedule(self, steps: int) -> int:
     """The update of a run of so many from which its learning rate rests.
@@ -120,8 +110,11 @@ def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
   """Whether a parameter maps vectors to vectors.
 
   Tables with a row per token or position do not, nor do the taps of a
-  depthwise convolution, a vector per channel.
+  depthwise convolution, a vector per channel, nor what a variant says.
   """
+  names = {getattr(key, 'key', None) for key in path}
+  if names & {x for variant in VARIANTS.values() for x in variant.undecayed}:
+    return False
   return leaf.ndim >= 2 and not _named(path, 'embed', 'position', 'conv')
 
 

@@ -14,8 +14,8 @@ from longctx.data.pipeline import BatchIterator, make_iterator
 from longctx.models import TransformerConfig, validate
 from longctx.parallel import Placement, processes
 from longctx.parallel.layout import SequenceLayout
+from longctx.training import checks, metrics, metrics_log, resumption, steps
 from longctx.training import config as config_lib
-from longctx.training import metrics, metrics_log, resumption, steps
 from longctx.training.checkpoint import Checkpointer
 from longctx.training.config import ExperimentConfig, ParallelConfig
 from longctx.training.errors import DamagedFileError
@@ -91,12 +91,14 @@ def prepare(config: ExperimentConfig, workdir: pathlib.Path) -> list[Run]:
     model = resolve_model(one.model, task)
     check_task(one, task, model)
     placement = make_placement(one.parallel, task.seq_len)
-    validate(
+    traced = validate(
       model,
       task.seq_len,
       batch_size=one.batch_size // one.optimizer.accumulation,
       placement=placement,
     )
+    checks.check_memory(one, task.seq_len, traced)
+    checks.warn_of_later_tokens(one, task, traced)
     for split in tasks.SPLITS:
       open_batches(one, task, split, placement=placement).close()
     if one.log.tensorboard:

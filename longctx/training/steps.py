@@ -151,7 +151,9 @@ def make_steps(
     else:
       grads, out = _accumulate(grad, params, batch, key, accumulation)
     scale = 1 / jnp.maximum(out['weight'], 1e-9)
-    grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+    grads = jax.tree.map(
+      lambda g, p: (g * scale.astype(g.dtype)).astype(p.dtype), grads, params
+    )
     updates, opt = optimizer.update(grads, state['opt'], params)
     params = optax.apply_updates(params, updates)
     metrics = {**out, 'grad_norm': optax.tree.norm(grads)}
@@ -168,7 +170,11 @@ def make_steps(
 
 
 def _accumulate(grad, params, batch, key, parts):
-  """Sums of `grad` over `parts` slices of the batch, one after the other."""
+  """Sums of `grad` over `parts` slices of the batch, one after the other.
+
+  In float32: in bfloat16 a part would be lost from 256 on.
+  """
+  wide = lambda x: jnp.promote_types(x.dtype, jnp.float32)
 
   def split(x):
     # Part i takes rows i, i + parts, ...: rows that lie on one device stay
@@ -181,12 +187,13 @@ def _accumulate(grad, params, batch, key, parts):
     return grad(params, part, part_key)
 
   def body(total, part):
-    return jax.tree.map(jnp.add, total, part_grad(params, *part)), None
+    add = lambda x, y: x + y.astype(x.dtype)
+    return jax.tree.map(add, total, part_grad(params, *part)), None
 
   slices = jax.tree.map(split, dict(batch))
   first = jax.tree.map(lambda x: x[0], slices)
   shapes = jax.eval_shape(part_grad, params, first, 0)
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s)), shapes)
   return jax.lax.scan(body, zeros, (slices, jnp.arange(parts)))[0]
 
 

@@ -374,10 +374,10 @@ def test_cosformer_refuses_more_tokens_than_it_tells_apart():
 @pytest.mark.parametrize(
   ('layer', 'message'),
   [
-    ('gla(temperature=0.0)', 'temperature=0.0 must be positive'),
+    ('gla(temperature=0.0)', 'temperature=0.0 must be above 0'),
     ('lightning(depth=1.5)', r'depth=1.5 must be in \[0, 1\]'),
     ('window_linear(window=0)', 'window=0 must be at least 1'),
-    ('based(feature_dim=0)', 'head_dim=0 must be at least 1'),
+    ('based(feature_dim=0)', 'feature_dim=0 must be at least 1'),
     ('retention(chunk_size=0)', 'chunk_size=0 must be at least 1'),
   ],
 )

@@ -44,22 +44,41 @@ def prepare(argv, tmp_path):
       'unknown config key optimizer.lr; known: ',
     ),
     ([CONFIG, '--config.steps.x=3'], 'steps is a value, not a group'),
-    ([CONFIG, '--config.steps=abc'], '--config.steps=abc: invalid literal'),
+    ([CONFIG, '--config.steps=abc'], '--config.steps=abc must be an integer'),
     ([CONFIG, '--config.steps'], 'Missing value for flag --config.steps'),
     ([CONFIG, '--wrkdir=3'], 'unknown flag --wrkdir=3; did you mean --workdir'),
     ([CONFIG, '--nonsense=3'], 'unknown flag --nonsense=3; --help has all'),
     ([CONFIG, 'steps=3'], "unexpected argument 'steps=3'"),
     ([CONFIG, '--config.steps=3', 'x'], "unexpected argument 'x'"),
     ([CONFIG, '--num_processes=0'], '--num_processes: 0 must be at least 1'),
+    ([CONFIG, '--process_id=1'], 'give --coordinator=HOST:PORT'),
+    (
+      [CONFIG, *['--coordinator=a:1', '--num_processes=2', '--process_id=2']],
+      '--process_id=2 must be below --num_processes=2',
+    ),
+    ([CONFIG, f'--config.seed={10**29}'], 'seed=1000'),
+    ([CONFIG, '--config.model.d_model=0'], 'model.d_model=0 must be at least'),
+    ([CONFIG, '--config.optimizer.eps=x'], 'optimizer.eps=x must be a number'),
+    (
+      [CONFIG, '--config.parallel.scheme=striped'],
+      'striped is a parallel.layout',
+    ),
+    (
+      [CONFIG, '--config.parallel.data=2', '--config.eval.batch_size=3'],
+      'eval.batch_size=3 must be a multiple of parallel.data=2: 2 or 4',
+    ),
     (
       [CONFIG, '--num_processes=x'],
       "--num_processes: invalid integer value: 'x'",
     ),
-    ([f'{CONFIG}:mqra'], "unknown task 'mqra'; known: "),
-    ([CONFIG, '--config.task.name=mqra'], "unknown task 'mqra'; known: "),
+    ([f'{CONFIG}:mqra'], "unknown task 'mqra'; did you mean mqar? known: "),
+    (
+      [CONFIG, '--config.task.name=mqra'],
+      "unknown task 'mqra'; did you mean mqar? known: ",
+    ),
     (
       [CONFIG, '--config.model.layers=full,softmx'],
-      "unknown variant 'softmx'; known: ",
+      "unknown variant 'softmx'; did you mean softmax1? known: ",
     ),
     (
       [CONFIG, '--config.task.seq_len=20'],
@@ -68,7 +87,7 @@ def prepare(argv, tmp_path):
     ([CONFIG, '--config.model.num_heads=5'], 'd_model=64 must be a multiple'),
     (
       [CONFIG, '--config.model.num_kv_heads=3'],
-      'num_heads=4 must be a multiple of num_kv_heads=3',
+      'num_heads=4 must be a multiple of model.num_kv_heads=3: 3 or 6',
     ),
     ([CONFIG, '--config.model.vocab_size=9'], 'vocab_size=9 is too small'),
     (
@@ -76,7 +95,10 @@ def prepare(argv, tmp_path):
       '/nowhere',
     ),
     ([f'{CONFIG}:bytes_lm', '--config.task.path=/nowhere'], '/nowhere'),
-    ([CONFIG, '--config.optimizer.name=adam'], "unknown optimizer 'adam'"),
+    (
+      [CONFIG, '--config.optimizer.name=adam'],
+      "unknown optimizer.name='adam'; did you mean ",
+    ),
   ],
 )
 def test_slip_is_one_clear_line_and_exit_code_2(
@@ -229,11 +251,27 @@ def test_overrides_reach_the_config(tmp_path):
   assert not config.log.progress
 
 
-def test_bug_in_a_config_file_keeps_its_traceback(tmp_path):
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('  return undefined_name', 'line 2: NameError: name'),
+    ('  return 1 / 0', 'line 2: ZeroDivisionError: division by zero'),
+    ('  return (', 'line 2: SyntaxError: '),
+    ('  import no_such_module', 'line 2: ModuleNotFoundError: '),
+    ('  pass', 'get_config() must return a ConfigDict, and gave None'),
+    ('  return {"steps": 3}', 'must return a ConfigDict, and gave'),
+  ],
+)
+def test_bug_in_a_config_file_is_one_line_with_its_place(
+  text, message, tmp_path, capsys
+):
   path = tmp_path / 'broken.py'
-  path.write_text('def get_config():\n  return undefined_name\n')
-  with pytest.raises(NameError, match='undefined_name'):
+  path.write_text(f'def get_config():\n{text}\n')
+  with pytest.raises(SystemExit):
     prepare([f'--config={path}'], tmp_path)
+  error = capsys.readouterr().err
+  assert str(path) in error and message in error
+  assert error.count('\n') == 1
 
 
 def test_argument_for_a_config_that_takes_none_is_refused(tmp_path, capsys):

@@ -231,7 +231,7 @@ def test_other_tasks_are_read_example_after_example(tmp_path):
     (lambda: StreamConfig(tokens=0), 'tokens=0 must be'),
     (
       lambda: StreamConfig(tokens=1, policies=('none',)),
-      "unknown policy 'none'",
+      r"unknown policies.0.='none'",
     ),
     (lambda: StreamConfig(tokens=1, slots=4, sinks=4), 'sinks=4 must be fewer'),
     (lambda: StreamConfig(tokens=1, chunk=3), 'must be a multiple of chunk=3'),

@@ -171,9 +171,9 @@ def test_learned_positions_refuse_a_longer_sequence(tmp_path):
   [
     ('seq_len', 'must be like'),
     ('seq_len=', 'must be like'),
-    ('length=3', "did you mean 'seq_len'"),
+    ('length=3', 'did you mean seq_len'),
     ('seq_len=4', 'too short for num_pairs=2'),
-    ('seq_len=abc', 'must be of type int'),
+    ('seq_len=abc', "seq_len='abc' must be an integer"),
     ('vocab_size=32', 'needs 32 tokens, and the model knows 16'),
     ('name=copying', 'a field of the task'),
   ],

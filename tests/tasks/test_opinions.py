@@ -134,10 +134,13 @@ def test_an_answer_is_no_token_that_is_read(instruction):
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    (dict(condition='agree'), "unknown condition='agree'; known: train, none"),
+    (
+      dict(condition='agree'),
+      "unknown task.condition='agree'; known: train, none",
+    ),
     (
       dict(instruction='say'),
-      "unknown instruction='say'; known: train, answer",
+      "unknown task.instruction='say'; known: train, answer",
     ),
     (dict(agree=1.5), r'agree=1.5 must be in \[0, 1\]'),
     (dict(num_mentions=0), 'num_mentions=0 must be at least 1'),
@@ -145,7 +148,7 @@ def test_an_answer_is_no_token_that_is_read(instruction):
     (dict(num_facts=999), 'make 240 facts of other topics, and num_facts=999'),
     (dict(num_units=5), 'num_units=5 must be 0 or at least the 12 units'),
     (dict(seq_len=50), 'seq_len=50 is too short for 12 units'),
-    (dict(depth=2.0), r'depth=2.0 must be in \[0, 1\], or -1'),
+    (dict(depth=2.0), r'depth=2.0 must be in \[-1, 1\]'),
   ],
 )
 def test_bad_fields_are_refused(fields, message):

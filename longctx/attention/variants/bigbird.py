@@ -6,6 +6,7 @@ from flax import nnx
 
 from longctx import masks
 from longctx.attention.base import Attention, AttentionConfig
+from longctx.typing import Natural, Positive, Seed
 
 
 class BigBirdAttention(Attention):
@@ -44,17 +45,15 @@ class BigBirdAttention(Attention):
     self,
     config: AttentionConfig,
     *,
-    window: int = 192,
-    num_global: int = 128,
-    block: int = 64,
-    num_random: int = 3,
-    seed: int = 0,
+    window: Positive = 192,
+    num_global: Natural = 128,
+    block: Positive = 64,
+    num_random: Positive = 3,
+    seed: Seed = 0,
     causal: bool = True,
-    num_blocks: int | None = None,
+    num_blocks: Positive | None = None,
     rngs: nnx.Rngs,
   ):
-    if window < 1:
-      raise ValueError(f'bigbird: {window=} must be at least 1')
     if causal == (num_blocks is not None):
       raise ValueError(
         f'bigbird: {causal=} with {num_blocks=}: a bidirectional layer draws '

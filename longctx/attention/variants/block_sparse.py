@@ -1,12 +1,12 @@
 """Block-sparse attention under any pattern."""
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 from flax import nnx
 
 from longctx import masks
 from longctx.attention.base import Attention, AttentionConfig
+from longctx.typing import Positive
 
 
 class BlockSparseAttention(Attention):
@@ -38,12 +38,12 @@ class BlockSparseAttention(Attention):
     self,
     config: AttentionConfig,
     *,
-    block: int = 64,
-    pattern: Sequence[str],
+    block: Positive = 64,
+    pattern: tuple[str, ...],
     causal: bool = True,
     rngs: nnx.Rngs,
   ):
-    if not pattern or set(''.join(pattern)) - {'0', '1'}:
+    if set(''.join(pattern)) not in ({'0'}, {'1'}, {'0', '1'}):
       raise ValueError(
         f"block_sparse: {pattern=} must be rows of '0' and '1', as in "
         "('1', '11', '101')"

@@ -1,7 +1,7 @@
 """Differential attention: the difference of two softmax attentions."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -10,7 +10,7 @@ from longctx import masks
 from longctx.attention.base import QKV, Attention, AttentionConfig
 from longctx.attention.context import Context
 from longctx.ops.alibi import alibi_slopes
-from longctx.typing import Array, Float
+from longctx.typing import Array, Float, Fraction
 
 
 class DifferentialAttention(Attention):
@@ -31,9 +31,14 @@ class DifferentialAttention(Attention):
   """
 
   mask = masks.Causal()
+  undecayed: ClassVar = ('lambda_q', 'lambda_k')
 
   def __init__(
-    self, config: AttentionConfig, *, lambda_init: float = 0.8, rngs: nnx.Rngs
+    self,
+    config: AttentionConfig,
+    *,
+    lambda_init: Fraction = 0.8,
+    rngs: nnx.Rngs,
   ):
     even = 4 if config.position_encoding == 'rope' else 2
     if config.head_dim % even or config.value_dim % 2:
@@ -41,8 +46,6 @@ class DifferentialAttention(Attention):
         f'differential: head_dim={config.head_dim} must be a multiple of '
         f'{even} and value_dim={config.value_dim} of 2 to be halved'
       )
-    if not 0 <= lambda_init < 1:
-      raise ValueError(f'differential: {lambda_init=} must be in [0, 1)')
     # Twice the heads of half the width: the same projections, positions of
     # half a head, and the keys and values to keep.
     halves = dataclasses.replace(

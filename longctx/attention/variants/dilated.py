@@ -6,6 +6,7 @@ from flax import nnx
 
 from longctx import masks
 from longctx.attention.base import Attention, AttentionConfig
+from longctx.typing import Positive
 
 
 class DilatedAttention(Attention):
@@ -33,8 +34,8 @@ class DilatedAttention(Attention):
     self,
     config: AttentionConfig,
     *,
-    window: int = 128,
-    dilation: int = 2,
+    window: Positive = 128,
+    dilation: Positive = 2,
     rngs: nnx.Rngs,
   ):
     super().__init__(config, rngs=rngs)

@@ -10,7 +10,7 @@ from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
 from longctx.attention.norms import accum_dtype, layer_norm, low_rank
 from longctx.attention.recurrence import Recurrence
-from longctx.typing import Array, Float
+from longctx.typing import Array, Float, Positive, PositiveNumber
 
 
 class GatedLinearAttention(Attention):
@@ -39,12 +39,10 @@ class GatedLinearAttention(Attention):
     self,
     config: AttentionConfig,
     *,
-    gate_rank: int = 16,
-    temperature: float = 16.0,
+    gate_rank: Positive = 16,
+    temperature: PositiveNumber = 16.0,
     rngs: nnx.Rngs,
   ):
-    if temperature <= 0:
-      raise ValueError(f'gla: {temperature=} must be positive')
     super().__init__(config, rngs=rngs)
     N, H, V = config.num_heads, config.head_dim, config.value_dim
     self.temperature = temperature

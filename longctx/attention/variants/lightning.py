@@ -12,7 +12,7 @@ from longctx.attention.context import Context
 from longctx.attention.norms import accum_dtype, low_rank, rms_norm
 from longctx.attention.recurrence import Recurrence
 from longctx.ops.alibi import geometric_slopes
-from longctx.typing import Array, Float
+from longctx.typing import Array, Float, Share
 
 
 class LightningAttention(Attention):
@@ -39,10 +39,8 @@ class LightningAttention(Attention):
   small: ClassVar = {'chunk_size': 8}
 
   def __init__(
-    self, config: AttentionConfig, *, depth: float = 0.0, rngs: nnx.Rngs
+    self, config: AttentionConfig, *, depth: Share = 0.0, rngs: nnx.Rngs
   ):
-    if not 0 <= depth <= 1:
-      raise ValueError(f'lightning: {depth=} must be in [0, 1]')
     super().__init__(config, rngs=rngs)
     N, V = config.num_heads, config.value_dim
     self.depth = depth

@@ -1,7 +1,7 @@
 """Linear attention: feature maps in place of the softmax kernel."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from flax import nnx
 
@@ -10,7 +10,7 @@ from longctx.attention.capabilities import OF_RECURRENCES
 from longctx.attention.context import Context
 from longctx.attention.features import Features
 from longctx.attention.recurrence import Recurrence
-from longctx.ops.recurrence.feature_maps import make_feature_map
+from longctx.ops.recurrence.feature_maps import FEATURE_MAPS, make_feature_map
 from longctx.typing import Array, Float
 
 
@@ -40,8 +40,8 @@ class LinearAttention(Attention):
     self,
     config: AttentionConfig,
     *,
-    feature_map: str = 'elu+1',
-    feature_arguments: Mapping[str, int] | None = None,
+    feature_map: Literal[tuple(FEATURE_MAPS)] = 'elu+1',
+    feature_arguments: Mapping[str, Any] | None = None,
     normalize: bool = True,
     rngs: nnx.Rngs,
   ):

@@ -12,7 +12,7 @@ from flax import nnx
 from longctx import masks
 from longctx.attention.base import QKV, Attention, AttentionConfig, make_linear
 from longctx.attention.context import Context
-from longctx.typing import Array, Float
+from longctx.typing import Array, Float, Natural, Positive
 
 PROJECTIONS = ('query', 'key', 'value')
 
@@ -54,9 +54,9 @@ class LongformerAttention(Attention):
     self,
     config: AttentionConfig,
     *,
-    window: int = 256,
-    dilation: int | tuple[int, ...] = 1,
-    num_global: int = 0,
+    window: Positive = 256,
+    dilation: Positive | tuple[Positive, ...] = 1,
+    num_global: Natural = 0,
     global_projections: bool = False,
     causal: bool = True,
     use_bias: bool = False,

@@ -10,7 +10,7 @@ from longctx.attention.base import QKV, Attention, AttentionConfig
 from longctx.attention.capabilities import OF_SELECTIONS
 from longctx.attention.context import Context
 from longctx.ops import block_selection
-from longctx.typing import Array, Float
+from longctx.typing import Array, Float, Positive
 
 
 class MixtureOfBlockAttention(Attention):
@@ -41,12 +41,10 @@ class MixtureOfBlockAttention(Attention):
     self,
     config: AttentionConfig,
     *,
-    block_size: int = 512,
-    top_k: int = 3,
+    block_size: Positive = 512,
+    top_k: Positive = 3,
     rngs: nnx.Rngs,
   ):
-    if block_size < 1 or top_k < 1:
-      raise ValueError(f'moba: {block_size=} and {top_k=} must be at least 1')
     super().__init__(config, rngs=rngs)
     self.block_size, self.top_k = block_size, top_k
 

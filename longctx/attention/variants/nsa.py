@@ -11,7 +11,7 @@ from longctx.attention.base import QKV, Attention, AttentionConfig, make_linear
 from longctx.attention.capabilities import OF_SELECTIONS
 from longctx.attention.context import Context
 from longctx.ops import block_selection
-from longctx.typing import Array, Float
+from longctx.typing import Array, Float, Natural, Positive
 
 
 class NativeSparseAttention(Attention):
@@ -52,6 +52,8 @@ class NativeSparseAttention(Attention):
   mask_is_bound = True
   # Their order: compressed, selected, window.
   branches = 3
+  # Of a compressor: one vector per place in a block.
+  undecayed: ClassVar = ('embedding',)
   unsupported: ClassVar = {
     **OF_SELECTIONS,
     'analysis': (
@@ -75,25 +77,20 @@ class NativeSparseAttention(Attention):
     self,
     config: AttentionConfig,
     *,
-    compress_block: int = 32,
-    stride: int = 16,
-    block_size: int = 64,
-    top_n: int = 16,
-    num_initial: int = 1,
-    num_local: int = 2,
-    window: int = 512,
+    compress_block: Positive = 32,
+    stride: Positive = 16,
+    block_size: Positive = 64,
+    top_n: Positive = 16,
+    num_initial: Natural = 1,
+    num_local: Positive = 2,
+    window: Positive = 512,
     rngs: nnx.Rngs,
   ):
-    if min(compress_block, stride, block_size, num_local, window) < 1:
-      raise ValueError(
-        f'nsa: {compress_block=}, {stride=}, {block_size=}, {num_local=} and '
-        f'{window=} must be at least 1'
-      )
     if compress_block % stride or block_size % stride:
       raise ValueError(
         f'nsa: {stride=} must divide {compress_block=} and {block_size=}'
       )
-    if num_initial < 0 or top_n < num_initial + num_local:
+    if top_n < num_initial + num_local:
       raise ValueError(
         f'nsa: {top_n=} must be at least {num_initial=} + {num_local=}'
       )

@@ -6,7 +6,7 @@ from flax import nnx
 from longctx import masks
 from longctx.attention.base import QKV, Attention, AttentionConfig
 from longctx.attention.context import Context
-from longctx.typing import Array, Float
+from longctx.typing import Array, Float, PositiveNumber
 
 
 class ScalableSoftmaxAttention(Attention):
@@ -35,7 +35,7 @@ class ScalableSoftmaxAttention(Attention):
     self,
     config: AttentionConfig,
     *,
-    initial_scale: float = 0.168,
+    initial_scale: PositiveNumber = 0.168,
     rngs: nnx.Rngs,
   ):
     super().__init__(config, rngs=rngs)

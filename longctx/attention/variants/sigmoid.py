@@ -8,7 +8,7 @@ from flax import nnx
 from longctx import masks
 from longctx.attention.base import QKV, Attention, AttentionConfig
 from longctx.attention.context import Context
-from longctx.typing import Array, Float
+from longctx.typing import Array, Float, Positive
 
 
 class SigmoidAttention(Attention):
@@ -33,12 +33,10 @@ class SigmoidAttention(Attention):
     self,
     config: AttentionConfig,
     *,
-    length: int | None = None,
+    length: Positive | None = None,
     learned_bias: bool = False,
     rngs: nnx.Rngs,
   ):
-    if length is not None and length < 1:
-      raise ValueError(f'sigmoid: {length=} must be at least 1')
     super().__init__(config, rngs=rngs)
     self.length = length
     self.learned_bias = learned_bias

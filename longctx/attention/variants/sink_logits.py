@@ -7,6 +7,7 @@ from flax import nnx
 
 from longctx.attention.base import Attention, AttentionConfig
 from longctx.attention.variants.sliding_window import causal_mask
+from longctx.typing import Positive
 
 
 class SinkLogitsAttention(Attention):
@@ -25,7 +26,11 @@ class SinkLogitsAttention(Attention):
   small: ClassVar = {'window': 5}
 
   def __init__(
-    self, config: AttentionConfig, *, window: int | None = None, rngs: nnx.Rngs
+    self,
+    config: AttentionConfig,
+    *,
+    window: Positive | None = None,
+    rngs: nnx.Rngs,
   ):
     super().__init__(config, rngs=rngs)
     self.mask = causal_mask(window)

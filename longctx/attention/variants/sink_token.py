@@ -11,7 +11,7 @@ from longctx.attention.context import Context
 from longctx.attention.variants.sliding_window import causal_mask
 from longctx.ops.merge import merge
 from longctx.ops.rope import apply_rope
-from longctx.typing import Array, Float
+from longctx.typing import Array, Float, Positive
 
 
 class SinkTokenAttention(Attention):
@@ -34,18 +34,17 @@ class SinkTokenAttention(Attention):
     window: keys that a query reads beside them; None for all earlier ones.
   """
 
+  undecayed: ClassVar = ('sink_key', 'sink_value')
   small: ClassVar = {'num_sinks': 2, 'window': 5}
 
   def __init__(
     self,
     config: AttentionConfig,
     *,
-    num_sinks: int = 1,
-    window: int | None = None,
+    num_sinks: Positive = 1,
+    window: Positive | None = None,
     rngs: nnx.Rngs,
   ):
-    if num_sinks < 1:
-      raise ValueError(f'sink_token: {num_sinks=} must be at least 1')
     super().__init__(config, rngs=rngs)
     self.mask = causal_mask(window)
     self.num_sinks = num_sinks

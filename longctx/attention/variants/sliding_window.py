@@ -6,6 +6,7 @@ from flax import nnx
 
 from longctx import masks
 from longctx.attention.base import Attention, AttentionConfig
+from longctx.typing import Positive
 
 
 class SlidingWindowAttention(Attention):
@@ -23,7 +24,7 @@ class SlidingWindowAttention(Attention):
   small: ClassVar = {'window': 5}
 
   def __init__(
-    self, config: AttentionConfig, *, window: int = 256, rngs: nnx.Rngs
+    self, config: AttentionConfig, *, window: Positive = 256, rngs: nnx.Rngs
   ):
     super().__init__(config, rngs=rngs)
     self.mask = causal_mask(window)
@@ -33,6 +34,4 @@ def causal_mask(window: int | None) -> masks.Mask:
   """All earlier tokens, or the last `window` of them, each with its own."""
   if window is None:
     return masks.Causal()
-  if window < 1:
-    raise ValueError(f'{window=} must be at least 1')
   return masks.SlidingWindow(window - 1)

@@ -10,7 +10,7 @@ from longctx.attention.base import QKV, Attention, AttentionConfig
 from longctx.attention.context import Context
 from longctx.ops.merge import merge
 from longctx.ops.rope import apply_rope
-from longctx.typing import Array, Float
+from longctx.typing import Array, Float, Natural, Positive
 
 
 class StreamingAttention(Attention):
@@ -45,13 +45,11 @@ class StreamingAttention(Attention):
     self,
     config: AttentionConfig,
     *,
-    num_sinks: int = 4,
-    window: int = 252,
+    num_sinks: Natural = 4,
+    window: Positive = 252,
     cache_positions: bool = False,
     rngs: nnx.Rngs,
   ):
-    if window < 1:
-      raise ValueError(f'streaming: {window=} must be at least 1')
     if cache_positions and config.position_encoding not in ('rope', 'alibi'):
       raise ValueError(
         f'streaming: {cache_positions=} is of rope and alibi; with positions='

@@ -1,7 +1,7 @@
 """Hybrid of sliding window softmax and linear attention in one layer."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ from longctx.attention.context import Context
 from longctx.attention.features import Features
 from longctx.attention.norms import accum_dtype
 from longctx.attention.recurrence import Recurrence
-from longctx.ops.recurrence.feature_maps import make_feature_map
-from longctx.typing import Array, Float
+from longctx.ops.recurrence.feature_maps import FEATURE_MAPS, make_feature_map
+from longctx.typing import Array, Float, Positive
 
 
 class WindowLinearAttention(Attention):
@@ -46,13 +46,11 @@ class WindowLinearAttention(Attention):
     self,
     config: AttentionConfig,
     *,
-    window: int = 64,
-    feature_map: str = 'elu+1',
-    feature_arguments: Mapping[str, int] | None = None,
+    window: Positive = 64,
+    feature_map: Literal[tuple(FEATURE_MAPS)] = 'elu+1',
+    feature_arguments: Mapping[str, Any] | None = None,
     rngs: nnx.Rngs,
   ):
-    if window < 1:
-      raise ValueError(f'window_linear: {window=} must be at least 1')
     super().__init__(config, rngs=rngs)
     self.mask = masks.SlidingWindow(window - 1)
     phi = make_feature_map(feature_map, **feature_arguments or {})

@@ -14,7 +14,7 @@ from longctx.ops.dot_product_attention.normalizers import (
   Normalizer,
 )
 from longctx.ops.dot_product_attention.tiling import BlockSizes
-from longctx.typing import Array, Float, Int, Key
+from longctx.typing import Array, Float, Int, Key, check_floats
 
 Integers = Int[Array, '...'] | Int[np.ndarray, '...']
 
@@ -150,6 +150,7 @@ def resolve(
 
 def _check_arrays(q: Array, k: Array, v: Array) -> None:
   """Raises where q, k and v do not fit together."""
+  check_floats(q=q, k=k, v=v)
   shapes = f'{q.shape=}, {k.shape=}, {v.shape=}'
   if not q.ndim == k.ndim == v.ndim == 4:
     raise ValueError(f'q, k and v need 4 axes, BTNH and BSKH: {shapes}')

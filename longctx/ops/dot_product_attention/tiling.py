@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
 from longctx.masks import Mask
-from longctx.typing import Array, Num
+from longctx.typing import Array, Checked, Num, Positive
 
 BLOCKS = (128, 256, 512, 1024)
 
@@ -27,7 +28,7 @@ COUNTED = 16384
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockSizes:
+class BlockSizes(Checked):
   """Block sizes of attention; None leaves a size to a heuristic.
 
   Any size works for any length: what is missing is padded. A size beyond the
@@ -46,24 +47,21 @@ class BlockSizes:
       the heuristic then takes fewer heads together.
   """
 
-  block_q: int | None = None
-  block_k: int | None = None
-  block_q_backward: int | None = None
-  block_k_backward: int | None = None
-  heads: int | None = None
-  contiguous_len: int | None = None
-  sharing: int = 1
+  prefix: ClassVar[str] = 'BlockSizes: '
+
+  block_q: Positive | None = None
+  block_k: Positive | None = None
+  block_q_backward: Positive | None = None
+  block_k_backward: Positive | None = None
+  heads: Positive | None = None
+  contiguous_len: Positive | None = None
+  sharing: Positive = 1
 
   def fixed(self, *, backward: bool) -> tuple[int | None, int | None]:
     """(block_q, block_k) of a pass."""
     if backward:
       return self.block_q_backward, self.block_k_backward
     return self.block_q, self.block_k
-
-  def __post_init__(self):
-    for name, size in dataclasses.asdict(self).items():
-      if size is not None and size < 1:
-        raise ValueError(f'BlockSizes: {name}={size} must be at least 1')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from longctx.ops.recurrence import chunked, pallas_tpu, reference
 from longctx.ops.recurrence.steps import Steps, index_segments
 from longctx.ops.target import target
-from longctx.typing import Array, Float, Int
+from longctx.typing import Array, Float, Int, check_floats
 
 IMPLEMENTATIONS = {
   'reference': reference.recurrence,
@@ -199,6 +199,7 @@ def _implementation(name, q, k, v):
 
 
 def _check(q, k, v, beta, log_decay, segment_ids, normalize, chunk_size):
+  check_floats(q=q, k=k, v=v)
   B, T, N, P = q.shape
   K = k.shape[2]
   if k.shape != (B, T, K, P) or v.shape[:3] != k.shape[:3]:

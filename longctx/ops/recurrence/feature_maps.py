@@ -21,7 +21,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longctx.typing import Array, Float, Int
+from longctx.typing import (
+  Array,
+  Checked,
+  Float,
+  Int,
+  Natural,
+  Positive,
+  Seed,
+  among,
+  make,
+)
 
 # Of a random feature: two of them, e^70, summed over e^14 = 10^6 steps, are a
 # float32.
@@ -31,7 +41,7 @@ _SMALLEST_FEATURE = 1e-12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FeatureMap(abc.ABC):
+class FeatureMap(Checked, abc.ABC):
   """Feature map from head_dim numbers to dim(head_dim) numbers, per position.
 
   Attributes:
@@ -117,11 +127,7 @@ class Dpfp(FeatureMap):
     nu: how many neighbours each half axis is multiplied by; below 2 d.
   """
 
-  nu: int = 1
-
-  def __post_init__(self):
-    if self.nu < 1:
-      raise ValueError(f'{self.nu=} must be at least 1')
+  nu: Positive = 1
 
   def __call__(
     self, x: Float[Array, '*shape H'], *, is_query: bool
@@ -151,11 +157,7 @@ class CosFormer(FeatureMap):
   """
 
   needs: ClassVar = ('positions',)
-  max_length: int = 2048
-
-  def __post_init__(self):
-    if self.max_length < 1:
-      raise ValueError(f'{self.max_length=} must be at least 1')
+  max_length: Positive = 2048
 
   def __call__(
     self,
@@ -277,16 +279,10 @@ class FavorPlus(FeatureMap):
   """
 
   needs: ClassVar = ('step',)
-  num_features: int = 256
-  seed: int = 0
+  num_features: Positive = 256
+  seed: Seed = 0
   orthogonal: bool = True
-  redraw_every: int = 0
-
-  def __post_init__(self):
-    if self.num_features < 1:
-      raise ValueError(f'{self.num_features=} must be at least 1')
-    if self.redraw_every < 0:
-      raise ValueError(f'{self.redraw_every=} must be at least 0')
+  redraw_every: Natural = 0
 
   def __call__(
     self,
@@ -376,10 +372,8 @@ FEATURE_MAPS = {
 def make_feature_map(name: str, **kwargs) -> FeatureMap:
   """The map of that name; ValueError, with the known ones, if there is none."""
   if name not in FEATURE_MAPS:
-    raise ValueError(
-      f'unknown feature map {name!r}; known: {sorted(FEATURE_MAPS)}'
-    )
-  return FEATURE_MAPS[name](**kwargs)
+    raise ValueError(f'unknown feature map {name!r}{among(name, FEATURE_MAPS)}')
+  return make(FEATURE_MAPS[name], f'the feature map {name!r}', kwargs)
 
 
 def _accum_dtype(x):
