@@ -51,6 +51,7 @@ __all__ = [
   'Seed',
   'Shaped',
   'Share',
+  'Width',
   'among',
   'check_arguments',
   'check_fields',
@@ -112,6 +113,8 @@ class Reason(NamedTuple):
 
 Natural = Annotated[int, Between(0)]
 Positive = Annotated[int, Between(1)]
+# Of what is made on the host where a model is traced.
+Width = Annotated[int, Between(1, 2**20)]
 # What `jax.random.key` tells apart.
 Seed = Annotated[int, Between(0, 2**32 - 1)]
 NonNegative = Annotated[float, Between(0)]
@@ -152,14 +155,14 @@ def check_fields(fields: Any, prefix: str = '') -> None:
     object.__setattr__(fields, name, value)
 
 
-def check_arguments(function: Callable[..., Any], name: str):
+def check_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
   """The function, its keyword arguments held to their annotations."""
 
   @functools.wraps(function)
   def call(*args: Any, **kwargs: Any):
     hints = field_types(function)
     for key in kwargs.keys() & hints.keys():
-      kwargs[key] = checked(kwargs[key], hints[key], f'{name}: {key}')
+      kwargs[key] = checked(kwargs[key], hints[key], key)
     return function(*args, **kwargs)
 
   return call
@@ -267,15 +270,20 @@ def _in_range(
   most = LARGEST if kind is int else float(FLOAT32.max)
   if not math.inf > abs(value):
     raise ValueError(f'{name}={value} must be a finite number, {bounds}')
+  if bounds.high is not None and kind is int:
+    most = bounds.high
   if abs(value) > max(most, bounds.high or 0):
-    size = f'at most {most:.10g}' if bounds.high is None else bounds
-    raise ValueError(f'{name}={_show(value)} must be {size}')
+    end = (
+      f'most {most:.10g}' if value > 0 else f'least {max(-most, bounds.low)}'
+    )
+    raise ValueError(f'{name}={_show(value)} must be at {end}')
   if kind is float and 0 < abs(value) < float(FLOAT32.tiny):
     raise ValueError(
       f'{name}={value} is 0 in float32: the smallest is {FLOAT32.tiny:.4g}'
     )
   if value not in bounds:
-    raise ValueError(f'{name}={_show(value)} must be {bounds}')
+    what = f'at least {bounds.low}' if kind is int else bounds
+    raise ValueError(f'{name}={_show(value)} must be {what}')
   return kind(value)
 
 

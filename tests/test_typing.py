@@ -161,7 +161,7 @@ class Tried(Checked):
     ('rate', math.inf, 'rate=inf must be a finite number, above 0'),
     ('rate', 1e-50, 'rate=1e-50 is 0 in float32: the smallest is 1.175e-38'),
     ('rate', 10**400, 'must be at most 3.402823466e+38'),
-    ('seed', 10**29, 'must be in [0, 4294967295]'),
+    ('seed', 10**29, 'must be at most 4294967295'),
     ('depth', 2, 'depth=2 must be in [-1, 1]'),
     ('name', 'palas', "unknown tried.name='palas'; did you mean pallas? known"),
     ('name', 'cuda', "unknown tried.name='cuda': no kernel"),

@@ -68,8 +68,7 @@ class Attention(nnx.Module, abc.ABC):
     """Holds the arguments of a variant to what their annotations say."""
     super().__init_subclass__(**kwargs)
     if '__init__' in vars(cls):
-      name = cls.__module__.rpartition('.')[2]
-      cls.__init__ = check_arguments(cls.__init__, name)
+      cls.__init__ = check_arguments(cls.__init__)
 
   def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
     self.config = config

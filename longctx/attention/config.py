@@ -10,9 +10,9 @@ from longctx.typing import (
   Between,
   Checked,
   Fraction,
-  Natural,
   Positive,
   Reason,
+  Width,
   check_multiple,
 )
 
@@ -48,14 +48,15 @@ class AttentionConfig(Checked):
     chunk_size: tokens C that a recurrence mixes by one matrix product.
   """
 
-  d_model: Positive = 64
-  num_heads: Positive = 4
-  num_kv_heads: Positive | None = None
-  head_dim: Positive | None = None
-  value_dim: Positive | None = None
+  d_model: Width = 64
+  num_heads: Width = 4
+  num_kv_heads: Width | None = None
+  head_dim: Width | None = None
+  value_dim: Width | None = None
   position_encoding: Literal[POSITION_ENCODINGS] = 'rope'
   rope_base: Annotated[float, Between(1, 1e15)] = 10000.0
-  short_conv: Natural = 0
+  # A trace has a product per tap.
+  short_conv: Annotated[int, Between(0, 256)] = 0
   attention_dropout: Fraction = 0.0
   dtype: Dtype = 'float32'
   param_dtype: Dtype = 'float32'

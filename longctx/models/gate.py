@@ -13,7 +13,7 @@ but selected from, before the answer and not by soft weights.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jax import lax
 from longctx.parallel import Placement
 from longctx.typing import (
   Array,
+  Between,
   Bool,
   Checked,
   Float,
@@ -60,7 +61,7 @@ class GateConfig(Checked):
   prefix: ClassVar[str] = 'model.gate.'
 
   keep: Natural = 0
-  span: Positive = 1
+  span: Annotated[int, Between(1, 1024)] = 1
   question: Positive = 1
   answer: Positive = 1
   after: Positive = 1
@@ -225,7 +226,7 @@ def choose(
   # A span's weight is that of its end, and of the best where spans meet.
   p = jnp.where(chosen, jax.nn.sigmoid(scores), 0.0)
   reach, weights = chosen, p
-  for back in range(1, config.span):
+  for back in range(1, min(config.span, T)):
     reach = reach | _earlier(chosen, back)
     weights = jnp.maximum(weights, _earlier(p, back))
   after = jnp.arange(T) - begin[:, None]

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import numpy as np
 
-from longctx.tasks.checks import large_enough
+from longctx.tasks.checks import Natural, Positive, large_enough
 from longctx.tasks.task import Example, Task, scored, spread
-from longctx.typing import Between, Natural, Positive
+from longctx.typing import Between
 
 BOS, EQUALS, PLUS, MINUS, QUERY, FIRST_NUMBER = 0, 1, 2, 3, 4, 5
 SIGNS = {PLUS: 1, MINUS: -1}

@@ -8,9 +8,9 @@ from typing import Annotated
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from longctx.tasks.checks import large_enough
+from longctx.tasks.checks import Natural, Positive, large_enough
 from longctx.tasks.task import Example, Task, scored
-from longctx.typing import Between, Natural, Positive, PositiveNumber, Seed
+from longctx.typing import Between, PositiveNumber, Seed
 
 BOS = 0
 

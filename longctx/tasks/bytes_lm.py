@@ -10,6 +10,7 @@ import sysconfig
 import numpy as np
 import tensorflow_datasets as tfds
 
+from longctx.tasks.checks import Positive
 from longctx.tasks.task import (
   NUM_BUCKETS,
   SPLITS,
@@ -18,7 +19,6 @@ from longctx.tasks.task import (
   check_address,
   split_of,
 )
-from longctx.typing import Positive
 
 BOS = 256
 

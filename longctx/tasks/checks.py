@@ -1,7 +1,15 @@
 """Checks of a dataclass's fields: errors that say which to change, and how."""
 
 from collections.abc import Collection
-from typing import Any
+from typing import Annotated, Any
+
+from longctx.typing import Between
+
+# Tokens of an example, and of a vocabulary: block maps of longer ones, and
+# permutations of larger ones, do not fit a host.
+MOST = 2**24
+Positive = Annotated[int, Between(1, MOST)]
+Natural = Annotated[int, Between(0, MOST)]
 
 
 def large_enough(fields: Any, name: str, least: int, *others: str) -> None:

@@ -8,8 +8,9 @@ from typing import Annotated
 import numpy as np
 from jaxtyping import Float64, Int
 
+from longctx.tasks.checks import Positive
 from longctx.tasks.task import Example, Task, scored
-from longctx.typing import Between, Positive
+from longctx.typing import Between
 
 # Sequences whose mean is the ceiling, and how many entries their counts of
 # pairs may have: beyond 22 states there are fewer.

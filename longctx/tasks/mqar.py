@@ -6,9 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from longctx.tasks.checks import large_enough
+from longctx.tasks.checks import Natural, Positive, large_enough
 from longctx.tasks.task import Example, Task, scored
-from longctx.typing import Natural, Positive, PositiveNumber
+from longctx.typing import PositiveNumber
 
 FILLERS = ('clean', 'zero', 'zoology')
 

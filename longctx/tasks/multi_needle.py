@@ -5,9 +5,8 @@ from typing import Literal
 
 import numpy as np
 
-from longctx.tasks.checks import large_enough
+from longctx.tasks.checks import Positive, large_enough
 from longctx.tasks.task import Example, Task, filler_tokens, scored, spread
-from longctx.typing import Positive
 
 BOS, NEEDLE, QUERY, FIRST_SYMBOL = 0, 1, 2, 3
 FILLERS = ('random', 'repeat')

@@ -5,8 +5,8 @@ from typing import Literal
 
 import numpy as np
 
+from longctx.tasks.checks import Natural, Positive
 from longctx.tasks.task import Example, Task, next_token_labels, scored
-from longctx.typing import Natural, Positive
 
 PAD, BOS, SEP, FIRST_SYMBOL = 0, 1, 2, 3
 KEYS = ('prefix', 'suffix')

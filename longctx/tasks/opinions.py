@@ -5,9 +5,9 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 
-from longctx.tasks.checks import large_enough
+from longctx.tasks.checks import Natural, Positive, large_enough
 from longctx.tasks.task import Example, Task, scored
-from longctx.typing import Between, Natural, Positive, Share
+from longctx.typing import Between, Share
 
 PAD, BOS, FACT, OPINION, DOUBT, SENTENCE = range(6)
 QUERY, NEUTRAL, ANSWER, REWRITE, END = range(6, 11)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from longctx.tasks.checks import large_enough
+from longctx.tasks.checks import Positive, large_enough
 from longctx.tasks.task import (
   Example,
   Task,
@@ -13,7 +13,7 @@ from longctx.tasks.task import (
   next_token_labels,
   scored,
 )
-from longctx.typing import Between, Positive
+from longctx.typing import Between
 
 BOS, KEY, QUERY, FIRST_SYMBOL = 0, 1, 2, 3
 FILLERS = ('random', 'repeat')

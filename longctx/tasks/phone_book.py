@@ -4,9 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from longctx.tasks.checks import large_enough
+from longctx.tasks.checks import Natural, Positive, large_enough
 from longctx.tasks.task import Example, Task, next_token_labels, scored
-from longctx.typing import Natural, Positive
 
 PAD, ENTRY, COLON, QUERY, FIRST_DIGIT, FIRST_LETTER = 0, 1, 2, 3, 4, 14
 

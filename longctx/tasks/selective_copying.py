@@ -4,9 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from longctx.tasks.checks import large_enough
+from longctx.tasks.checks import Positive, large_enough
 from longctx.tasks.task import Example, Task, scored
-from longctx.typing import Positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

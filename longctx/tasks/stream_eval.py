@@ -4,9 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from longctx.tasks.checks import large_enough
+from longctx.tasks.checks import Natural, Positive, large_enough
 from longctx.tasks.task import Example, Task, next_token_labels
-from longctx.typing import Natural, Positive
 
 FACT, QUERY, FIRST_SYMBOL = 0, 1, 2
 # Of more keys than these a few are drawn, and not all put in an order.

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from longctx.typing import Checked, Positive
+from longctx.tasks.checks import Positive
+from longctx.typing import Checked
 
 # Position in this tuple is part of every example's random seed.
 SPLITS = ('train', 'validation', 'test')

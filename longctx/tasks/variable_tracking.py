@@ -4,9 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from longctx.tasks.checks import large_enough
+from longctx.tasks.checks import Natural, Positive, large_enough
 from longctx.tasks.task import Example, Task, scored, spread
-from longctx.typing import Natural, Positive
 
 BOS, ASSIGN, QUERY, FIRST_VALUE = 0, 1, 2, 3
 

@@ -18,22 +18,26 @@ EXAMPLES, POSITIONS = 4, 4096
 
 
 def check_memory(
-  config: ExperimentConfig, seq_len: int, traced: TracedModel
+  config: ExperimentConfig, seq_len: int, parameter_bytes: int = 0
 ) -> None:
   """Refuses a run that memory cannot hold, by what it holds at least.
 
-  Parameters, their gradients and the inputs of each block; what a step takes
-  besides is known once it is compiled.
+  Parameters and their gradients, the inputs of each block, and the batches of
+  validation; what a step takes besides is known once it is compiled.
   """
-  tokens = config.batch_size // config.optimizer.accumulation * seq_len
-  inputs = tokens * config.model.d_model * len(config.model.layers)
-  inputs *= jnp.dtype(config.model.dtype).itemsize
-  needed, there = 2 * traced.parameter_bytes + inputs, _memory()
+  rows = config.batch_size // config.optimizer.accumulation
+  layers, d_model = len(config.model.layers), config.model.d_model
+  itemsize = jnp.dtype(config.model.dtype).itemsize
+  inputs = max(rows, config.eval_rows) * seq_len * layers * d_model * itemsize
+  # Tokens, labels and weights.
+  kept = 12 * config.eval.batches * config.eval_rows * seq_len
+  needed, there = 2 * parameter_bytes + inputs + kept, _memory()
   if there and needed > there:
     raise ValueError(
-      f'the run holds {needed / 1e9:,.0f} GB at least, {inputs / 1e9:,.0f} of '
-      'them inputs of blocks, the others parameters and gradients, and there '
-      f'are {there / 1e9:,.0f}: take a smaller model, or fewer or shorter rows'
+      f'the run holds {needed / 1e9:,.0f} GB at least ({inputs / 1e9:,.1f} of '
+      f'inputs of blocks, {kept / 1e9:,.1f} of batches of validation, the rest '
+      f'of parameters and gradients), and there are {there / 1e9:,.0f}: take a '
+      'smaller model, or fewer or shorter rows'
     )
 
 

@@ -125,7 +125,7 @@ class AnalysisConfig(Checked):
   prefix: ClassVar[str] = 'analysis.'
 
   every: Natural = 0
-  rows: Positive = 8
+  rows: Annotated[int, Between(1, 2**16)] = 8
   dense_every: Natural = 0
   bend: Annotated[float, Between(0, 1, open='both')] = 0.05
   ablate: bool = True

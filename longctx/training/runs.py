@@ -89,6 +89,7 @@ def prepare(config: ExperimentConfig, workdir: pathlib.Path) -> list[Run]:
   for name, one in config_lib.expand_runs(config).items():
     task = tasks.make_task(**one.task)
     model = resolve_model(one.model, task)
+    checks.check_memory(one, task.seq_len)
     check_task(one, task, model)
     placement = make_placement(one.parallel, task.seq_len)
     traced = validate(
@@ -97,7 +98,7 @@ def prepare(config: ExperimentConfig, workdir: pathlib.Path) -> list[Run]:
       batch_size=one.batch_size // one.optimizer.accumulation,
       placement=placement,
     )
-    checks.check_memory(one, task.seq_len, traced)
+    checks.check_memory(one, task.seq_len, traced.parameter_bytes)
     checks.warn_of_later_tokens(one, task, traced)
     for split in tasks.SPLITS:
       open_batches(one, task, split, placement=placement).close()

@@ -250,7 +250,7 @@ def test_bad_address_is_an_error(address, message):
     ('stream_eval', dict(key_length=0), 'key_length=0 must be'),
     ('passkey', dict(filler='grass'), 'known: random, repeat'),
     ('markov', dict(seq_len=0), 'must be at least 1'),
-    ('markov', dict(num_states=1), r'must be in \[2, 2048\]'),
+    ('markov', dict(num_states=1), 'must be at least 2'),
     ('multi_needle', dict(seq_len=35), 'seq_len >= 36'),
     ('multi_needle', dict(vocab_size=45), 'vocab_size >= 46'),
     ('multi_needle', dict(num_queries=5), 'num_queries <= num_needles'),

@@ -11,7 +11,7 @@ from longctx.attention.context import Context
 from longctx.attention.features import Features
 from longctx.attention.recurrence import Recurrence
 from longctx.ops.recurrence.feature_maps import Taylor
-from longctx.typing import Array, Float, Positive
+from longctx.typing import Array, Float, Width
 
 
 class BasedAttention(Attention):
@@ -37,7 +37,7 @@ class BasedAttention(Attention):
   small: ClassVar = {'chunk_size': 8, 'feature_dim': 4}
 
   def __init__(
-    self, config: AttentionConfig, *, feature_dim: Positive = 16, rngs: nnx.Rngs
+    self, config: AttentionConfig, *, feature_dim: Width = 16, rngs: nnx.Rngs
   ):
     config = dataclasses.replace(config, head_dim=feature_dim)
     super().__init__(config, rngs=rngs)

@@ -1,12 +1,12 @@
 """BigBird: sparse attention to a window, global tokens and random blocks."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from flax import nnx
 
 from longctx import masks
 from longctx.attention.base import Attention, AttentionConfig
-from longctx.typing import Natural, Positive, Seed
+from longctx.typing import Between, Natural, Positive, Seed
 
 
 class BigBirdAttention(Attention):
@@ -48,7 +48,7 @@ class BigBirdAttention(Attention):
     window: Positive = 192,
     num_global: Natural = 128,
     block: Positive = 64,
-    num_random: Positive = 3,
+    num_random: Annotated[int, Between(1, 1024)] = 3,
     seed: Seed = 0,
     causal: bool = True,
     num_blocks: Positive | None = None,

@@ -15,7 +15,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ import numpy as np
 
 from longctx.typing import (
   Array,
+  Between,
   Checked,
   Float,
   Int,
@@ -65,7 +66,7 @@ class FeatureMap(Checked, abc.ABC):
   def dim(self, head_dim: int) -> int:
     """P, the number of features of a head of size `head_dim`."""
 
-  def initial(self, *, heads: int, head_dim: int) -> Mapping[str, np.ndarray]:
+  def initial(self, *, heads: int, head_dim: int) -> Mapping[str, Array]:
     """The parameters at first, by name; none unless `needs` names them."""
     return {}
 
@@ -127,7 +128,7 @@ class Dpfp(FeatureMap):
     nu: how many neighbours each half axis is multiplied by; below 2 d.
   """
 
-  nu: Positive = 1
+  nu: Annotated[int, Between(1, 256)] = 1
 
   def __call__(
     self, x: Float[Array, '*shape H'], *, is_query: bool
@@ -209,10 +210,10 @@ class Hedgehog(FeatureMap):
   def dim(self, head_dim: int) -> int:
     return 2 * head_dim
 
-  def initial(self, *, heads: int, head_dim: int) -> Mapping[str, np.ndarray]:
+  def initial(self, *, heads: int, head_dim: int) -> Mapping[str, Array]:
     return {
-      'kernel': np.tile(np.eye(head_dim), (heads, 1)),
-      'bias': np.zeros(heads * head_dim),
+      'kernel': jnp.tile(jnp.eye(head_dim), (heads, 1)),
+      'bias': jnp.zeros(heads * head_dim),
     }
 
 
@@ -279,7 +280,7 @@ class FavorPlus(FeatureMap):
   """
 
   needs: ClassVar = ('step',)
-  num_features: Positive = 256
+  num_features: Annotated[int, Between(1, 2**14)] = 256
   seed: Seed = 0
   orthogonal: bool = True
   redraw_every: Natural = 0
