@@ -120,6 +120,7 @@ SLOW = {
   'tests/parallel/test_schemes.py::test_second_derivative*': (),
   'tests/parallel/test_schemes.py::test_fewer_tokens*': ('*ring-1-*',),
   'tests/plan/test_wire_bytes.py::*': (),
+  'tests/training/test_full_disk.py::test_a_disk_that_fills*': (),
   'tests/test_benchmarks.py::test_ring_is_timed*': (),
   'tests/test_configs.py::*[[]passkey_1m]': (),
   'tests/test_configs.py::*[[]s2a]': (),

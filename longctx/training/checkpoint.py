@@ -13,6 +13,7 @@ evaluate.
 import contextlib
 import dataclasses
 import errno
+import functools
 import gc
 import hashlib
 import json
@@ -101,8 +102,8 @@ class Checkpointer:
     """
     self.directory = pathlib.Path(directory).absolute()
     self._say = say
-    # Its errors are raised too, and said in one line.
-    logging.getLogger('absl').addFilter(_without_traceback)
+    self._failed = False
+    _quiet_errors()
     self._manager = ocp.CheckpointManager(
       self.directory,
       item_handlers={
@@ -120,8 +121,10 @@ class Checkpointer:
 
   def written(self) -> list[int]:
     """Likewise, once those being written have been, or have failed."""
-    with contextlib.suppress(WriteError):
-      self.wait()
+    # Of several processes the others may be elsewhere, and not wait too.
+    if jax.process_count() == 1:
+      with contextlib.suppress(WriteError):
+        self.wait()
     names = (path.name for path in self.directory.iterdir())
     return sorted(int(name) for name in names if name.isdigit())
 
@@ -289,8 +292,13 @@ class Checkpointer:
 
   def close(self):
     """Waits likewise, and lets go of the folder."""
-    with self._writing():
-      self._manager.close()
+    try:
+      with self._writing():
+        self._manager.close()
+    finally:
+      if self._failed:
+        # What is half written takes room.
+        self.remove_unfinished()
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
@@ -301,13 +309,30 @@ class Checkpointer:
       reason = _disk_error(error)
       if reason is None:
         raise
+      self._failed = True
+      _let_abandoned_end()
       raise WriteError(
         f'{self.directory} takes no checkpoint: {reason}'
       ) from error
 
 
-def _without_traceback(record: logging.LogRecord) -> bool:
-  return not (record.exc_info and 'orbax' in record.pathname)
+@functools.cache
+def _quiet_errors():
+  """Leaves errors of Orbax and TensorStore, which are raised too, to us.
+
+  Otherwise one logs them, and callbacks of the other, which meet a closed event
+  loop after an error, print a traceback each.
+  """
+  logging.getLogger('absl').addFilter(
+    lambda record: not (record.exc_info and 'orbax' in record.pathname)
+  )
+  before = sys.unraisablehook
+
+  def hook(unraisable):
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      before(unraisable)
+
+  sys.unraisablehook = hook
 
 
 def _disk_error(error: BaseException | None) -> str | None:
@@ -328,15 +353,22 @@ def _attempt(read: Callable[[], Any]) -> Any:
     return read()
   except Exception as error:
     reason = str(error).strip() or type(error).__name__
-  # Orbax abandons its other reads, whose coroutines and callbacks would put
-  # tracebacks on stderr when they die; they die here, in silence.
+  _let_abandoned_end()
+  raise DamagedError(reason.splitlines()[0][:80])
+
+
+def _let_abandoned_end():
+  """Ends, in silence, what Orbax left behind at an error.
+
+  Its other reads or writes have coroutines and callbacks that would put
+  tracebacks on stderr when they die.
+  """
   hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
   try:
     time.sleep(0.1)
     gc.collect()
   finally:
     sys.unraisablehook = hook
-  raise DamagedError(reason.splitlines()[0][:80])
 
 
 def abstract(tree: Any) -> Any:
