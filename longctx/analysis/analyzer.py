@@ -145,7 +145,7 @@ class Analyzer:
       )
       layers = [a | b for a, b in zip(layers, of_repeats, strict=True)]
     if self.placement is not None:
-      hidden = self.placement.layout.restore(hidden)
+      hidden = self.placement.into_natural(hidden)
     return {'layers': layers, **self._losses(model, hidden)}
 
   def _context(self, batch: dict[str, Array], step: Array) -> Context:
@@ -242,8 +242,10 @@ class Analyzer:
 
   def _ablate(self, params, step, gates, use_means) -> dict[str, Array]:
     model = nnx.merge(self.graph, params)
-    place = model_scores.placer(self.placement)
-    batch = {key: place(value) for key, value in self.batch.items()}
+    batch = self.batch
+    if self.placement is not None:
+      batch = self.placement.layout.place(batch)
+    batch = {key: jnp.asarray(value) for key, value in batch.items()}
     tokens, context = batch['tokens'], self._context(batch, step)
     means = hooks.head_means(model, tokens, context)
     means = [jnp.where(use_means, mean, 0) for mean in means]

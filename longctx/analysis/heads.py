@@ -126,7 +126,7 @@ def positions(
                        clearly below one, as weights of both signs make it
   """
   B, T = real.shape
-  at = jnp.atleast_2d(context.true_positions(T))
+  at = jnp.atleast_2d(context.natural_positions(T))
   begins = jnp.atleast_2d(context.segment_positions(T))
   bucket = jnp.minimum(at * buckets // seq_len, buckets - 1)
   # In units of the length, which 16 bits hold to some digits.

@@ -55,7 +55,7 @@ def run_with_hooks(
 def is_real(x: Float[Array, 'B T ...'], context: Context) -> Bool[Array, 'B T']:
   """False at a layout's padding, which stands behind the tokens."""
   T = x.shape[1]
-  at = jnp.atleast_2d(context.true_positions(T))
+  at = jnp.atleast_2d(context.natural_positions(T))
   if context.placement is not None:
     T = context.placement.layout.seq_len
   return jnp.broadcast_to(at < T, x.shape[:2])

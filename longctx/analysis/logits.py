@@ -73,7 +73,7 @@ def statistics(
   for option in ('return_lse', 'implementation'):
     call.pop(option, None)
   call['dropout'] = None
-  at = jnp.atleast_2d(context.true_positions(x.shape[1]))
+  at = jnp.atleast_2d(context.natural_positions(x.shape[1]))
   if call['k_positions'] is None:
     call['k_positions'] = at
   if call['q_positions'] is None:

@@ -61,7 +61,7 @@ def pooled_map(
     size: M, at most.
   """
   M = min(size, seq_len)
-  at = jnp.atleast_2d(context.true_positions(x.shape[1]))
+  at = jnp.atleast_2d(context.natural_positions(x.shape[1]))
   # A layout's padding lies beyond the last block, where one_hot gives zeros.
   block = jax.nn.one_hot(at * M // seq_len, M)
   block = jnp.broadcast_to(block, (*x.shape[:2], M))

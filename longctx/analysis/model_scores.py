@@ -182,19 +182,18 @@ def _middle(
 
 def placed(
   context: Context | None,
-) -> tuple[Callable[[Array], Array], Context]:
+) -> tuple[Callable[..., Array], Context]:
   """(lays arrays of natural order out, the context with its documents so)."""
   context = context or Context()
   place = placer(context.placement)
   if context.segment_ids is not None:
-    context = context.replace(segment_ids=place(context.segment_ids))
+    ids = context.segment_ids
+    # Padding is a document of its own.
+    context = context.replace(segment_ids=place(ids, fill=ids.max() + 1))
   return place, context
 
 
 def placer(placement: Placement | None):
   if placement is None:
-    return jnp.asarray
-  layout, sharding = placement.layout, placement.sharding
-  return lambda y: jax.lax.with_sharding_constraint(
-    layout.apply(jnp.asarray(y)), sharding
-  )
+    return lambda y, fill=0: jnp.asarray(y)
+  return lambda y, fill=0: placement.into_layout(jnp.asarray(y), fill=fill)

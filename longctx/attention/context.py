@@ -30,9 +30,11 @@ class Context:
   read everywhere or at a few places, is nothing that it has to know.
 
   Attributes:
-    positions: of the tokens; None means the natural ones, which lets an
-      implementation know the mask's blocks when it compiles.
+    positions: of the tokens; None means the natural ones, counted from 0 in
+      each document, which lets an implementation know the mask's blocks when
+      it compiles.
     segment_ids: documents packed into a row; none reads another.
+    document_positions: `segment_positions`, where `counted` has made them.
     query_indices: places on the axis T whose outputs are wanted, see
       `at_queries`; None means all.
     dropout_key: of attention weights; None drops nothing.
@@ -47,6 +49,7 @@ class Context:
 
   positions: Int[Array, '*B T'] | None = None
   segment_ids: Int[Array, 'B T'] | None = None
+  document_positions: Int[Array, 'B T'] | None = None
   query_indices: Int[Array, 'B Q'] | None = None
   dropout_key: Key[Array, ''] | None = None
   dropout_rate: float = 0.0
@@ -63,6 +66,8 @@ class Context:
     return context.replace(**fields) if fields else context
 
   def replace(self, **changes: Any) -> Context:
+    if changes.keys() & {'positions', 'segment_ids', 'placement'}:
+      changes.setdefault('document_positions', None)
     return dataclasses.replace(self, **changes)
 
   @property
@@ -73,29 +78,61 @@ class Context:
     return self.dropout_rate, self.dropout_key
 
   def true_positions(self, T: int) -> Int[Array, '*B T']:
-    """Positions of T tokens as an array, the natural ones by default."""
+    """Positions of T tokens, by default counted from 0 in each document."""
     if self.positions is not None:
       return self.positions
+    if self.segment_ids is not None:
+      return self.segment_positions(T)
+    return self.natural_positions(T)
+
+  def natural_positions(self, T: int) -> Int[Array, ' T']:
+    """Places of T tokens in their row, documents one after the other."""
     if self.placement is not None:
       return jnp.asarray(self.placement.layout.order)
     return jnp.arange(T)
 
   def segment_positions(self, T: int) -> Int[Array, '*B T']:
     """Positions of T tokens, counted from 0 in each document."""
-    positions = self.true_positions(T)
+    if self.document_positions is not None:
+      return self.document_positions
     if self.segment_ids is None:
-      return positions
-    return segments.count_keys(positions, self.segment_ids) - 1
+      return self.true_positions(T)
+
+    def count(ids, positions):
+      if positions is None:
+        positions = jnp.arange(ids.shape[1])
+      return segments.count_keys(positions, ids) - 1
+
+    return self._of_rows(count, self.segment_ids, self.positions)
+
+  def counted(self, T: int) -> Context:
+    """The context with its `segment_positions`, counted once for all layers."""
+    if self.segment_ids is None:
+      return self
+    return self.replace(document_positions=self.segment_positions(T))
 
   def cumulative_sum(self, x: Float[Array, 'B T N']) -> Float[Array, 'B T N']:
     """Sums over the tokens of a document up to each, in any layout."""
-    if self.positions is not None or self.segment_ids is not None:
-      positions = self.true_positions(x.shape[1])
-      return segments.cumulative_sum(x, positions, self.segment_ids)
+
+    def sums(x, positions, ids):
+      if positions is None and ids is None:
+        return jnp.cumsum(x, axis=1)
+      if positions is None:
+        positions = jnp.arange(x.shape[1])
+      return segments.cumulative_sum(x, positions, ids)
+
+    return self._of_rows(sums, x, self.positions, self.segment_ids)
+
+  def _of_rows(
+    self, function: Callable[..., Array], x: Array, *indices: Array | None
+  ) -> Array:
+    """function(x, *indices) of whole rows, wherever they lie."""
     if self.placement is None:
-      return jnp.cumsum(x, axis=1)
-    layout = self.placement.layout
-    return layout.apply(jnp.cumsum(layout.restore(x), axis=1))
+      return function(x, *indices)
+    rows = [
+      None if y is None else jnp.broadcast_to(y, x.shape[:2]) for y in indices
+    ]
+    return self.placement.of_whole_rows(function, x, *rows)
 
   def draw(self, index: int) -> Context:
     """The context with dropout of its own, for a layer or a group of heads.
@@ -168,7 +205,8 @@ class Context:
       positions = self.segment_positions(T)
     q_positions = positions
     if self.query_indices is not None and positions is None:
-      q_positions = self.true_positions(T)
+      # As the keys', whose places in the row they are.
+      q_positions = self.natural_positions(T)
     return self.softmax_op(
       self.at_queries(q),
       k,
@@ -216,12 +254,16 @@ class Context:
       What `op` returns, for the Q queries that are read.
     """
     del summarize
-    where, q_positions = self.placement, self.positions
-    if self.query_indices is not None:
-      q_positions = self.true_positions(q.shape[1])
+    where, positions = self.placement, self.positions
+    if self.segment_ids is not None:
+      # What an op rotates itself, it rotates as `true_positions` do.
+      positions = self.true_positions(q.shape[1])
+    q_positions = positions
+    if self.query_indices is not None and positions is None:
+      q_positions = self.natural_positions(q.shape[1])
     indices = dict(
       q_positions=self.at_queries(q_positions),
-      k_positions=self.positions,
+      k_positions=positions,
       q_segment_ids=self.at_queries(self.segment_ids),
       k_segment_ids=self.segment_ids,
     )

@@ -122,7 +122,7 @@ class Passed:
   def take(self, y: Shaped[Array, 'B T']) -> Shaped[Array, 'B n']:
     """y, in natural order, at what passed, laid out as x is."""
     y = self.kept.take(y)
-    return y if self.placement is None else self.placement.layout.apply(y)
+    return y if self.placement is None else self.placement.into_layout(y)
 
 
 class ContextGate(nnx.Module):
@@ -177,7 +177,7 @@ class ContextGate(nnx.Module):
     stored, natural, above = lambda i: i, lambda x: x, None
     if placement is not None:
       places = jnp.asarray(placement.layout.places)
-      stored, natural = lambda i: places[i], placement.layout.restore
+      stored, natural = lambda i: places[i], placement.into_natural
     scores = natural(self.scores(x, x[rows, stored(asked)]))
     config = self.config
     if answer is not None:
@@ -192,7 +192,7 @@ class ContextGate(nnx.Module):
     if placement is not None:
       layout = dataclasses.replace(placement.layout, seq_len=x.shape[1])
       above = dataclasses.replace(placement, layout=layout)
-      x = layout.apply(x)
+      x = above.into_layout(x)
     return Passed(x=x, kept=kept, scores=scores, asked=asked, placement=above)
 
 

@@ -59,7 +59,7 @@ class GatedTransformer(Transformer):
     placement, key = context.placement, context.dropout_key
     natural = lambda x: x
     if placement is not None:
-      natural = placement.layout.restore
+      natural = placement.into_natural
     labels, weights = natural(labels), natural(weights)
     after = self.config.gate.after
     x = self.run(self.embed(tokens, context), context, range(after))

@@ -121,7 +121,7 @@ class Transformer(nnx.Module):
       context: where the tokens are; None: T tokens in order, on one device.
       **fields: of `Context`, to be set or replaced, such as segment_ids.
     """
-    context = Context.of(context, fields)
+    context = Context.of(context, fields).counted(tokens.shape[1])
     return self.logits(self.hidden(self.embed(tokens, context), context))
 
   def loss(
@@ -150,7 +150,7 @@ class Transformer(nnx.Module):
       **fields: as in `__call__`.
     """
     del relevant
-    context = Context.of(context, fields)
+    context = Context.of(context, fields).counted(tokens.shape[1])
     x = self.hidden(self.embed(tokens, context), context)
     indices, placement = context.query_indices, context.placement
     if indices is not None:
@@ -211,7 +211,7 @@ class Transformer(nnx.Module):
     self, x: Float[Array, 'B T D'], context: Context, indices: range
   ) -> Float[Array, 'B Q D']:
     """Some of the blocks, one after the other."""
-    placement = context.placement
+    context, placement = context.counted(x.shape[1]), context.placement
     for index in indices:
       own = context.draw(index)
       if index < len(self.blocks) - 1:

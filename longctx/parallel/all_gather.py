@@ -25,7 +25,8 @@ def gather(
     return None
   B, L, *rest = x.shape
   if not rest:
-    return layout.restore(lax.all_gather(x, axis, axis=1, tiled=True))
+    x = lax.all_gather(x, axis, axis=1, tiled=True)
+    return layout.restore(x, local=True)
   # Heads and their dimension as one axis, as kernels take them, and no axis of
   # a single row: else the compiler of TPUs sums gradients whole on every device
   # where it could scatter them.
@@ -33,5 +34,5 @@ def gather(
     x = lax.all_gather(x.reshape(L, -1), axis, axis=0, tiled=True)[None]
   else:
     x = lax.all_gather(x.reshape(B, L, -1), axis, axis=1, tiled=True)
-  x = layout.restore(x)
+  x = layout.restore(x, local=True)
   return x.reshape(*x.shape[:2], *rest)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from longctx.ops.short_conv import short_conv as local_short_conv
+from longctx.parallel import reorder
 from longctx.parallel.axes import make_axes, make_layout
 from longctx.parallel.layout import SequenceLayout
 from longctx.typing import Array, Float, Int, Shaped
@@ -59,22 +60,28 @@ def short_conv(
       f'{W} reads {W - 1} tokens back: take fewer shards, or striped'
     )
   channels = axes.spec(heads=True)
+  conv = functools.partial(
+    _span_conv if layout.spans_per_shard else _striped_conv,
+    layout=layout,
+    axis=axis,
+  )
+
+  def local_in_natural_order(x, kernel, segment_ids):
+    x, segment_ids = reorder.into_layout((x, segment_ids), layout, axis)
+    return reorder.into_natural(conv(x, kernel, segment_ids), layout, axis)
+
   if not in_layout:
-    x = layout.apply(x)
+    x = reorder.pad(x, layout)
     if segment_ids is not None:
-      segment_ids = layout.apply(segment_ids)
+      segment_ids = reorder.pad(segment_ids, layout)
   out = jax.shard_map(
-    functools.partial(
-      _span_conv if layout.spans_per_shard else _striped_conv,
-      layout=layout,
-      axis=axis,
-    ),
+    conv if in_layout else local_in_natural_order,
     mesh=mesh,
     in_specs=(channels, PartitionSpec(None, axes.heads), axes.spec()),
     out_specs=channels,
     check_vma=False,
   )(x, kernel, segment_ids)
-  return out if in_layout else layout.restore(out)
+  return out if in_layout else out[:, :T]
 
 
 def of_preceding_span(

@@ -136,7 +136,12 @@ class SequenceLayout:
     return places
 
   def apply(
-    self, x: Shaped[Any, '...'], *, axis: int = 1, fill: Any = 0
+    self,
+    x: Shaped[Any, '...'],
+    *,
+    axis: int = 1,
+    fill: Any = 0,
+    local: bool = False,
   ) -> Shaped[Any, '...']:
     """Brings an axis of length T from natural order into the layout, R L.
 
@@ -144,6 +149,9 @@ class SequenceLayout:
       x: a numpy or JAX array.
       axis: which axis is the sequence.
       fill: value of the padding, a number or a scalar array.
+      local: whether x lies on one device, as it does inside of `shard_map`: by
+        slices and transpositions then, which cost less than a gather does and
+        which the compiler gets wrong for some arrays that it spreads itself.
     """
     if x.shape[axis] != self.seq_len:
       raise ValueError(
@@ -154,10 +162,12 @@ class SequenceLayout:
       widths = [(0, 0)] * x.ndim
       widths[axis] = (0, self.padded_len - self.seq_len)
       x = xp.pad(x, widths, constant_values=fill)
-    return self._permute(x, axis, xp, inverse=False)
+    if local:
+      return self._permute(x, axis, xp, inverse=False)
+    return x if self.is_natural else xp.take(x, self.order, axis)
 
   def restore(
-    self, x: Shaped[Any, '...'], *, axis: int = 1
+    self, x: Shaped[Any, '...'], *, axis: int = 1, local: bool = False
   ) -> Shaped[Any, '...']:
     """The inverse of `apply`: natural order, without the padding."""
     if x.shape[axis] != self.padded_len:
@@ -165,13 +175,15 @@ class SequenceLayout:
         f'axis {axis} of {x.shape=} must have padded_len={self.padded_len}'
       )
     xp = jnp if isinstance(x, jax.Array) else np
+    if not local and not self.is_natural:
+      return xp.take(x, self.places[: self.seq_len], axis)
     x = self._permute(x, axis, xp, inverse=True)
     return x[(slice(None),) * axis + (slice(self.seq_len),)]
 
   def _permute(self, x, axis: int, xp, *, inverse: bool):
-    """By slices and transpositions, which cost less than a gather does.
+    """By slices and transpositions.
 
-    On TPUs the gradient of a gather takes a minute to compile as well.
+    On TPUs the gradient of a gather takes a minute to compile.
     """
     R, L, shape = self.num_shards, self.shard_len, x.shape
     if self.is_natural:

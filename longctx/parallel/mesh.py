@@ -177,6 +177,9 @@ def ensure_devices(count: int) -> str | None:
 
   Returns:
     One line for the user where devices were made, else None.
+
+  Raises:
+    ValueError: something used a device before, and there are fewer.
   """
   if has_accelerator():
     return None
@@ -188,9 +191,14 @@ def ensure_devices(count: int) -> str | None:
     return None
   try:
     jax.config.update('jax_num_cpu_devices', count)
-  except RuntimeError:
-    # Devices were used already: `make_mesh` says so if they are too few.
-    return None
+  except RuntimeError as error:
+    there = jax.local_device_count()
+    if there >= count:
+      return None
+    raise ValueError(
+      f'JAX has started with {there} of the {count=} devices, and their number '
+      'is fixed: call ensure_devices before anything uses a device'
+    ) from error
   known = os.environ.get('XLA_FLAGS', '')
   extra = [flag for flag in PATIENCE if flag.split('=')[0] not in known]
   os.environ['XLA_FLAGS'] = ' '.join([known, *extra]).strip()

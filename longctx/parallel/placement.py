@@ -11,10 +11,19 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longctx.parallel import gathered_kv, halo, parameters, recurrences, schemes
+from longctx.parallel import (
+  gathered_kv,
+  halo,
+  parameters,
+  recurrences,
+  reorder,
+  schemes,
+)
+from longctx.parallel.all_gather import gather
 from longctx.parallel.axes import Axes
 from longctx.parallel.layout import SequenceLayout
 from longctx.parallel.schemes import SCHEMES
+from longctx.typing import Array, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +104,60 @@ class Placement:
         lambda at, x=x, first=first: x[_within(at[0], first, len(x)), at[1]],
       )
     return placed
+
+  def into_layout(
+    self, x: Shaped[Array, 'B T ...'], *, fill: Any = 0
+  ) -> Shaped[Array, 'B L ...']:
+    """Brings tokens in natural order into the layout's, on the mesh."""
+    return self._reorder(reorder.into_layout, reorder.pad(x, self.layout, fill))
+
+  def into_natural(
+    self, x: Shaped[Array, 'B L ...']
+  ) -> Shaped[Array, 'B T ...']:
+    """The inverse of `into_layout`: natural order, without the padding."""
+    out = self._reorder(reorder.into_natural, x)
+    return out[:, : self.layout.seq_len]
+
+  def _reorder(self, function: Callable[..., Array], x: Array) -> Array:
+    if self.layout.is_natural:
+      return x
+    spec = self.axes.spec()
+    return jax.shard_map(
+      functools.partial(function, layout=self.layout, axis=self.axis),
+      mesh=self.mesh,
+      in_specs=spec,
+      out_specs=spec,
+      check_vma=False,
+    )(x)
+
+  def of_whole_rows(
+    self,
+    function: Callable[..., Array],
+    *arrays: Shaped[Array, 'B L ...'] | None,
+  ) -> Shaped[Array, 'B L ...']:
+    """function(*arrays) of whole rows; every device keeps its own part.
+
+    For a few numbers per token: each device has those of all tokens. Sums along
+    a sequence, and their gradients, reverse it, which the compiler is not to
+    spread (see `reorder`).
+
+    Args:
+      function: of arrays [rows, T, ...] in natural order, without padding;
+        gives one of that length.
+      *arrays: in the layout's order.
+    """
+    axes, layout = self.axes, self.layout
+
+    def local(*arrays):
+      whole = [gather(x, axis=axes.seq, layout=layout) for x in arrays]
+      out = layout.apply(function(*whole), local=True)
+      own, L = axes.index(axes.seq), layout.shard_len
+      return lax.dynamic_slice_in_dim(out, own * L, L, axis=1)
+
+    spec = axes.spec()
+    return jax.shard_map(
+      local, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )(*arrays)
 
   @property
   def rows(self) -> NamedSharding:

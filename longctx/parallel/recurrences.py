@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from longctx.ops import recurrence as ops
 from longctx.ops.recurrence.final_state import final_state
 from longctx.ops.recurrence.steps import Steps
+from longctx.parallel import reorder
 from longctx.parallel.axes import make_axes, make_layout
 from longctx.parallel.layout import SequenceLayout
 from longctx.parallel.state_scan import (
@@ -125,25 +126,32 @@ def linear_recurrence(
     )
   arrays = Steps(q, k, v, beta, log_decay), segment_ids
   if not in_layout:
-    arrays = jax.tree.map(layout.apply, arrays)
+    arrays = jax.tree.map(lambda x: reorder.pad(x, layout), arrays)
   by_head = axes.spec(heads=True)
   state_spec = PartitionSpec(axes.data, axes.heads)
+  local = functools.partial(
+    _shard,
+    layout=layout,
+    axis=axis,
+    normalize=normalize,
+    scale=scale,
+    chunk_size=chunk_size,
+    implementation=implementation,
+  )
+
+  def local_in_natural_order(steps, segment_ids, initial_state):
+    arrays = reorder.into_layout((steps, segment_ids), layout, axis)
+    out, state = local(*arrays, initial_state)
+    return reorder.into_natural(out, layout, axis), state
+
   out, state = jax.shard_map(
-    functools.partial(
-      _shard,
-      layout=layout,
-      axis=axis,
-      normalize=normalize,
-      scale=scale,
-      chunk_size=chunk_size,
-      implementation=implementation,
-    ),
+    local if in_layout else local_in_natural_order,
     mesh=mesh,
     in_specs=(by_head, axes.spec(), state_spec),
     out_specs=(by_head, state_spec),
     check_vma=False,
   )(*arrays, initial_state)
-  return out if in_layout else layout.restore(out), state
+  return out if in_layout else out[:, :T], state
 
 
 def wire_bytes(

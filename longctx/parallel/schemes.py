@@ -22,7 +22,7 @@ from longctx.ops.dot_product_attention import (
 )
 from longctx.ops.dot_product_attention.args import Integers, OutLse
 from longctx.ops.merge import merge_devices
-from longctx.parallel import ring, ulysses
+from longctx.parallel import reorder, ring, ulysses
 from longctx.parallel.all_gather import gather
 from longctx.parallel.axes import Axes, make_axes, make_layout
 from longctx.parallel.layout import SequenceLayout
@@ -139,7 +139,7 @@ def dot_product_attention(
   check_scheme(scheme, axes, q.shape[2], implementation)
   program = _Program(axes, layout, scheme, name, replicated)
   if not in_layout:
-    q, k, v, args = program.into_layout(q, k, v, args)
+    q, k, v, args = program.pad(q, k, v, args)
   queries = axes.queries_spec(replicated=replicated)
   keys = axes.spec(heads=True)
   specs = AttentionArgs(
@@ -150,7 +150,7 @@ def dot_product_attention(
     dropout=P(),
   )
   out, lse = jax.shard_map(
-    program.local,
+    program.local if in_layout else program.local_in_natural_order,
     mesh=mesh,
     in_specs=(queries, keys, keys, specs),
     out_specs=(queries, queries),
@@ -158,7 +158,7 @@ def dot_product_attention(
   )(q, k, v, args)
   out = args.static.normalizer.finish(out, lse)
   if not in_layout and not replicated:
-    out, lse = layout.restore(out), layout.restore(lse)
+    out, lse = (x[:, : layout.seq_len] for x in (out, lse))
   return (out, lse) if return_lse else out
 
 
@@ -207,10 +207,10 @@ class _Program:
   implementation: str
   replicated: bool
 
-  def into_layout(
+  def pad(
     self, q: Array, k: Array, v: Array, args: AttentionArgs
   ) -> tuple[Array, Array, Array, AttentionArgs]:
-    """In the layout's order, padding being a segment of its own."""
+    """As long as the layout needs them, padding being a segment of its own."""
     layout, (q_at, k_at, q_ids, k_ids) = self.layout, args.indices
     if layout.is_padded and k_at is not None and k_ids is None:
       # Positions of padding mean nothing, so that segments have to keep it out.
@@ -220,7 +220,7 @@ class _Program:
       unused = jnp.maximum(q_ids.max(), k_ids.max()) + 1
 
     def of_keys(x, fill=0):
-      return None if x is None else layout.apply(x, fill=fill)
+      return None if x is None else reorder.pad(x, layout, fill)
 
     of_queries = (lambda x, _=0: x) if self.replicated else of_keys
     indices = TokenIndices(
@@ -229,8 +229,23 @@ class _Program:
       of_queries(q_ids, unused),
       of_keys(k_ids, unused),
     )
-    k, v = layout.apply(k), layout.apply(v)
+    k, v = of_keys(k), of_keys(v)
     return of_queries(q), k, v, args._replace(indices=indices)
+
+  def local_in_natural_order(
+    self, q: Array, k: Array, v: Array, args: AttentionArgs
+  ) -> OutLse:
+    """`local` of a contiguous shard of what `pad` gives."""
+    where = dict(layout=self.layout, axis=self.axes.seq)
+    enter = functools.partial(reorder.into_layout, **where)
+    of_queries = (lambda x: x) if self.replicated else enter
+    q_at, k_at, q_ids, k_ids = args.indices
+    indices = TokenIndices(
+      of_queries(q_at), enter(k_at), of_queries(q_ids), enter(k_ids)
+    )
+    args = args._replace(indices=indices)
+    out = self.local(of_queries(q), enter(k), enter(v), args)
+    return out if self.replicated else reorder.into_natural(out, **where)
 
   def local(
     self,
@@ -311,8 +326,8 @@ class _Program:
     self, q: Array, k: Array, v: Array, args: AttentionArgs
   ) -> OutLse:
     """Attention of whole sequences that come, and go, in the layout's order."""
-    layout = self.layout
-    q, k, v, indices = jax.tree.map(layout.restore, (q, k, v, args.indices))
+    restore = functools.partial(self.layout.restore, local=True)
+    q, k, v, indices = jax.tree.map(restore, (q, k, v, args.indices))
     attend = IMPLEMENTATIONS[self.implementation]
     out, lse = attend(q, k, v, args._replace(indices=indices))
-    return layout.apply(out), layout.apply(lse)
+    return tuple(self.layout.apply(x, local=True) for x in (out, lse))

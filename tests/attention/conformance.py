@@ -21,6 +21,7 @@ from longctx.attention import (
 )
 from longctx.attention.cache_spec import empty_cache
 from longctx.masks import Causal, SlidingWindow
+from longctx.models import TransformerConfig, make_model
 from longctx.ops.target import Target, compiling_for
 from longctx.parallel import Placement
 from longctx.parallel.axes import make_axes
@@ -345,19 +346,48 @@ def check_analysis(variant: str):
 def check_packing(variant: str):
   run = program(variant)
   x, ids = make_input(), jnp.asarray(SEGMENTS)
-  within = jnp.asarray([[*range(5), 0, *range(7)], range(13)])
-  packed = run(x, {'segment_ids': ids, 'positions': within})
-  # A document alone is the beginning of a row, whatever comes after it, which
-  # nothing reads: see `check_causal`. So that one program serves all lengths.
-  separate = [
-    run(jnp.roll(x, -begin, axis=1), {})[0][:1, :length]
+  packed = run(x, {'segment_ids': ids})
+  assert_close([packed[0]], [separately(lambda x: run(x, {})[0], x)])
+  assert_close(packed, oracle(variant, packed=True))
+  # The position table is the model's, which is no longer than a document.
+  model = learned_model(variant)
+  tokens = jnp.asarray(np.random.default_rng(2).integers(0, D, (B, T)))
+  assert_close(
+    [model(tokens, {'segment_ids': ids})],
+    [separately(lambda tokens: model(tokens, {}), tokens)],
+  )
+
+
+def separately(run, x):
+  """What `run` makes of every document alone, side by side.
+
+  A document alone is the beginning of a row, whatever comes after it, which
+  nothing reads: see `check_causal`. So that one program serves all lengths.
+  """
+  parts = [
+    run(jnp.roll(x, -begin, axis=1))[:1, :length]
     for begin, length in ((0, 5), (5, 1), (6, 7))
   ]
-  whole = run(x, {})[0]
-  expected = np.concatenate(separate, axis=1)
-  assert_close([packed[0][:1], packed[0][1:]], [expected, whole[1:]])
-  # Positions that go through the row: no other gradients than the equation's.
-  assert_close(run(x, {'segment_ids': ids}), oracle(variant, packed=True))
+  return np.concatenate([np.concatenate(parts, axis=1), run(x)[1:]])
+
+
+def learned_model(variant: str):
+  """(tokens, options) -> logits of a layer with learned positions."""
+  config = TransformerConfig(
+    vocab_size=D,
+    d_model=D,
+    num_heads=4,
+    layers=(tiny_layer(variant),),
+    mlp_dim=0,
+    position_encoding='learned',
+    max_positions=T,
+  )
+  model = make_model(config, rngs=nnx.Rngs(0))
+  graph, params = nnx.split(model, nnx.Param)
+  run = functools.partial(apply, graph, params)
+  return jax.jit(
+    lambda tokens, options: run(tokens, **options), compiler_options=FAST
+  )
 
 
 def check_mesh(variant: str, *, capability: str):

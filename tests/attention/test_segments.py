@@ -57,8 +57,21 @@ def test_cumulative_sum_is_that_of_the_document_in_any_order(order, packed):
 def test_positions_start_anew_in_each_document():
   context = Context(segment_ids=jnp.asarray(SEGMENTS[:1]))
   expected = [[0, 1, 2, 3, 4, 0, 0, 1, 2, 3, 4, 5, 6]]
-  np.testing.assert_array_equal(context.segment_positions(T), expected)
+  for found in (context, context.counted(T)):
+    np.testing.assert_array_equal(found.segment_positions(T), expected)
+    np.testing.assert_array_equal(found.true_positions(T), expected)
+  np.testing.assert_array_equal(context.natural_positions(T), np.arange(T))
   np.testing.assert_array_equal(Context().segment_positions(T), np.arange(T))
+
+
+def test_given_positions_and_other_documents_are_counted_anew():
+  context = Context(segment_ids=jnp.asarray(SEGMENTS[:1])).counted(T)
+  given = context.replace(positions=jnp.arange(T)[None] + 3)
+  np.testing.assert_array_equal(given.true_positions(T)[0], np.arange(T) + 3)
+  expected = [[0, 1, 2, 3, 4, 0, 0, 1, 2, 3, 4, 5, 6]]
+  np.testing.assert_array_equal(given.segment_positions(T), expected)
+  one = context.replace(segment_ids=None)
+  np.testing.assert_array_equal(one.true_positions(T), np.arange(T))
 
 
 @pytest.mark.parametrize('implementation', [None, 'reference'])

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from longctx.parallel.mesh import closed_walk, make_mesh
+from longctx.parallel.mesh import closed_walk, ensure_devices, make_mesh
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,12 @@ def test_a_walk_goes_over_a_grid_that_others_share():
 )
 def test_where_there_is_no_closed_walk_the_order_stays(places):
   assert closed_walk(places) == list(range(len(places)))
+
+
+def test_devices_that_cannot_be_made_any_more_are_missed_by_name():
+  assert ensure_devices(4) is None
+  with pytest.raises(ValueError, match='JAX has started with 8 of the count=9'):
+    ensure_devices(9)
 
 
 def test_devices_without_links_keep_their_order():
