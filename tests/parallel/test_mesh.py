@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import pytest
 
 from longctx.parallel.mesh import closed_walk, ensure_devices, make_mesh
@@ -51,6 +52,7 @@ def test_where_there_is_no_closed_walk_the_order_stays(places):
 
 
 def test_devices_that_cannot_be_made_any_more_are_missed_by_name():
+  assert len(jax.devices()) == 8
   assert ensure_devices(4) is None
   with pytest.raises(ValueError, match='JAX has started with 8 of the count=9'):
     ensure_devices(9)
