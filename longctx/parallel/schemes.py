@@ -183,8 +183,8 @@ def check_scheme(
     if here % devices:
       raise ValueError(
         f'{scheme=} splits heads over the {devices} devices of '
-        f"{axes.seq[-1]!r}, and {here} do not divide; take scheme='ring', "
-        'another mesh or another number of heads'
+        f'{axes.seq[-1]!r}, which must divide {here} heads; take '
+        "scheme='ring', another mesh or another number of heads"
       )
   if 'ring' in scheme and implementation not in (None, *BACKENDS):
     raise NotImplementedError(

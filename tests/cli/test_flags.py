@@ -12,6 +12,9 @@ import pytest
 from longctx.cli import config_file, flags
 from longctx.cli import train as command
 from longctx.cli.commands import COMMANDS
+from longctx.evaluation import sweep
+from longctx.models import TransformerConfig
+from longctx.models.gate import GateConfig
 from longctx.training import runs
 from longctx.training.config import ExperimentConfig, from_config_dict
 from tests.tiny import tiny_config
@@ -131,6 +134,16 @@ def test_slip_is_one_clear_line_and_exit_code_2(
     ('data', [], 'arguments are required: prepare'),
     ('data', ['prepare', '--data_dir=x', 'y'], "unexpected argument 'y'"),
     ('analysis', ['--split=x'], "--split: invalid choice: 'x'"),
+    ('analysis', ['--rows=0'], '--rows: 0 must be at least 1'),
+    ('analysis', ['--seq_len=0'], '--seq_len: 0 must be at least 1'),
+    ('generate', [f'--seed={10**29}'], 'must be at most 4294967295'),
+    ('data', ['prepare', '--seed=-1'], '--seed: -1 must be at least 0'),
+    (
+      'data',
+      ['prepare', '--tsk=mqar'],
+      'unknown flag --tsk=mqar; did',
+    ),
+    ('plan', ['--utilization=nan'], '--utilization: nan must be in (0, 1]'),
     ('plan', [CONFIG], '--topology=GENERATION:SHAPE is missing'),
   ],
 )
@@ -381,3 +394,22 @@ def test_an_error_is_told_by_what_it_knows(error, line, capsys):
   with pytest.raises(SystemExit), flags.before_compiling():
     raise error
   assert capsys.readouterr().err == f'{line}\n'
+
+
+@pytest.mark.parametrize(
+  ('name', 'hint'), [('trian', '; did you mean train?'), ('xyz', '')]
+)
+def test_unknown_command_names_the_closest(name, hint, capsys):
+  assert flags.main([name]) == 2
+  first = capsys.readouterr().err.splitlines()[0]
+  assert first == f'error: unknown command {name!r}{hint}'
+
+
+def test_analysis_of_a_gated_run_is_refused(tmp_path, monkeypatch, capsys):
+  run = types.SimpleNamespace(
+    workdir=tmp_path, model=TransformerConfig(gate=GateConfig(keep=2))
+  )
+  monkeypatch.setattr(sweep, 'open_workdir', lambda workdir: [run])
+  with pytest.raises(SystemExit):
+    flags.run('analysis', [f'--workdir={tmp_path}'])
+  assert 'has a gate, which lets few tokens' in capsys.readouterr().err

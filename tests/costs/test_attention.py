@@ -361,5 +361,5 @@ def test_a_planner_needs_no_devices():
   sent = wire_bytes('ring', 4, 32, 8, 128, mesh=mesh, layout=layout, itemsize=2)
   # Keys and values of all tokens, 255 times.
   assert sent == {'collective-permute': 4 * 2**20 * 255 * 2 * 8 * 128 * 2}
-  with pytest.raises(ValueError, match='do not divide'):
+  with pytest.raises(ValueError, match='must divide'):
     wire_bytes('ulysses', 4, 32, 8, 128, mesh=mesh, layout=layout)

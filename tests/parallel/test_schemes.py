@@ -461,11 +461,11 @@ WRONG = [
     ValueError,
     'needs 1 mesh axes',
   ),
-  (dict(scheme='ulysses', N=2), ValueError, '1 do not divide'),
+  (dict(scheme='ulysses', N=2), ValueError, 'must divide 1 heads'),
   (
     dict(scheme='ring+ulysses', axis=('seq', 'model'), N=3, K=1),
     ValueError,
-    '3 do not divide',
+    'must divide 3 heads',
   ),
   (dict(N=3, K=1), ValueError, 'query_heads=3 must be a multiple'),
   (dict(N=4, K=1), ValueError, 'key_heads=1 must be a multiple'),
