@@ -46,7 +46,8 @@ from longctx.training.config import ExperimentConfig, from_config_dict
 from longctx.typing import Between, field_types
 
 ROOT = pathlib.Path(__file__).parents[2]
-REFUSALS = (ValueError, NotImplementedError)
+# As the command lines take them.
+REFUSALS = (ValueError, NotImplementedError, OSError)
 T = 16
 
 # Of types and sizes that a field may not have, most of them.
