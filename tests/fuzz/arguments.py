@@ -324,8 +324,8 @@ def try_case(index: int, seed: int, found: list[Target]) -> Verdict:
       message = ' '.join(str(error).split())
       about = f'{about}: {message}'
       where = traceback.extract_tb(error.__traceback__)[-1].filename
-      one_line = len(message.splitlines()) == 1 and len(message) < 800
-      if not one_line or str(ROOT) not in where or '.venv' in where:
+      said = str(ROOT) in where and '.venv' not in where and len(message) < 800
+      if not said and not isinstance(error, OSError):
         return Verdict('failed', f'{about} (from {where})')
       return Verdict('refused with others' if right else 'refused', about)
     except Exception as error:
