@@ -43,7 +43,7 @@ from longctx.attention.variants.softmax1 import Softmax1Attention
 from longctx.attention.variants.softpick import SoftpickAttention
 from longctx.attention.variants.streaming import StreamingAttention
 from longctx.attention.variants.window_linear import WindowLinearAttention
-from longctx.typing import among, did_you_mean
+from longctx.typing import among
 
 __all__ = [
   'VARIANTS',
@@ -140,11 +140,11 @@ def make_attention(
     own.pop(key, None)
   arguments = given | arguments
   for argument in arguments:
-    if argument not in _SHARED - {'d_model'} | own.keys():
+    # The width is the model's.
+    taken = sorted(own) + sorted(_SHARED - {'d_model'})
+    if argument not in taken:
       raise ValueError(
-        f'layer {layer!r}: {name} takes no {argument!r}'
-        f'{did_you_mean(argument, own.keys() | _SHARED)}, but '
-        f'{", ".join(sorted(own) + sorted(_SHARED - {"d_model"}))}'
+        f'layer {layer!r}: {name} takes no {argument!r}{among(argument, taken)}'
       )
   for argument, parameter in own.items():
     if parameter.default is parameter.empty and argument not in arguments:

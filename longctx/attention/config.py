@@ -76,8 +76,8 @@ class AttentionConfig(Checked):
     for name in ('dtype', 'param_dtype'):
       if getattr(self, name) == 'float64' and not jax.config.jax_enable_x64:
         raise ValueError(
-          f"{name}='float64' needs jax_enable_x64, without which arrays are "
-          "float32: take 'float32'"
+          f"{self.prefix}{name}='float64' needs jax_enable_x64, without which "
+          "arrays are float32: take 'float32'"
         )
 
   def resolve(self) -> 'AttentionConfig':

@@ -57,7 +57,7 @@ class BigramBackcopy(Task):
   """
 
   seq_len: Positive = 64
-  vocab_size: Annotated[int, Between(3, 2**13)] = 48
+  vocab_size: Annotated[int, Between(3, 2**10)] = 48
   num_triggers: Natural = 3
   concentration: PositiveNumber = 0.08
   chain_seed: Seed = 0

@@ -43,7 +43,7 @@ def test_arguments_are_those_of_the_config_and_of_the_variant():
     d_model=64, num_heads=8, num_kv_heads=8, head_dim=4, value_dim=4
   )
   assert np.asarray(layer.mask.dense(9, 9)).sum(1).max() == 5
-  with pytest.raises(ValueError, match="full takes no 'windw', but "):
+  with pytest.raises(ValueError, match="full takes no 'windw'; "):
     make_layer('full', d_model=64, windw=5, rngs=nnx.Rngs(0))
 
 

@@ -169,9 +169,9 @@ def is_right(value: Any, hint: Any) -> bool:
   if origin is Annotated:
     if not is_right(value, args[0]):
       return False
-    return all(
-      _inside(float(value), x) for x in hint.__metadata__ if type(x) is Between
-    )
+    most = 2**31 - 1 if args[0] is int else math.inf
+    bounds = [x for x in hint.__metadata__ if type(x) is Between]
+    return all(_inside(float(value), x, most) for x in bounds)
   if origin is Literal:
     return isinstance(value, str) and value in args
   if origin is tuple:
@@ -194,13 +194,13 @@ def is_right(value: Any, hint: Any) -> bool:
   return isinstance(value, origin or hint)
 
 
-def _inside(x: float, bounds: Between) -> bool:
-  high = 2**31 - 1 if bounds.high is None else bounds.high
+def _inside(x: float, bounds: Between, most: float) -> bool:
+  high = most if bounds.high is None else bounds.high
   if bounds.open in ('low', 'both') and not x > bounds.low:
     return False
   if bounds.open in ('high', 'both') and not float(np.float32(x)) < high:
     return False
-  return bounds.low <= x and (bounds.high is None or x <= high)
+  return bounds.low <= x <= high
 
 
 def make(target: Target, value: Any, folder: pathlib.Path):
