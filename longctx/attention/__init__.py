@@ -140,12 +140,12 @@ def make_attention(
     own.pop(key, None)
   arguments = given | arguments
   for argument in arguments:
-    # The width is the model's.
     taken = sorted(own) + sorted(_SHARED - {'d_model'})
     if argument not in taken:
-      raise ValueError(
-        f'layer {layer!r}: {name} takes no {argument!r}{among(argument, taken)}'
-      )
+      hint = among(argument, taken)
+      if argument == 'd_model':
+        hint = ', which is the width of the model'
+      raise ValueError(f'layer {layer!r}: {name} takes no {argument!r}{hint}')
   for argument, parameter in own.items():
     if parameter.default is parameter.empty and argument not in arguments:
       raise ValueError(f'layer {layer!r}: {name} needs {argument}')

@@ -37,6 +37,20 @@ def test_a_key_comes_again_only_after_all_the_others():
   assert facts[64:128] == facts[:64]
 
 
+@pytest.mark.parametrize('key_length', [6, 8, 15])
+def test_keys_of_any_length_are_drawn_without_listing_all(key_length):
+  # 16**15 keys fit no memory.
+  task = make_task('stream_eval', key_length=key_length, seq_len=400)
+  example = task.get(0, 'train', 0)
+  facts, _ = facts_and_queries(task, example.tokens)
+  assert len(set(facts)) == len(facts) > 10
+  scored = example.weights > 0
+  answers = task.solve(example.tokens)
+  np.testing.assert_array_equal(answers[scored], example.labels[scored])
+  with pytest.raises(ValueError, match='fewer than 2'):
+    make_task('stream_eval', key_length=16, seq_len=400)
+
+
 def test_drawn_lags_stay_below_the_largest():
   task = make_task('stream_eval', seq_len=1000, max_lag=3)
   facts, queries = facts_and_queries(task, task.get(0, 'train', 0).tokens)
