@@ -120,7 +120,13 @@ SLOW = {
   'tests/parallel/test_schemes.py::test_second_derivative*': (),
   'tests/parallel/test_schemes.py::test_fewer_tokens*': ('*ring-1-*',),
   'tests/plan/test_wire_bytes.py::*': (),
+  'tests/evaluation/test_system2.py::test_a_condition*': (),
   'tests/training/test_full_disk.py::test_a_disk_that_fills*': (),
+  'tests/training/test_resumption.py::test_what_may_change_moves*': (
+    '*change0*',
+    '*change1*',
+    '*change4*',
+  ),
   'tests/test_benchmarks.py::test_ring_is_timed*': (),
   'tests/test_configs.py::*[[]passkey_1m]': (),
   'tests/test_configs.py::*[[]s2a]': (),

@@ -44,6 +44,7 @@ def check_same_run(
     horizon = old.optimizer.end_of_schedule(old.steps)
     hint = ''
     if horizon != new.optimizer.end_of_schedule(new.steps):
+      refused += [line for line in free if line.startswith('steps')]
       hint = f'optimizer.schedule_steps={horizon} keeps the schedule; '
     raise ValueError(
       f'{where} holds checkpoints of a run with another config '

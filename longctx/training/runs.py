@@ -236,13 +236,13 @@ def _check_workdir(run: Run) -> int:
   folder = run.workdir / 'checkpoints'
   with contextlib.closing(Checkpointer(folder)) as checkpointer:
     step, stored = checkpointer.newest() or (0, {})
+    resumption.check_same_text(stored, run.task, where=run.workdir)
     if old := _trained_config(run, stored):
       changes = resumption.check_same_run(
         old, run.config, step=step, where=run.workdir
       )
       if changes:
         metrics.say(f'{run.name or "train"}: continues with {changes}')
-    resumption.check_same_text(stored, run.task, where=run.workdir)
     checkpointer.check(params=steps.abstract_params(run.model)[1])
   return step
 

@@ -106,7 +106,10 @@ def test_recurrent_layers_train_to_the_same_loss_on_a_mesh(mesh):
 def test_run_continues_on_another_mesh(tmp_path):
   for seq, steps_so_far in ((2, 5), (1, 10)):
     config = tiny_config(
-      steps=steps_so_far, parallel=dict(seq=seq), log=dict(every=1)
+      steps=steps_so_far,
+      parallel=dict(seq=seq),
+      log=dict(every=1),
+      optimizer=dict(schedule_steps=10),
     )
     trainer.train(runs.prepare(config, tmp_path), tmp_path)
   rows = map(json.loads, (tmp_path / 'metrics.jsonl').read_text().splitlines())

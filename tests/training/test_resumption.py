@@ -1,7 +1,12 @@
 """Resumption: what moves a parameter is compared, what may change is said."""
 
+import shutil
+
+import jax
+import numpy as np
 import pytest
 
+from longctx.evaluation import sweep
 from longctx.training import runs, trainer
 from longctx.training.errors import CheckpointError
 from longctx.training.resumption import check_same_run
@@ -59,6 +64,48 @@ def test_a_schedule_has_a_length_of_its_own():
   short, long = (trainer.make_schedule(config, steps) for steps in (6, 60))
   assert [short(t) for t in range(20)] == [long(t) for t in range(20)]
   assert long(6) == long(19) == pytest.approx(1e-4)
+
+
+def parameters(workdir):
+  run = sweep.choose(sweep.open_workdir(workdir), '')
+  return jax.tree.leaves(sweep.restore(run).params)
+
+
+@pytest.fixture(scope='module')
+def halves(tmp_path_factory):
+  """A run's parameters, and a workdir that holds its first half."""
+  folder = tmp_path_factory.mktemp('halves')
+  for name, steps in (('whole', 6), ('half', 3)):
+    config = tiny_config(steps=steps, optimizer={'schedule_steps': 6})
+    trainer.train(runs.prepare(config, folder / name), folder / name)
+  return parameters(folder / 'whole'), folder / 'half'
+
+
+@pytest.mark.parametrize(
+  ('change', 'exact'),
+  [
+    ({}, True),
+    ({'eval': {'every': 1, 'batches': 1, 'batch_size': 2}}, True),
+    ({'checkpoint': {'every': 1, 'keep': 3}, 'log': {'every': 1}}, True),
+    ({'analysis': {'every': 2, 'dense_every': 1, 'rows': 2}}, True),
+    ({'model': {'remat': 'full'}}, False),
+    ({'model': {'logits_chunk': 4}}, False),
+    ({'model': {'implementation': 'reference'}}, False),
+    ({'parallel': {'data': 2}}, False),
+    ({'parallel': {'seq': 2, 'layout': 'striped'}}, False),
+    ({'parallel': {'model': 2, 'data': 2, 'fsdp': True}}, False),
+  ],
+)
+def test_what_may_change_moves_no_parameter(halves, tmp_path, change, exact):
+  whole, half = halves
+  workdir = shutil.copytree(half, tmp_path / 'half')
+  config = {'steps': 6, 'optimizer': {'schedule_steps': 6}, **change}
+  trainer.train(runs.prepare(tiny_config(**config), workdir), workdir)
+  for a, b in zip(parameters(workdir), whole, strict=True):
+    if exact:
+      np.testing.assert_array_equal(a, b)
+    else:
+      np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
 def stopped_text_run(folder, text):
