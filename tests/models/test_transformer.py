@@ -12,6 +12,8 @@ from flax import nnx
 from longctx.attention.config import POSITION_ENCODINGS
 from longctx.models import Transformer, TransformerConfig, validate
 from longctx.models import transformer as model_lib
+from longctx.parallel import Placement, make_mesh
+from longctx.parallel.layout import SequenceLayout
 
 SMALL = TransformerConfig(
   vocab_size=11,
@@ -120,6 +122,7 @@ def test_remat_changes_no_gradient(remat):
 INDICES = np.array([[11, 0, 5], [4, 7, -1]], np.int32)
 PLACES = {
   'default': {},
+  'packed': {'segment_ids': np.repeat([[1, 2], [3, 1]], [5, 8], axis=1)},
   'packed-given': {
     'positions': np.array([[*range(5), *range(8)], range(12, -1, -1)]),
     'segment_ids': np.repeat([[1, 2], [3, 1]], [5, 8], axis=1),
@@ -194,7 +197,8 @@ def test_last_block_and_head_are_computed_where_they_are_read_alone():
   'position_encoding', ['rope', 'alibi', 'learned', 'none']
 )
 def test_packed_documents_equal_separate_ones(position_encoding):
-  layers = ('full', 'sliding_window(window=3)')
+  # The sinks of `streaming` are those of the document.
+  layers = ('full', 'streaming(num_sinks=1, window=2)')
   if position_encoding != 'alibi':
     layers += ('linear', "linear(feature_map='taylor', normalize=False)")
   model = build(
@@ -202,12 +206,41 @@ def test_packed_documents_equal_separate_ones(position_encoding):
   )
   tokens, _, _ = batch(B=1)
   segment_ids = jnp.array([[1] * 5 + [2] * 8])
-  within = jnp.array([[*range(5), *range(8)]])
   run = jax.jit(lambda tokens, **places: model(tokens, **places))
-  packed = run(tokens, positions=within, segment_ids=segment_ids)
+  packed = run(tokens, segment_ids=segment_ids)
   first, second = run(tokens[:, :5]), run(tokens[:, 5:])
   separate = jnp.concatenate([first, second], axis=1)
   np.testing.assert_allclose(packed, separate, atol=1e-5)
+
+
+@pytest.mark.parametrize('position_encoding', ['rope', 'learned'])
+def test_packed_rows_on_a_mesh_equal_those_on_one_device(position_encoding):
+  model = build(
+    layers=('streaming(num_sinks=1, window=2)', 'linear'),
+    position_encoding=position_encoding,
+    max_positions=16,
+  )
+  graph, params = nnx.split(model)
+  names = ('tokens', 'labels', 'weights')
+  arrays = dict(zip(names, map(np.asarray, batch()), strict=True))
+  arrays['segment_ids'] = np.repeat([[1, 2], [3, 1]], [5, 8], axis=1)
+
+  def gradient(arrays, placement=None):
+    def loss(params):
+      return nnx.merge(graph, params).loss(**arrays, placement=placement)[
+        'loss'
+      ]
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+  # One row for each device of data, and a length that has to be padded.
+  layout = SequenceLayout('zigzag', 13, 2)
+  placement = Placement(make_mesh(data=2, seq=2), layout, 'ring')
+  jax.tree.map(
+    lambda a, e: np.testing.assert_allclose(a, e, atol=2e-5, rtol=1e-5),
+    gradient(placement.put(arrays), placement),
+    gradient(jax.device_put(arrays)),
+  )
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
