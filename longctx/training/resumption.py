@@ -40,6 +40,13 @@ def check_same_run(
   free = [line for line in found if line.startswith(FREE_KEYS)]
   rounding = [line for line in found if line.startswith(ROUNDING_KEYS)]
   refused = [line for line in found if line not in free + rounding]
+  # The end of a schedule differs with the steps alone.
+  schedule = 'optimizer.schedule_steps'
+  if step > new.steps and all(x.startswith(schedule) for x in refused):
+    raise ValueError(
+      f'{where} is at step {step}, which is beyond steps={new.steps}: take '
+      f'steps={step} or more, or another --workdir'
+    )
   if refused:
     horizon = old.optimizer.end_of_schedule(old.steps)
     hint = ''
@@ -49,11 +56,6 @@ def check_same_run(
     raise ValueError(
       f'{where} holds checkpoints of a run with another config '
       f'({"; ".join(refused)}): {hint}give another --workdir, or delete it'
-    )
-  if step > new.steps:
-    raise ValueError(
-      f'{where} is at step {step}, which is beyond steps={new.steps}: take '
-      f'steps={step} or more, or another --workdir'
     )
   if rounding:
     free.append(f'{"; ".join(rounding)} (the same up to the order of sums)')

@@ -25,6 +25,7 @@ import json
 import pathlib
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 
@@ -401,6 +402,9 @@ def main():
       what, said = campaign.case(seed, tuple(args.scenarios.split(',')))
       counts[said.split(':')[0]] += 1
       kinds[what.split()[0]] += 1
+      done = seed - args.seed + 1
+      if done % 25 == 0:
+        print(f'{done} cases: {dict(counts)}', file=sys.stderr, flush=True)
       if args.cases <= 10 or said.startswith('WRONG'):
         print(f'seed {seed}: {what}: {said}', flush=True)
   total = ', '.join(f'{n} {name}' for name, n in sorted(counts.items()))

@@ -44,6 +44,9 @@ def test_a_run_is_not_taken_back():
   with pytest.raises(ValueError, match='at step 12, which is beyond steps=11'):
     compare(old, {**old, 'steps': 11})
   assert compare(old, {**old, 'steps': 11}, step=11) == 'steps: 12 -> 11'
+  # More than the end of its schedule is in the way.
+  with pytest.raises(ValueError, match='beyond steps=11'):
+    compare({}, {'steps': 11})
 
 
 def test_all_that_differs_is_told():
