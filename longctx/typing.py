@@ -96,7 +96,7 @@ class Between:
     left = 'above' if self.open in ('low', 'both') else 'at least'
     if self.high is None:
       return f'{left} {self.low}'
-    ends = ('(' if left == 'above' else '[') + f'{self.low}, {self.high}'
+    ends = ('(' if left == 'above' else '[') + f'{self.low}, {self.high:.10g}'
     return f'in {ends}' + (')' if self.open in ('high', 'both') else ']')
 
   def nearest(self, x: int | float) -> int | float:
@@ -209,8 +209,10 @@ def checked(value: Any, hint: Any, name: str) -> Any:
     if typing.get_origin(kind) is tuple:
       of = typing.get_args(kind)[0]
       return tuple(checked(x, of, f'{name}[{i}]') for i, x in enumerate(value))
-    if typing.get_origin(kind) is Literal and value not in _known(kind):
-      known = [str(x) for x in _known(kind)]
+    if typing.get_origin(kind) is Literal and value not in typing.get_args(
+      kind
+    ):
+      known = [str(x) for x in typing.get_args(kind)]
       why = reasons.get(value) or among(value, known)
       raise ValueError(f'unknown {name}={_show(value)}{why}')
     return value
@@ -250,17 +252,13 @@ def _is_a(value: Any, kind: Any) -> bool:
   if kind is Any:
     return True
   if origin is Literal:
-    return type(value) in {type(known) for known in _known(kind)}
+    return type(value) in {type(known) for known in typing.get_args(kind)}
   if origin is tuple:
     return isinstance(value, (tuple, list))
   if origin in (int, float):
     allowed = (int, float) if origin is float else int
     return isinstance(value, allowed) and not isinstance(value, bool)
   return isinstance(value, origin)
-
-
-def _known(kind: Any) -> tuple[Any, ...]:
-  return typing.get_args(kind)
 
 
 def _in_range(
@@ -292,7 +290,7 @@ def _describe(hint: Any) -> str:
   if typing.get_origin(kind) is tuple:
     return f'a tuple, each {_describe(typing.get_args(kind)[0])}'
   if typing.get_origin(kind) is Literal:
-    return 'one of ' + ', '.join(map(str, _known(kind)))
+    return 'one of ' + ', '.join(map(str, typing.get_args(kind)))
   words = {
     int: 'an integer',
     float: 'a number',

@@ -361,7 +361,7 @@ def try_process(index: int, seed: int, found: list[Target]) -> Verdict:
       text=True,
       cwd=folder,
       env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)},
-      timeout=300,
+      timeout=900,
     )
   error = done.stderr
   about = f'{flag}: {error.strip().splitlines()[-1:] or "trained"}'
@@ -409,8 +409,8 @@ def main():
         )
     counts[verdict.name] += 1
     if args.verbose or verdict.name == 'failed':
-      print(f'{verdict.name} (--seed={args.seed} {which}): {verdict.about}')
-      sys.stdout.flush()
+      line = f'{verdict.name} (--seed={args.seed} {which}): {verdict.about}'
+      print(line, flush=True)
   summary = {**counts, 'fields': len(found), 'computed': computed}
   summary |= {'seconds': round(time.time() - begun), 'seed': args.seed}
   print(json.dumps(summary))
