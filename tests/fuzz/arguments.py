@@ -2,7 +2,7 @@ r"""Wrong arguments, drawn over every field of every config and every layer.
 
     python -m tests.fuzz.arguments --count=2000
     python -m tests.fuzz.arguments --count=1 --first=1234   # one case again
-    python -m tests.fuzz.arguments --count=0 --processes=30 # python train.py
+    python -m tests.fuzz.arguments --count=0 --processes=30   # of train.py
 
 Each is accepted rightly or refused in one line when the config is read. A value
 is accepted rightly if it is of the type and in the range that the annotation
@@ -394,7 +394,7 @@ def main():
     ),
     (
       (f'process {i}', try_process(i, args.seed, found))
-      for i in range(args.processes)
+      for i in range(args.first, args.first + args.processes)
     ),
   )
   counts, computed = collections.Counter(), 0
