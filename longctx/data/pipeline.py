@@ -14,13 +14,19 @@ made as they are needed, or read from a TFDS dataset that holds the same ones:
   python train.py --config=configs/mqar.py --config.data.directory=DIR
 """
 
+import contextlib
 import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
+from grain import experimental
 
 from longctx.data.prepared import open_prepared
 from longctx.tasks import Task, task_fields
@@ -29,6 +35,9 @@ Batch = dict[str, np.ndarray]
 
 # Larger than any run; Grain wants every dataset to have a length.
 ENDLESS = 2**48
+
+# What ends or stops a run, which closes its workers when it is done with them.
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,15 +187,18 @@ class BatchIterator(Iterator[Batch]):
     self._batches = None
 
   def __next__(self) -> Batch:
-    if self._batches is None:
-      self._batches = self._open()
-    try:
-      batch = next(self._batches)
-    except StopIteration:
-      if self._rows.num_examples is None:
-        # No prepared batch is left whole: the source says so better.
-        self._rows.source[len(self._rows.source)]
-      raise
+    with contextlib.ExitStack() as stack:
+      if self._batches is None:
+        # Workers start with the first batch.
+        stack.enter_context(_blocked_signals())
+        self._batches = self._open()
+      try:
+        batch = next(self._batches)
+      except StopIteration:
+        if self._rows.num_examples is None:
+          # No prepared batch is left whole: the source says so better.
+          self._rows.source[len(self._rows.source)]
+        raise
     self._next_batch += 1
     return batch
 
@@ -227,8 +239,37 @@ class BatchIterator(Iterator[Batch]):
       # Grain's workers read absl flags, which only absl programs parse.
       if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+      # Through pipes, as shared memory outlives a worker that is killed.
+      dataset = experimental.WithOptionsIterDataset(
+        dataset, experimental.DatasetOptions(min_shm_size=ENDLESS)
+      )
       options = grain.MultiprocessingOptions(
         num_workers=self._workers, per_worker_buffer_size=2
       )
-      dataset = dataset.mp_prefetch(options)
+      dataset = dataset.mp_prefetch(options, _end_with_parent)
     return iter(dataset)
+
+
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
+  """Keeps signals from the threads and processes that are started meanwhile.
+
+  A terminal sends them to workers too, and some clusters do: these would print
+  a page each, and be gone before the run has saved.
+  """
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent(index: int, count: int) -> None:
+  """Ends this worker where the run is killed and cannot do so."""
+  del index, count
+
+  def watch():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()

@@ -6,14 +6,18 @@ digest is of the task's fields and the seed, which the dataset also records, so
 that a run reads the examples it would have made itself, or nothing.
 """
 
+import bisect
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +25,7 @@ import tensorflow_datasets as tfds
 import tqdm
 from absl import logging
 
+from longctx.data.errors import DamagedDataError
 from longctx.tasks import SPLITS, Task, task_fields
 
 DATASET = 'longctx_task'
@@ -101,19 +106,24 @@ def prepare(
   """Writes the first examples of each split as a TFDS dataset.
 
   The dataset is written aside and then renamed, so an interrupted call leaves
-  nothing that looks whole, and of several at once one wins and the others find
-  its result.
+  nothing that looks whole, and the next one removes it; of several at once one
+  wins and the others find its result.
 
   Args:
     sizes: number of examples by split; a split with 0 is left out.
     directory: data directory; other tasks may lie in it.
 
   Returns:
-    The dataset's folder. One that is there and large enough is left as it is.
+    The dataset's folder. One that is there, large enough and not damaged, which
+    takes to read all of it, is left as it is.
 
   Raises:
     ValueError: nothing to write, or a smaller dataset is in the way.
+    DamagedDataError: the dataset that is there cannot be read.
   """
+  for split, n in sizes.items():
+    if n < 0:
+      raise ValueError(f'num_{split}={n} must not be negative')
   if unknown := sizes.keys() - set(SPLITS):
     raise ValueError(f'unknown splits {unknown}; known: {", ".join(SPLITS)}')
   sizes = {split: n for split, n in sizes.items() if n > 0}
@@ -122,12 +132,13 @@ def prepare(
       'nothing to prepare: give num_train, num_validation or num_test'
     )
   final = dataset_folder(directory, task, seed)
-  if final.exists():
-    _check_sizes(final, sizes)
-    return final
-  final.parent.parent.mkdir(parents=True, exist_ok=True)
-  aside = tempfile.mkdtemp(prefix='.incomplete-', dir=final.parent.parent)
-  try:
+  root = final.parent.parent
+  root.mkdir(parents=True, exist_ok=True)
+  with _aside(root) as aside:
+    if final.exists():
+      _check_sizes(final, sizes)
+      _read_all(final, sizes)
+      return final
     config = TaskConfig(
       name=final.parent.name, task=task, seed=seed, sizes=sizes
     )
@@ -140,9 +151,51 @@ def prepare(
       if not final.exists():
         raise
       _check_sizes(final, sizes)
-  finally:
-    shutil.rmtree(aside, ignore_errors=True)
   return final
+
+
+@contextlib.contextmanager
+def _aside(root: pathlib.Path) -> Iterator[str]:
+  """A folder to write into; removes it, and those of dead processes."""
+  with contextlib.ExitStack() as stack:
+    # None is removed between its making and its lock.
+    with _locked(root):
+      for path in root.glob('.incomplete-*'):
+        with contextlib.suppress(BlockingIOError), _locked(path, wait=False):
+          shutil.rmtree(path, ignore_errors=True)
+      aside = tempfile.mkdtemp(prefix='.incomplete-', dir=root)
+      stack.callback(shutil.rmtree, aside, ignore_errors=True)
+      stack.enter_context(_locked(aside))
+    yield aside
+
+
+@contextlib.contextmanager
+def _locked(folder: str | os.PathLike, *, wait: bool = True) -> Iterator[None]:
+  """Holds the lock of a folder, which a dead process no longer holds.
+
+  Raises:
+    BlockingIOError: it may not wait for another process that holds it, or there
+      is no telling, as a file system without locks.
+  """
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+      if not wait:
+        raise BlockingIOError from error
+    yield
+  finally:
+    os.close(handle)
+
+
+def _read_all(folder: pathlib.Path, sizes: dict[str, int]) -> None:
+  """Raises DamagedDataError where an example of some splits cannot be read."""
+  builder = _builder(folder)
+  for split in sizes:
+    source = _source(builder, folder, split)
+    for index in tqdm.tqdm(range(len(source)), desc=f'{split}', disable=None):
+      source[index]
 
 
 def _quiet_builder(data_dir: str, config: TaskConfig) -> LongctxTask:
@@ -182,7 +235,7 @@ def _builder(folder: pathlib.Path) -> tfds.core.DatasetBuilder:
     return builder
   except Exception as error:
     # TFDS, protobuf and JSON each raise their own for a damaged file.
-    raise ValueError(
+    raise DamagedDataError(
       f'the prepared dataset {folder} cannot be read '
       f'({_first_line(error)}): remove it and prepare it again'
     ) from error
@@ -190,11 +243,16 @@ def _builder(folder: pathlib.Path) -> tfds.core.DatasetBuilder:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedSource:
-  """The examples of one prepared split; a random-access source for Grain."""
+  """The examples of one prepared split; a random-access source for Grain.
+
+  Attributes:
+    files: which hold them, and the number of examples in each.
+  """
 
   folder: pathlib.Path
   split: str
   records: Any
+  files: dict[str, int]
 
   def __len__(self) -> int:
     return len(self.records)
@@ -208,16 +266,19 @@ class PreparedSource:
     try:
       record = dict(self.records[index])
     except Exception as error:
-      raise ValueError(self._damage(index, _first_line(error))) from error
+      raise self._damage(index, _first_line(error)) from error
     found = int(record.pop('index'))
     if found != index:
-      raise ValueError(self._damage(index, f'it says that it is {found}'))
+      raise self._damage(index, f'it says that it is {found}')
     return record
 
-  def _damage(self, index: int, reason: str) -> str:
-    return (
-      f'{self.split} example {index} in {self.folder} is damaged ({reason}): '
-      'remove the folder and prepare it again'
+  def _damage(self, index: int, reason: str) -> DamagedDataError:
+    ends = list(itertools.accumulate(self.files.values()))
+    name = list(self.files)[bisect.bisect_right(ends, index)]
+    return DamagedDataError(
+      f'{self.split} example {index} in {self.folder / name} is damaged '
+      f'({reason}): remove the folder and prepare it again, with the same '
+      'command; a run then continues'
     )
 
 
@@ -247,16 +308,24 @@ def open_prepared(
       f'{folder} has no {split} examples: prepare them, with '
       f'--num_{split}=N, into another data_dir'
     )
+  source = _source(builder, folder, split)
+  _check_same(source[0], task.get(seed, split, 0).arrays(), folder)
+  return source
+
+
+def _source(
+  builder: tfds.core.DatasetBuilder, folder: pathlib.Path, split: str
+) -> PreparedSource:
   try:
     records = builder.as_data_source(split)
+    info = builder.info.splits[split]
+    files = dict(zip(sorted(info.filenames), info.shard_lengths, strict=True))
   except Exception as error:
-    raise ValueError(
+    raise DamagedDataError(
       f'the {split} files in {folder} cannot be read ({_first_line(error)}): '
       'remove the folder and prepare it again'
     ) from error
-  source = PreparedSource(folder, split, records)
-  _check_same(source[0], task.get(seed, split, 0).arrays(), folder)
-  return source
+  return PreparedSource(folder, split, records, files)
 
 
 def _check_same(
