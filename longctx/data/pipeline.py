@@ -21,6 +21,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -188,9 +189,10 @@ class BatchIterator(Iterator[Batch]):
 
   def __next__(self) -> Batch:
     with contextlib.ExitStack() as stack:
-      if self._batches is None:
-        # Workers start with the first batch.
+      if self._batches is None and self._workers:
+        # They start with the first batch.
         stack.enter_context(_blocked_signals())
+      if self._batches is None:
         self._batches = self._open()
       try:
         batch = next(self._batches)
@@ -257,6 +259,8 @@ def _blocked_signals() -> Iterator[None]:
   A terminal sends them to workers too, and some clusters do: these would print
   a page each, and be gone before the run has saved.
   """
+  # Its start would let them through again.
+  resource_tracker.ensure_running()
   before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
   try:
     yield

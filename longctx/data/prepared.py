@@ -137,7 +137,7 @@ def prepare(
   with _aside(root) as aside:
     if final.exists():
       _check_sizes(final, sizes)
-      _read_all(final, sizes)
+      _read_all(_open(final, task, seed), final, sizes)
       return final
     config = TaskConfig(
       name=final.parent.name, task=task, seed=seed, sizes=sizes
@@ -189,9 +189,12 @@ def _locked(folder: str | os.PathLike, *, wait: bool = True) -> Iterator[None]:
     os.close(handle)
 
 
-def _read_all(folder: pathlib.Path, sizes: dict[str, int]) -> None:
+def _read_all(
+  builder: tfds.core.DatasetBuilder,
+  folder: pathlib.Path,
+  sizes: dict[str, int],
+) -> None:
   """Raises DamagedDataError where an example of some splits cannot be read."""
-  builder = _builder(folder)
   for split in sizes:
     source = _source(builder, folder, split)
     for index in tqdm.tqdm(range(len(source)), desc=f'{split}', disable=None):
@@ -295,14 +298,7 @@ def open_prepared(
   folder = dataset_folder(directory, task, seed)
   if not folder.is_dir():
     raise ValueError(_why_absent(directory, task, seed))
-  builder = _builder(folder)
-  wanted = {'task': task_fields(task), 'seed': seed}
-  recorded = dict(builder.info.metadata or {})
-  if recorded != wanted:
-    raise ValueError(
-      f'the prepared dataset {folder} records {recorded}, not {wanted}: '
-      'remove it and prepare it again'
-    )
+  builder = _open(folder, task, seed)
   if split not in builder.info.splits:
     raise ValueError(
       f'{folder} has no {split} examples: prepare them, with '
@@ -311,6 +307,21 @@ def open_prepared(
   source = _source(builder, folder, split)
   _check_same(source[0], task.get(seed, split, 0).arrays(), folder)
   return source
+
+
+def _open(
+  folder: pathlib.Path, task: Task, seed: int
+) -> tfds.core.DatasetBuilder:
+  """A dataset that records this task and seed."""
+  builder = _builder(folder)
+  wanted = {'task': task_fields(task), 'seed': seed}
+  recorded = dict(builder.info.metadata or {})
+  if recorded != wanted:
+    raise DamagedDataError(
+      f'the prepared dataset {folder} records {recorded}, not {wanted}: '
+      'remove it and prepare it again'
+    )
+  return builder
 
 
 def _source(

@@ -1,6 +1,12 @@
 """The pipeline: one order for any start, worker, process, or storage."""
 
 import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +15,7 @@ from longctx.cli import flags
 from longctx.data.pipeline import make_iterator
 from longctx.tasks import make_task
 
+ROOT = pathlib.Path(__file__).parents[2]
 TASK = make_task('mqar', num_pairs=2, seq_len=16, vocab_size=32)
 
 
@@ -222,3 +229,76 @@ def test_bad_command_ends_with_one_line_and_status_2(
   error = capsys.readouterr().err
   assert message in error
   assert error.count('\n') == 1
+
+
+READS = """
+import os, sys, time
+from longctx.data.pipeline import make_iterator
+from longctx.tasks import make_task
+
+if __name__ == '__main__':
+  batches = make_iterator(
+    make_task('mqar'), split='train', batch_size=4, seed=0, workers=2
+  )
+  next(batches)
+  print('reads', flush=True)
+  try:
+    while True:
+      time.sleep(0.1)
+      next(batches)
+  except KeyboardInterrupt:
+    batches.close()
+"""
+
+
+def reading(folder):
+  """A process group that reads by two workers, and its processes."""
+  path = folder / 'reads.py'
+  path.write_text(READS)
+  process = subprocess.Popen(
+    [sys.executable, str(path)],
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    start_new_session=True,
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+  )
+  assert process.stdout.readline() == b'reads\n'
+  return process
+
+
+def group(leader):
+  """Which processes of its group are alive."""
+  found = subprocess.run(
+    ['ps', '-eo', 'pgid=,pid=,stat='],
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+  rows = [line.split() for line in found.splitlines()]
+  return [
+    int(pid)
+    for pgid, pid, state in rows
+    if int(pgid) == leader and state[0] != 'Z'
+  ]
+
+
+@pytest.mark.slow
+def test_workers_die_with_a_run_that_is_killed(tmp_path):
+  process = reading(tmp_path)
+  # Two workers, and what counts their shared memory.
+  assert len(group(process.pid)) >= 3
+  process.kill()
+  process.communicate()
+  end = time.monotonic() + 20
+  while group(process.pid) and time.monotonic() < end:
+    time.sleep(0.1)
+  assert group(process.pid) == []
+
+
+@pytest.mark.slow
+def test_workers_are_silent_where_a_terminal_interrupts(tmp_path):
+  process = reading(tmp_path)
+  os.killpg(process.pid, signal.SIGINT)
+  assert process.communicate(timeout=60)[1] == b''
+  assert process.returncode == 0

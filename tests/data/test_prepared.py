@@ -1,13 +1,16 @@
 """A prepared task is the task, example for example, or an error."""
 
 import multiprocessing
+import pathlib
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from longctx.data.errors import DamagedDataError
 from longctx.data.pipeline import make_iterator
 from longctx.data.prepared import (
+  _aside,
   dataset_folder,
   open_prepared,
   prepare,
@@ -192,3 +195,51 @@ def test_damage_ends_with_one_line(pattern, damage, tmp_path):
     for index in range(20):
       source[index]
   assert '\n' not in str(error.value)
+  # And so it does where it is to be prepared again.
+  with pytest.raises(DamagedDataError, match='prepare it again') as again:
+    prepare(TASK, seed=0, sizes={'train': 20}, directory=str(tmp_path))
+  assert '\n' not in str(again.value)
+
+
+def test_damage_met_by_a_run_names_the_file(tmp_path):
+  sizes = {'train': 400}
+  (path,) = prepare(TASK, seed=0, sizes=sizes, directory=str(tmp_path)).glob(
+    '*.array_record*'
+  )
+  content = bytearray(path.read_bytes())
+  # Neither the first example nor the index at the end.
+  for place in range(len(content) // 3, len(content) // 2):
+    content[place] ^= 1
+  path.write_bytes(content)
+  for workers in (0, 1):
+    iterator = make_iterator(
+      TASK,
+      split='train',
+      batch_size=8,
+      seed=0,
+      directory=str(tmp_path),
+      workers=workers,
+    )
+    with pytest.raises(DamagedDataError) as error:
+      for _ in range(50):
+        next(iterator)
+    iterator.close()
+    assert str(path) in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+def test_what_a_dead_process_left_is_removed_and_no_more(tmp_path):
+  (tmp_path / 'longctx_task' / '.incomplete-dead').mkdir(parents=True)
+  (tmp_path / 'longctx_task' / '.incomplete-dead' / 'half').write_bytes(b'1')
+  with _aside(tmp_path / 'longctx_task') as alive:
+    prepare(TASK, seed=0, sizes={'train': 2}, directory=str(tmp_path))
+    left = [p.name for p in (tmp_path / 'longctx_task').glob('.*')]
+    assert left == [pathlib.Path(alive).name]
+  assert not list((tmp_path / 'longctx_task').glob('.*'))
+
+
+def test_a_number_of_examples_is_not_negative(tmp_path):
+  with pytest.raises(ValueError, match='num_train=-4 must not be negative'):
+    prepare(
+      TASK, seed=0, sizes={'train': -4, 'test': 3}, directory=str(tmp_path)
+    )

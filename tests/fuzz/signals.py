@@ -75,7 +75,7 @@ def command(workdir: pathlib.Path, index: int, port: int) -> list[str]:
     '--config.task.num_pairs=2',
     "--config.model.layers=('linear',)",
     '--config.model.d_model=16',
-    '--config.steps=80',
+    '--config.steps=60',
     '--config.batch_size=4',
     '--config.eval.every=10',
     '--config.checkpoint.every=15',
@@ -88,8 +88,15 @@ def command(workdir: pathlib.Path, index: int, port: int) -> list[str]:
   ]
 
 
+# Where a process is that does not end.
+STACKS = """import faulthandler, signal
+faulthandler.register(signal.SIGUSR1, all_threads=True)
+"""
+
+
 def start(workdir: pathlib.Path) -> list[subprocess.Popen]:
   """Both processes, whose output goes to files beside the workdir."""
+  (workdir.parent / 'sitecustomize.py').write_text(STACKS)
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
@@ -98,7 +105,7 @@ def start(workdir: pathlib.Path) -> list[subprocess.Popen]:
     'JAX_PLATFORMS': 'cpu',
     'JAX_COMPILATION_CACHE_DIR': str(workdir.parent / 'compiled'),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    'PYTHONPATH': str(ROOT),
+    'PYTHONPATH': f'{ROOT}:{workdir.parent}',
   }
   running = []
   for index in range(2):
@@ -129,6 +136,9 @@ def wait(running: list[subprocess.Popen], patience: float) -> bool:
       process.wait(max(end - time.monotonic(), 0.1))
     return True
   except subprocess.TimeoutExpired:
+    for process in running:
+      process.send_signal(signal.SIGUSR1)
+    time.sleep(2)
     return False
   finally:
     for process in running:
@@ -159,7 +169,7 @@ def run(case: Case, workdir: pathlib.Path, undisturbed: pathlib.Path) -> str:
   in_time = wait(running, PATIENCE)
   seconds = time.monotonic() - begun
   # The last line of a filter may come after its process.
-  time.sleep(1)
+  time.sleep(2)
   codes = [process.returncode for process in running]
   late = late or codes == [0, 0]
   wrong = [] if in_time else [f'not ended within {PATIENCE} s']
@@ -170,6 +180,10 @@ def run(case: Case, workdir: pathlib.Path, undisturbed: pathlib.Path) -> str:
     right = [] if killed else [True]
     if [bool(ENDS.fullmatch(line)) for line in said] != right:
       wrong.append(f'process {index} said {said[:4]}, {len(said)} lines')
+  if wrong:
+    print(f'WRONG {case}: {"; ".join(wrong)}')
+    for index in range(2):
+      print(output(workdir, index).read_text())
   if why := finish(workdir):
     wrong.append(f'resumed, {why}')
   elif final_leaves(workdir) != final_leaves(undisturbed):
