@@ -126,7 +126,8 @@ class CacheBuilder:
   def _entry(
     self, x: Array, retention: KVRetention, is_sum: bool
   ) -> CacheEntry:
-    slots = retention.slots(self.capacity)
+    # A mask may allow no key at all: nobody reads that one then.
+    slots = max(retention.slots(self.capacity), 1)
     shape = (slots + -slots % self.shards, *x.shape[2:])
     return CacheEntry(shape, jnp.dtype(x.dtype).name, retention, is_sum)
 

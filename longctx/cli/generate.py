@@ -34,7 +34,9 @@ def prepare(args) -> Callable[[], None]:
     raise ValueError(f'--max_new={args.max_new} must be at least 1')
   if args.devices < 1:
     raise ValueError(f'--devices={args.devices} must be at least 1')
-  prompts = Prompts.of([[BOS, *text.encode()]])
+  # A model that has never read BOS goes on worse from it.
+  start = [BOS] * run.task.has_bos
+  prompts = Prompts.of([[*start, *text.encode()]])
   if note := parallel.ensure_devices(args.devices):
     metrics.say(note)
   mesh = None
@@ -51,6 +53,7 @@ def prepare(args) -> Callable[[], None]:
     stop_tokens=(BOS,),
     step=step,
     mesh=mesh,
+    num_tokens=run.task.vocab_size,
   )
   stream = generator.start(prompts)
   return functools.partial(_write, generator, stream, text, args)

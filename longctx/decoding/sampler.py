@@ -21,6 +21,9 @@ from longctx.parallel.axes import make_axes
 from longctx.parallel.parameters import state_shardings
 from longctx.typing import Array, Bool, Float, Int, Key
 
+# Logits that are divided by less may overflow.
+COLDEST = 1e-6
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -29,7 +32,8 @@ class Sampling:
   The filters apply one after the other, in the order given here.
 
   Attributes:
-    temperature: divides the logits; 0 takes the likeliest token.
+    temperature: divides the logits; 0 takes the likeliest token, and what is
+      above it is at least COLDEST.
     top_k: draw among the k likeliest; 0: among all.
     top_p: draw among the likeliest that together have at least this
       probability (nucleus sampling, arXiv:1904.09751); 1: among all.
@@ -40,8 +44,11 @@ class Sampling:
   top_p: float = 1.0
 
   def __post_init__(self):
-    if self.temperature < 0:
-      raise ValueError(f'temperature={self.temperature} must not be negative')
+    if self.temperature and not COLDEST <= self.temperature < np.inf:
+      raise ValueError(
+        f'temperature={self.temperature} must be 0, for the likeliest token, '
+        f'or a number from {COLDEST} on'
+      )
     if self.top_k < 0:
       raise ValueError(f'top_k={self.top_k} must not be negative')
     if not 0 < self.top_p <= 1:
@@ -57,7 +64,7 @@ def sample(
   """Draws a token per row; equal logits count as equally likely."""
   if not sampling.temperature:
     return logits.argmax(-1)
-  logits = logits / sampling.temperature
+  logits = logits.astype(jnp.float32) / sampling.temperature
   V = logits.shape[-1]
   if 0 < sampling.top_k < V:
     least = lax.top_k(logits, sampling.top_k)[0][:, -1:]
@@ -131,6 +138,7 @@ class Generator:
     mesh: Mesh | None = None,
     axis: str | tuple[str, ...] = 'seq',
     max_new: int | None = None,
+    num_tokens: int | None = None,
   ):
     """Makes a generator.
 
@@ -146,9 +154,17 @@ class Generator:
       axis: as in `cache.init`.
       max_new: the most tokens that are drawn, which a gated model makes room
         for; None: any number up to the capacity.
+      num_tokens: tokens that the task has, the first ones of the vocabulary,
+        whose rest is never drawn; None: all.
     """
     if chunk < 1:
       raise ValueError(f'{chunk=} must be at least 1')
+    if num_tokens is not None and not (
+      1 <= num_tokens <= model.config.vocab_size
+    ):
+      raise ValueError(
+        f'{num_tokens=} must be from 1 to vocab_size={model.config.vocab_size}'
+      )
     decoder = make_decoder(
       model, capacity=capacity, max_new=max_new, mesh=mesh, axis=axis
     )
@@ -203,7 +219,9 @@ class Generator:
 
       def one(stream, _):
         drawn = sample(
-          stream.logits, sampling, jax.random.fold_in(key, stream.count)
+          stream.logits[:, :num_tokens],
+          sampling,
+          jax.random.fold_in(key, stream.count),
         )
         tokens = jnp.where(stream.ended, -1, drawn)
         ended = stream.ended | jnp.isin(drawn, jnp.array(stop_tokens, int))

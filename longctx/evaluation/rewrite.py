@@ -195,6 +195,7 @@ class Answerer:
       stop_tokens=(opinions.END,),
       step=step,
       max_new=LONGEST,
+      num_tokens=task.vocab_size,
     )
     self._key = jax.random.key(0)
 

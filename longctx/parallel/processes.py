@@ -74,11 +74,10 @@ def join_processes(
     jax.config.update('jax_enable_preemption_service', False)
     jax.distributed.initialize(*arguments, heartbeat_timeout_seconds=HEARTBEAT)
     _introduce()
-    manager = _jax.create_preemption_sync_manager()
-    manager.initialize(distributed.global_state.client)
-    # Before JAX leaves the service.
-    atexit.register(manager.shutdown)
-    _agreements.append(manager)
+    _agreements.append(_jax.create_preemption_sync_manager())
+    _agreements[0].initialize(distributed.global_state.client)
+    # Before JAX leaves the service, without which it would not end.
+    atexit.register(lambda: _agreements.pop().shutdown())
 
   try:
     _interruptibly(join)

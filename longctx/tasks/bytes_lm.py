@@ -142,6 +142,11 @@ class BytesLM(Task):
       segment_ids=segment_ids,
     )
 
+  @property
+  def has_bos(self) -> bool:
+    """Whether a window may begin with BOS, which a single file has not."""
+    return self.prepend_bos or bool(self.text('train')[0] == BOS)
+
   def text(self, split: str) -> np.ndarray:
     """All tokens of a split, BOS before each document."""
     return load_text(self.path, self.tfds_name, self.tfds_data_dir)[split]

@@ -1,6 +1,7 @@
 """Generation: what is drawn follows from the model's logits on the row."""
 
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +121,22 @@ def test_sampling_draws_by_the_filtered_probabilities():
   assert sample(logits[None], GREEDY, jax.random.key(0)).tolist() == [1]
 
 
+def test_the_coldest_temperature_takes_the_likeliest():
+  logits = jnp.array([[3e4, 3e4 - 1, -3e4, 0.0]])
+  sampling = Sampling(temperature=1e-6)
+  keys = jax.random.split(jax.random.key(0), 20)
+  assert {int(sample(logits, sampling, key)[0]) for key in keys} == {0}
+
+
+@pytest.mark.parametrize('sampling', [GREEDY, Sampling(temperature=99.0)])
+def test_padding_of_the_vocabulary_is_never_drawn(sampling):
+  options = dict(capacity=16, sampling=sampling)
+  free = collect(Generator(make_model(), **options))
+  assert (free >= 3).any()
+  tokens = collect(Generator(make_model(), num_tokens=3, **options))
+  assert set(np.unique(tokens)) <= {0, 1, 2}
+
+
 def test_a_stream_without_end_goes_on_beyond_any_window():
   layers = ('streaming(num_sinks=1, window=3)', 'linear')
   model = make_model(layers=layers)
@@ -134,7 +151,12 @@ def test_a_stream_without_end_goes_on_beyond_any_window():
   [
     (lambda: Prompts.of([[1], []]), 'each needs one, such as BOS'),
     (lambda: Prompts.of([]), 'each needs one'),
-    (lambda: Sampling(temperature=-1.0), 'temperature=-1.0 must not'),
+    *(
+      (lambda t=t: Sampling(temperature=t), f'temperature={t} must be 0, for')
+      for t in (-1.0, 1e-45, 1e-7, float('inf'), float('nan'))
+    ),
+    (lambda: Sampling(top_p=float('nan')), 'top_p=nan must be'),
+    (lambda: Generator(make_model(), num_tokens=V + 1), 'from 1 to vocab_size'),
     (lambda: Sampling(top_p=0.0), r'top_p=0.0 must be in \(0, 1\]'),
     (lambda: Sampling(top_k=-1), 'top_k=-1 must not'),
     (lambda: Generator(make_model(), chunk=0), 'chunk=0 must be'),
@@ -183,8 +205,49 @@ def test_command_continues_a_text(workdir, capfdbinary):
 
 
 @pytest.mark.parametrize(
+  ('file', 'fields', 'starts'),
+  [
+    (True, {}, False),
+    (True, {'prepend_bos': True}, True),
+    (False, {}, True),
+  ],
+  ids=['file', 'file-bos', 'folder'],
+)
+def test_generation_begins_as_training_did(
+  file, fields, starts, tmp_path, monkeypatch
+):
+  text = tmp_path / 'text'
+  text.mkdir()
+  for i in range(40):
+    (text / str(i)).write_bytes(b'%d' % i + b' of all words ' * 20)
+  path = text / '0' if file else text
+  config = tiny_config(
+    steps=1,
+    batch_size=1,
+    task=dict(name='bytes_lm', path=str(path), seq_len=16, **fields),
+    model=dict(vocab_size=300),
+  )
+  folder = tmp_path / 'run'
+  (run,) = runs.prepare(config, folder)
+  trainer.train([run], folder)
+  read = []
+  monkeypatch.setattr(
+    Generator, 'start', lambda self, prompts: read.append(prompts.tokens)
+  )
+  module = importlib.import_module('longctx.cli.generate')
+  module.prepare(
+    flags.parse('generate', [f'--workdir={folder}', '--prompt=of all'])
+  )
+  np.testing.assert_array_equal(read[0][0], [*[256] * starts, *b'of all'])
+  windows = [run.task.get(0, 'train', i).tokens for i in range(9)]
+  assert any((window == 256).any() for window in windows) == starts
+
+
+@pytest.mark.parametrize(
   ('options', 'message'),
   [
+    (['--prompt=a', '--temperature=nan'], 'temperature=nan must be 0, for'),
+    (['--prompt=a', '--temperature=1e-45'], 'temperature=1e-45 must be 0, for'),
     (['--prompt='], 'the prompt is empty'),
     (['--prompt=a', '--run=b'], "there is no run 'b'"),
     (['--prompt=a', '--max_new=0'], '--max_new=0 must be at least 1'),
