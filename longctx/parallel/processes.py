@@ -7,9 +7,11 @@ service lets all agree on when to stop.
 """
 
 import atexit
+import contextlib
 import os
 import pathlib
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -76,8 +78,8 @@ def join_processes(
     _introduce()
     _agreements.append(_jax.create_preemption_sync_manager())
     _agreements[0].initialize(distributed.global_state.client)
-    # Before JAX leaves the service, without which it would not end.
-    atexit.register(lambda: _agreements.pop().shutdown())
+    # Before JAX leaves the service.
+    atexit.register(_leave)
 
   try:
     _interruptibly(join)
@@ -116,6 +118,14 @@ def _introduce() -> None:
   }
   names = ' '.join(hosts[i] for i in sorted(hosts))
   os.write(2, f'{lost_peers.HOSTS}{index} {names}\n'.encode())
+
+
+def _leave() -> None:
+  """Stops agreeing, all together: who is asked to stop waits for all others."""
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    meet('longctx/leave')
+  _agreements.pop().shutdown()
 
 
 def _interruptibly(call: Callable[[], Any]) -> None:

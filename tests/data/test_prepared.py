@@ -202,18 +202,17 @@ def test_damage_ends_with_one_line(pattern, damage, tmp_path):
 
 
 def test_damage_met_by_a_run_names_the_file(tmp_path):
-  sizes = {'train': 400}
-  (path,) = prepare(TASK, seed=0, sizes=sizes, directory=str(tmp_path)).glob(
-    '*.array_record*'
-  )
+  task = make_task('mqar', num_pairs=4, seq_len=64, vocab_size=64)
+  folder = prepare(task, seed=0, sizes={'train': 400}, directory=str(tmp_path))
+  (path,) = folder.glob('*.array_record*')
   content = bytearray(path.read_bytes())
   # Neither the first example nor the index at the end.
-  for place in range(len(content) // 3, len(content) // 2):
-    content[place] ^= 1
+  for place in range(len(content) // 2, len(content) // 2 + 200):
+    content[place] ^= 0xFF
   path.write_bytes(content)
   for workers in (0, 1):
     iterator = make_iterator(
-      TASK,
+      task,
       split='train',
       batch_size=8,
       seed=0,
