@@ -11,10 +11,12 @@ from flax import nnx
 from jax import lax
 
 from longctx import parallel
-from longctx.attention import AttentionConfig, make_attention
+from longctx.attention import VARIANTS, AttentionConfig, make_attention
+from longctx.attention.base import Attention
 from longctx.attention.cache_spec import empty_cache
 from longctx.costs.hlo import program_cost
 from longctx.decoding import cache as cache_lib
+from longctx.masks import KVRetention, Primitive
 from longctx.models.transformer import Transformer, TransformerConfig
 
 B, T, V = 2, 23, 11
@@ -252,3 +254,31 @@ def test_sinks_and_window_stream_for_100_000_tokens():
   np.testing.assert_allclose(
     np.concatenate(found, axis=1), expected, atol=1e-5, rtol=0
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing(Primitive):
+  """No key for any query."""
+
+  def allowed(self, q_positions, k_positions):
+    return (q_positions != q_positions) & (k_positions != k_positions)
+
+  @property
+  def is_causal(self):
+    return True
+
+  def kv_retention(self):
+    return KVRetention(0, 0)
+
+
+def test_a_mask_that_allows_no_key_gives_zeros_as_the_whole_row_does(
+  monkeypatch,
+):
+  class NoAttention(Attention):
+    mask = Nothing()
+
+  monkeypatch.setitem(VARIANTS, 'nothing', NoAttention)
+  model = make_model(layers=('nothing',), short_conv=0)
+  tokens = make_tokens()
+  found, _ = read_in_pieces(model, tokens, [20, 1, 2], capacity=None)
+  np.testing.assert_allclose(found, model(jnp.asarray(tokens)), atol=1e-5)
