@@ -139,7 +139,7 @@ def test_tfds_text_dataset_is_read_by_name(tmp_path):
       "cannot read the TFDS dataset 'no_such_set'",
     ),
     (dict(path='a', tfds_name='b'), 'are both set'),
-    (dict(seq_len=10**9), 'fewer than seq_len [+] 1 = 1000000001'),
+    (dict(seq_len=2**24), 'fewer than seq_len [+] 1 = 16777217'),
     (dict(seq_len=0), 'at least 1'),
   ],
 )
