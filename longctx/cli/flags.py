@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import importlib
 import os
+import re
 import select
 import signal
 import sys
@@ -222,6 +223,8 @@ def _heads(command: Command) -> set[str]:
 
 class _Parser(argparse.ArgumentParser):
   def error(self, message: str):
+    # What refuses a value knows no flag: '0 must be at least 1'.
+    message = re.sub(r'^argument (--\w+): (?=\S+ must be)', r'\1=', message)
     raise ValueError(message.removeprefix('argument '))
 
 

@@ -1,5 +1,6 @@
 """A slip on the command line costs one line and no compilation."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -357,7 +358,7 @@ def test_help_that_nobody_reads_to_its_end_is_no_error(words):
 )
 @pytest.mark.parametrize('name', COMMANDS)
 def test_a_signal_ends_every_command_by_one_line(
-  name, signum, when, monkeypatch, capsys
+  name, signum, when, monkeypatch, capsys, request
 ):
   def stop(*args):
     os.kill(os.getpid(), signum)
@@ -370,6 +371,11 @@ def test_a_signal_ends_every_command_by_one_line(
     sys.modules, f'longctx.cli.{COMMANDS[name].module}', module
   )
   monkeypatch.setattr(flags, 'parse', lambda name, argv: None)
+  # As a terminal starts a command: a suite in the background ignores them.
+  usual = {signal.SIGINT: signal.default_int_handler}
+  for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    found = signal.signal(one, usual.get(one, signal.SIG_DFL))
+    request.addfinalizer(functools.partial(signal.signal, one, found))
   before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
   with pytest.raises(SystemExit) as ended:
     flags.main(name.split())

@@ -213,8 +213,8 @@ def test_command_prepares_what_a_config_reads(tmp_path, capsys):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (['--task=mqar', '--task.num_pair=2'], "did you mean 'num_pairs'"),
-    (['--task=mqar', '--task.num_pairs=x'], 'must be of type int'),
+    (['--task=mqar', '--task.num_pair=2'], 'did you mean num_pairs'),
+    (['--task=mqar', '--task.num_pairs=x'], 'must be an integer'),
     (['--task=mqar', '--num_pairs=2'], 'unknown flag --num_pairs=2'),
     (['--task=nope', '--num_train=1'], "unknown task 'nope'"),
     (['--task=mqar'], 'nothing to prepare'),

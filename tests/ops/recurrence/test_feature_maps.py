@@ -273,7 +273,7 @@ def test_every_precision_has_the_same_draw():
 
 
 def test_unknown_or_wrong_map_says_what_is_known():
-  with pytest.raises(ValueError, match=r"'elu\+1', 'favor\+', 'hedgehog'"):
+  with pytest.raises(ValueError, match=r'elu\+1, relu, .*favor\+'):
     make_feature_map('softmax')
   with pytest.raises(ValueError, match='num_features=0 must be at least 1'):
     make_feature_map('favor+', num_features=0)
