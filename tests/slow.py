@@ -127,10 +127,18 @@ SLOW = {
     '*change1*',
     '*change4*',
   ),
+  'tests/evaluation/test_rewrite.py::test_answers_are_those*': ('*[[]gate0]',),
+  'tests/evaluation/test_streaming.py::test_a_stream_whose_files*': (
+    '*[[]cut]',
+  ),
+  'tests/test_benchmarks.py::test_analysis_is_timed*': (),
   'tests/test_benchmarks.py::test_ring_is_timed*': (),
   'tests/test_configs.py::*[[]passkey_1m]': (),
   'tests/test_configs.py::*[[]s2a]': (),
+  'tests/training/test_full_disk.py::*': ('*JsonLog*',),
   'tests/training/test_parallel_training.py::test_several_processes*': (),
+  'tests/training/test_parallel_training.py::*with_dropout*fsdp*': (),
+  'tests/training/test_trainer.py::test_bend_makes*': (),
   'tests/training/test_trainer.py::test_sigkill*': (),
 }
 

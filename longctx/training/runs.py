@@ -89,9 +89,9 @@ def prepare(config: ExperimentConfig, workdir: pathlib.Path) -> list[Run]:
   for name, one in config_lib.expand_runs(config).items():
     task = tasks.make_task(**one.task)
     model = resolve_model(one.model, task)
+    placement = make_placement(one.parallel, task.seq_len)
     checks.check_memory(one, task.seq_len)
     check_task(one, task, model)
-    placement = make_placement(one.parallel, task.seq_len)
     traced = validate(
       model,
       task.seq_len,

@@ -187,7 +187,7 @@ def planned(argv):
     ),
     (
       ['v5e:2x4', DEFAULT, '--config.parallel.data=8', '--config.batch_size=2'],
-      'batch=2 must be a multiple of the mesh axis data=8',
+      'batch_size=2 must be a multiple of parallel.data=8',
     ),
     (
       ['v5e:2x4', DEFAULT, '--config.parallel.model=8'],

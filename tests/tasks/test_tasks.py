@@ -207,9 +207,13 @@ def test_bad_address_is_an_error(address, message):
     (
       'mqar',
       dict(num_pairs='4'),
-      "task.num_pairs='4' must be an integer, at least 1, such as 4",
+      "task.num_pairs='4' must be an integer, in .1, 16777216., such as 4",
     ),
-    ('mqar', dict(num_pairs=True), 'must be an integer, at least 1, such as 1'),
+    (
+      'mqar',
+      dict(num_pairs=True),
+      'must be an integer, in .1, 16777216., such as 1',
+    ),
     ('mqar', dict(seq_len=63), 'num_pairs=16: .* seq_len >= 64'),
     ('mqar', dict(vocab_size=33), 'vocab_size >= 34'),
     ('mqar', dict(num_pairs=0), 'at least 1'),
