@@ -35,6 +35,9 @@ SLOW = {
   'tests/attention/test_leaks.py::test_outputs_read*': ('*-rope-*',),
   'tests/attention/test_softmax_family.py::test_forgetting_keeps*': (),
   'tests/attention/test_softmax_family.py::test_longformer_heads*': (),
+  'tests/attention/test_segments.py::test_cumulative_sum*': (
+    '*zigzag-packed*',
+  ),
   'tests/costs/test_attention.py::test_a_window_sends*': ('*False*',),
   'tests/costs/test_attention.py::test_bytes_of_a_scheme*': (
     '*[[]ring-axes0*',
@@ -138,6 +141,7 @@ SLOW = {
   'tests/training/test_full_disk.py::*': ('*JsonLog*',),
   'tests/training/test_parallel_training.py::test_several_processes*': (),
   'tests/training/test_parallel_training.py::*with_dropout*fsdp*': (),
+  'tests/training/test_parallel_training.py::test_recurrent_layers*': (),
   'tests/training/test_trainer.py::test_bend_makes*': (),
   'tests/training/test_trainer.py::test_sigkill*': (),
 }

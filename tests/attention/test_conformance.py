@@ -35,6 +35,7 @@ SLOW = {
   'alibi',
   'dropout',
   'analysis',
+  'packing',
   'sharded_decode',
   'short_conv',
   *conformance.MESHES,
