@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+import signal
 
 # Before jax and matplotlib are imported: a test never asks for an accelerator
 # or a display, whatever the machine has.
@@ -32,6 +33,10 @@ os.environ['JAX_COMPILATION_CACHE_DIR'] = str(
 )
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
+
+# In the background it is ignored, here and in the commands that tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis
 import jax

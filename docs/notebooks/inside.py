@@ -45,7 +45,7 @@ results = lc.train([run], workdir)
 
 # %%
 (trained,) = sweep.open_workdir(workdir)
-graph, params, step = sweep.restore(trained)
+graph, params, step, _ = sweep.restore(trained)
 analyzer = lc.Analyzer(graph, run.model, run.task, rows=8)
 scores = analyzer.measure(params, step)
 for name in ('prefix_matching', 'previous_token', 'first_token'):

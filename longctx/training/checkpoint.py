@@ -363,12 +363,16 @@ def _let_abandoned_end():
   Its other reads or writes have coroutines and callbacks that would put
   tracebacks on stderr when they die.
   """
+  # asyncio logs what nobody asked for, of each write that failed too.
+  log = logging.getLogger('asyncio')
   hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+  log.disabled = True
   try:
     time.sleep(0.1)
     gc.collect()
   finally:
     sys.unraisablehook = hook
+    log.disabled = False
 
 
 def abstract(tree: Any) -> Any:

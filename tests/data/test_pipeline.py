@@ -261,7 +261,6 @@ def reading(folder):
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     start_new_session=True,
-    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
   )
   assert process.stdout.readline() == b'reads\n'
   return process

@@ -117,8 +117,6 @@ def start(workdir: pathlib.Path) -> list[subprocess.Popen]:
           env=env,
           stdout=file,
           stderr=subprocess.STDOUT,
-          # As from a terminal, also where this one's ignores it.
-          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
       )
   return running
@@ -200,6 +198,8 @@ def main():
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--at_once', type=int, default=1)
   args = parser.parse_args()
+  # In the background it is ignored, here and in what is started.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   rng = random.Random(args.seed)
   cases = [
     draw(rng, signum, index)
