@@ -23,6 +23,7 @@ import pathlib
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -320,11 +321,18 @@ class Checkpointer:
 def _quiet_errors():
   """Leaves errors of Orbax and TensorStore, which are raised too, to us.
 
-  Otherwise one logs them, and callbacks of the other, which meet a closed event
-  loop after an error, print a traceback each.
+  Otherwise one logs them, asyncio logs each write that nobody waits for any
+  more, and callbacks, which meet a closed event loop after an error, print a
+  traceback each.
   """
   logging.getLogger('absl').addFilter(
     lambda record: not (record.exc_info and 'orbax' in record.pathname)
+  )
+  logging.getLogger('asyncio').addFilter(
+    lambda record: 'never retrieved' not in record.getMessage()
+  )
+  warnings.filterwarnings(
+    'ignore', r"coroutine 'async_serialize.* was never awaited", RuntimeWarning
   )
   before = sys.unraisablehook
 
@@ -363,16 +371,12 @@ def _let_abandoned_end():
   Its other reads or writes have coroutines and callbacks that would put
   tracebacks on stderr when they die.
   """
-  # asyncio logs what nobody asked for, of each write that failed too.
-  log = logging.getLogger('asyncio')
   hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
-  log.disabled = True
   try:
     time.sleep(0.1)
     gc.collect()
   finally:
     sys.unraisablehook = hook
-    log.disabled = False
 
 
 def abstract(tree: Any) -> Any:
