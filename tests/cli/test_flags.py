@@ -54,7 +54,7 @@ def prepare(argv, tmp_path):
     ([CONFIG, '--nonsense=3'], 'unknown flag --nonsense=3; --help has all'),
     ([CONFIG, 'steps=3'], "unexpected argument 'steps=3'"),
     ([CONFIG, '--config.steps=3', 'x'], "unexpected argument 'x'"),
-    ([CONFIG, '--num_processes=0'], '--num_processes: 0 must be at least 1'),
+    ([CONFIG, '--num_processes=0'], '--num_processes=0 must be at least 1'),
     ([CONFIG, '--process_id=1'], 'give --coordinator=HOST:PORT'),
     (
       [CONFIG, *['--coordinator=a:1', '--num_processes=2', '--process_id=2']],
@@ -123,7 +123,7 @@ def test_slip_is_one_clear_line_and_exit_code_2(
     ('eval', ['swep'], "unknown mode 'swep'; known: sweep, stream, s2a"),
     ('eval', ['--workdir=x', 'sweep'], "mode 'sweep' comes first"),
     ('eval', ['--mode=s2a'], 'unknown flag --mode=s2a'),
-    ('eval', ['--workdir=x', '--batches=0'], '--batches: 0 must be at least 1'),
+    ('eval', ['--workdir=x', '--batches=0'], '--batches=0 must be at least 1'),
     ('eval sweep', ['--seq_len=3'], 'unknown flag --seq_len=3'),
     ('eval stream', ['--slots=x', '--workdir=x'], '--slots: invalid int value'),
     (
@@ -135,16 +135,16 @@ def test_slip_is_one_clear_line_and_exit_code_2(
     ('data', [], 'arguments are required: prepare'),
     ('data', ['prepare', '--data_dir=x', 'y'], "unexpected argument 'y'"),
     ('analysis', ['--split=x'], "--split: invalid choice: 'x'"),
-    ('analysis', ['--rows=0'], '--rows: 0 must be at least 1'),
-    ('analysis', ['--seq_len=0'], '--seq_len: 0 must be at least 1'),
+    ('analysis', ['--rows=0'], '--rows=0 must be at least 1'),
+    ('analysis', ['--seq_len=0'], '--seq_len=0 must be at least 1'),
     ('generate', [f'--seed={10**29}'], 'must be at most 4294967295'),
-    ('data', ['prepare', '--seed=-1'], '--seed: -1 must be at least 0'),
+    ('data', ['prepare', '--seed=-1'], '--seed=-1 must be at least 0'),
     (
       'data',
       ['prepare', '--tsk=mqar'],
       'unknown flag --tsk=mqar; did',
     ),
-    ('plan', ['--utilization=nan'], '--utilization: nan must be in (0, 1]'),
+    ('plan', ['--utilization=nan'], '--utilization=nan must be in (0, 1]'),
     ('plan', [CONFIG], '--topology=GENERATION:SHAPE is missing'),
   ],
 )
