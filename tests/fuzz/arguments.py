@@ -380,10 +380,11 @@ def abs_below(value: Any) -> bool:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
-  for name, default in dict(
-    count=2000, first=0, seed=0, runs=0, processes=0
-  ).items():
-    parser.add_argument(f'--{name}', type=int, default=default)
+  parser.add_argument('--count', type=int, default=2000)
+  parser.add_argument('--first', type=int, default=0)
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--runs', type=int, default=0)
+  parser.add_argument('--processes', type=int, default=0)
   parser.add_argument('--verbose', action='store_true')
   args = parser.parse_args()
   found, begun = targets(), time.time()

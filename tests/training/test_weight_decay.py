@@ -89,4 +89,6 @@ def test_what_decays_is_as_the_table_has_it(layer):
 
 
 def test_table_has_every_variant():
-  assert {*VARIANTS} <= {*TABLE}
+  # Pages that are tested beside add variants of their own.
+  ours = (k for k, v in VARIANTS.items() if v.__module__.startswith('longctx.'))
+  assert {*ours} <= {*TABLE}
