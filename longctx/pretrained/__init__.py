@@ -1,0 +1,1 @@
+"""Pretrained models: other people's weights, and the files they come in."""

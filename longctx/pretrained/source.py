@@ -1,0 +1,87 @@
+"""Model sources: the config and the tensors of a checkpoint, wherever it lies.
+
+Whatever the file, names and layouts are those of Hugging Face.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from longctx.pretrained.safetensors_files import open_safetensors
+
+HUB_NAME = re.compile(r'[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?')
+
+
+@runtime_checkable
+class Source(Protocol):
+  """Model source: a config, and tensors that are read one by one.
+
+  Attributes:
+    name: where it lies, for messages.
+    config: as in config.json (`model_type`, `hidden_size`, ...).
+    shapes: of all tensors, by their names.
+  """
+
+  name: str
+  config: Mapping[str, Any]
+  shapes: Mapping[str, tuple[int, ...]]
+
+  def read(self, name: str) -> np.ndarray:
+    """A tensor as it is stored, float32 if it is quantised.
+
+    Raises:
+      KeyError: no such tensor.
+      NotImplementedError: its type is of no use here, or a package is missing.
+    """
+
+
+def open_source(source: str | Path) -> Source:
+  """Opens a checkpoint; its tensors stay on disk until they are read.
+
+  Args:
+    source: a folder with config.json and safetensors, one .safetensors file
+      beside its config.json, or 'org/name' or 'org/name@revision' of the
+      Hugging Face hub.
+
+  Raises:
+    ValueError: nothing there, or a damaged file; one line says which.
+    NotImplementedError: what it holds has no use here, or a package is missing.
+  """
+  path = Path(source).expanduser()
+  if path.exists():
+    return open_safetensors(path)
+  if HUB_NAME.fullmatch(str(source)):
+    return open_safetensors(download(str(source)), name=str(source))
+  raise ValueError(
+    f'{source} is no file or folder that is here, and no org/name of the '
+    'Hugging Face hub'
+  )
+
+
+def download(name: str) -> Path:
+  """The folder of a model of the Hugging Face hub, fetched if need be."""
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise NotImplementedError(
+      f'{name} is not here, and to look for it on the Hugging Face hub takes '
+      "the package huggingface_hub: pip install -e '.[hub]'"
+    ) from error
+  repository, _, revision = name.partition('@')
+  try:
+    folder = huggingface_hub.snapshot_download(
+      repository,
+      revision=revision or None,
+      allow_patterns=['*.json', '*.safetensors', '*.jinja'],
+      ignore_patterns=['*/*'],
+    )
+  except Exception as error:
+    # The hub, its HTTP client and its cache each raise their own.
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    raise ValueError(
+      f'{name} is not here, and the Hugging Face hub did not give it: {first}'
+    ) from error
+  return Path(folder)
