@@ -26,7 +26,7 @@ RIDDLES = {'How', 'What', 'Where', 'Whether', 'Which', 'Who'}
 
 # The only imports that may stand inside a function: what an extra brings, or
 # what a benchmark compares with when it is there.
-OPTIONAL = {'huggingface_hub', 'tensorboardX', 'torch', 'transformers'}
+OPTIONAL = {'gguf', 'huggingface_hub', 'tensorboardX', 'torch', 'transformers'}
 
 # Where the name to import is not the name to install.
 DISTRIBUTION = {'absl': 'absl-py', 'orbax': 'orbax-checkpoint'}
