@@ -78,12 +78,9 @@ class GGUFFile:
       return np.array(raw.view(PLAIN[kind]).reshape(shape))
     if kind in BLOCKS:
       return dequantize(raw.view(BLOCKS[kind]), kind).reshape(shape)
-    package = gguf_package()
+    package, rows = gguf_package(), np.asarray(raw.reshape(*shape[:-1], -1))
     try:
-      types = package.GGMLQuantizationType
-      return package.quants.dequantize(
-        np.asarray(raw.reshape(*shape[:-1], -1)), types(kind)
-      )
+      return package.dequantize(rows, package.GGMLQuantizationType(kind))
     except NotImplementedError as error:
       raise NotImplementedError(f'{self.path}: {name}: {error}') from error
 

@@ -10,6 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from longctx.pretrained.gguf import open_gguf
+from longctx.pretrained.gguf_names import gguf_source
 from longctx.pretrained.safetensors_files import open_safetensors
 
 HUB_NAME = re.compile(r'[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?')
@@ -42,9 +44,9 @@ def open_source(source: str | Path) -> Source:
   """Opens a checkpoint; its tensors stay on disk until they are read.
 
   Args:
-    source: a folder with config.json and safetensors, one .safetensors file
-      beside its config.json, or 'org/name' or 'org/name@revision' of the
-      Hugging Face hub.
+    source: a folder with config.json and safetensors, or with one .gguf file;
+      a .safetensors file beside its config.json, or a .gguf file; 'org/name' or
+      'org/name@revision' of the Hugging Face hub.
 
   Raises:
     ValueError: nothing there, or a damaged file; one line says which.
@@ -52,13 +54,28 @@ def open_source(source: str | Path) -> Source:
   """
   path = Path(source).expanduser()
   if path.exists():
-    return open_safetensors(path)
+    return _open(path)
   if HUB_NAME.fullmatch(str(source)):
     return open_safetensors(download(str(source)), name=str(source))
   raise ValueError(
     f'{source} is no file or folder that is here, and no org/name of the '
     'Hugging Face hub'
   )
+
+
+def _open(path: Path) -> Source:
+  """Opens a file, or what a folder holds."""
+  if path.is_file():
+    is_gguf = path.suffix == '.gguf'
+    return gguf_source(open_gguf(path)) if is_gguf else open_safetensors(path)
+  ggufs = sorted(path.glob('*.gguf'))
+  if not ggufs or any(path.glob('*.safetensors')):
+    return open_safetensors(path)
+  if len(ggufs) > 1:
+    raise ValueError(
+      f'{path} has {len(ggufs)} .gguf files: name one, as in {ggufs[0]}'
+    )
+  return _open(ggufs[0])
 
 
 def download(name: str) -> Path:
