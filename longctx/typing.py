@@ -18,6 +18,7 @@ annotation, as in `window: Positive`, `share: Annotated[float, Between(0, 1)]`
 or `filler: Literal['random', 'repeat']`.
 """
 
+import ast
 import dataclasses
 import difflib
 import functools
@@ -62,6 +63,7 @@ __all__ = [
   'did_you_mean',
   'field_types',
   'make',
+  'parse_call',
   'plain_types',
 ]
 
@@ -180,6 +182,27 @@ def make(cls: Callable[..., Any], name: str, fields: Mapping[str, Any]) -> Any:
     if parameter.default is parameter.empty and field not in fields:
       raise ValueError(f'{name} needs {field}')
   return cls(**fields)
+
+
+def parse_call(text: str) -> tuple[str, dict[str, Any]]:
+  """Splits 'name(key=value, …)' into the name and its arguments, literals.
+
+  Raises:
+    ValueError: it is something else.
+  """
+  arguments = {}
+  try:
+    node = ast.parse(text.strip(), mode='eval').body
+  except SyntaxError as error:
+    raise ValueError(error.msg) from error
+  if isinstance(node, ast.Call):
+    if node.args or any(keyword.arg is None for keyword in node.keywords):
+      raise ValueError('arguments go by name')
+    arguments = {k.arg: ast.literal_eval(k.value) for k in node.keywords}
+    node = node.func
+  if not isinstance(node, ast.Name):
+    raise ValueError('not a name')
+  return node.id, arguments
 
 
 @functools.cache

@@ -33,12 +33,15 @@ FREE = {
   'BytesLM.tfds_data_dir',
   # Parsed where a layer is made.
   'TransformerConfig.layers',
+  'AttentionConfig.rope_scaling',
   'block_sparse.pattern',
   # Any number.
   'Recurrence.scale',
   # Of tasks and of runs, which are checked as they are made.
   'ExperimentConfig.task',
   'ExperimentConfig.runs',
+  # A place, looked up before anything compiles.
+  'ExperimentConfig.init_from',
 }
 MODULES = [
   importlib.import_module(name)

@@ -14,7 +14,6 @@ from longctx import tasks
 from longctx.analysis import hooks, model_scores, sequences
 from longctx.attention.context import Context
 from longctx.models.transformer import TransformerConfig
-from longctx.ops.cross_entropy import cross_entropy_sums
 from longctx.parallel import Placement
 from longctx.parallel.layout import SequenceLayout
 from longctx.typing import Array, Float
@@ -250,13 +249,7 @@ class Analyzer:
     means = hooks.head_means(model, tokens, context)
     means = [jnp.where(use_means, mean, 0) for mean in means]
     hidden = hooks.ablate_heads(model, tokens, gates, means, context)
-    sums = cross_entropy_sums(
-      model.head_matrix(),
-      hidden,
-      batch['labels'],
-      batch['weights'],
-      chunk=self.model.logits_chunk,
-    )
+    sums = model.scored(hidden, batch['labels'], batch['weights'], None)
     total = jnp.maximum(sums['weight'], 1e-9)
     return {
       'accuracy': sums['correct'] / total,

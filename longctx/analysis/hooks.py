@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from longctx.attention import Attention
 from longctx.attention.context import Context
 from longctx.models.transformer import Transformer
-from longctx.ops.cross_entropy import project
 from longctx.typing import Array, Bool, Float, Int
 
 # (layer's index, layer, its inputs, the residual stream, the context as the
@@ -119,14 +118,13 @@ def token_losses(
   labels: Int[Array, 'B T'],
 ) -> Float[Array, 'B T']:
   """Nats of each label, logits being made `logits_chunk` places at a time."""
-  head = model.head_matrix()
   B, T, D = hidden.shape
   C = min(model.config.logits_chunk, T)
   pad = -T % C
 
   def of_chunk(chunk):
     x, labels = chunk
-    logits = project(x, head)
+    logits = model.logits(x)
     picked = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
 

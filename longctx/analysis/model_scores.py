@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from longctx.analysis import heads, hooks, logits
 from longctx.attention import Attention
@@ -84,7 +85,7 @@ def of_repeats(
   found: Scores = []
 
   def hook(index, layer, h, x, context):
-    del index, x
+    del x
     if 'analysis' in layer.unsupported:
       found.append({})
       return layer(h, context)
@@ -95,7 +96,7 @@ def of_repeats(
     ]
     scores = heads.ask(layer, h, questions, context, width=width)
     out = layer.head_outputs(h, context)
-    scores['copying'] = copying(model, layer, h, out, marked, symbols, context)
+    scores['copying'] = copying(model, index, h, out, marked, symbols, context)
     found.append(scores)
     return hooks.join_heads(layer, out)
 
@@ -105,7 +106,7 @@ def of_repeats(
 
 def copying(
   model: Transformer,
-  layer: Attention,
+  index: int,
   h: Float[Array, 'B T D'],
   out: Float[Array, 'B T N V'],
   tokens: heads.Tokens,
@@ -122,10 +123,9 @@ def copying(
   have negative scores in small models.) Attention that is negative counts as
   none.
   """
-  N = out.shape[2]
+  N, layer = out.shape[2], model.blocks[index].attention
   kernel = layer.out.kernel[...].reshape(N, -1, h.shape[-1])
-  scale = model.norm.scale[...]
-  head = (scale[:, None] * model.head_matrix()).astype(jnp.float32)
+  head = readout(model, index)
   direct = jnp.einsum(
     'BTNV,NVD->BTND', out.astype(jnp.float32), kernel.astype(jnp.float32)
   )
@@ -139,6 +139,17 @@ def copying(
   share /= jnp.maximum(raised.max(-1), 1e-9)
   asked = tokens.seen & tokens.real
   return 2 * heads.mean_over_queries(share, asked) - 1
+
+
+def readout(model: Transformer, index: int) -> Float[Array, 'D V']:
+  """Logits of what a layer adds to its inputs, but for the norms' sizes."""
+  head = model.head_matrix().astype(jnp.float32)
+  for norm in (model.norm, model.blocks[index].attention_out_norm):
+    if norm is not None:
+      head = norm.scale[...].astype(jnp.float32)[:, None] * head
+    if isinstance(norm, nnx.LayerNorm):
+      head = head - head.mean(0)
+  return head
 
 
 def norms(

@@ -7,7 +7,6 @@ variant's constructor and the fields of `AttentionConfig`, which they replace
 for that layer alone.
 """
 
-import ast
 import dataclasses
 import inspect
 from typing import Any
@@ -43,7 +42,7 @@ from longctx.attention.variants.softmax1 import Softmax1Attention
 from longctx.attention.variants.softpick import SoftpickAttention
 from longctx.attention.variants.streaming import StreamingAttention
 from longctx.attention.variants.window_linear import WindowLinearAttention
-from longctx.typing import among
+from longctx.typing import among, parse_call
 
 __all__ = [
   'VARIANTS',
@@ -179,11 +178,14 @@ def _of_layer(
 def _without_idle(layer: Attention, given: set[str]) -> Attention:
   """The layer; raises where fields of the config were given that it ignores."""
   idle = {'chunk_size'} if layer.recurrence is None else set()
+  if layer.config.rope is None:
+    idle |= {'rope_base', 'rope_scaling', 'rotary_dim'}
   idle |= {'block_q', 'block_k'} if layer.mask is None else set()
   if idle & given:
     raise ValueError(
       f'{type(layer).__name__} has nothing that {sorted(idle & given)} would '
-      'set: block_q and block_k are of masks, chunk_size of recurrences'
+      'set: block_q and block_k are of masks, chunk_size of recurrences, and '
+      "rope_... of position_encoding='rope'"
     )
   return layer
 
@@ -191,23 +193,13 @@ def _without_idle(layer: Attention, given: set[str]) -> Attention:
 def parse_layer(layer: str) -> tuple[str, dict]:
   """Splits `'name(key=value, …)'` into the variant's name and its arguments."""
   try:
-    node = ast.parse(layer.strip(), mode='eval').body
-    arguments = {}
-    if isinstance(node, ast.Call):
-      if node.args or any(keyword.arg is None for keyword in node.keywords):
-        raise ValueError('arguments go by name')
-      arguments = {k.arg: ast.literal_eval(k.value) for k in node.keywords}
-      node = node.func
-    if not isinstance(node, ast.Name):
-      raise ValueError('not a name')
-  except (SyntaxError, ValueError) as error:
+    name, arguments = parse_call(layer)
+  except ValueError as error:
     raise ValueError(
       f'cannot read the layer {layer!r}: write a variant, as in '
       "'full' or 'sliding_window(window=64)'; on the command line quote the "
       "layers as a Python tuple, --config.model.layers=\"('full', 'linear')\""
     ) from error
-  if node.id not in VARIANTS:
-    raise ValueError(
-      f'unknown variant {node.id!r}{among(node.id, sorted(VARIANTS))}'
-    )
-  return node.id, arguments
+  if name not in VARIANTS:
+    raise ValueError(f'unknown variant {name!r}{among(name, sorted(VARIANTS))}')
+  return name, arguments

@@ -16,7 +16,6 @@ from longctx.attention.context import Context
 from longctx.attention.decoding_context import DecodingContext
 from longctx.attention.recurrence import Recurrence
 from longctx.ops.alibi import alibi_slopes
-from longctx.ops.rope import apply_rope
 from longctx.typing import Array, Float, Int, check_arguments
 
 
@@ -78,10 +77,30 @@ class Attention(nnx.Module, abc.ABC):
     H, V = config.head_dim, config.value_dim
     D, widths = config.d_model, {'query': N * H, 'key': K * H, 'value': K * V}
     for name, width in widths.items():
-      setattr(self, name, make_linear(config, D, width, rngs=rngs))
-    self.out = make_linear(config, N * V, D, rngs=rngs)
+      self.add_projection(name, width, rngs=rngs)
+    self.out = make_linear(
+      config, N * V, D, use_bias=config.out_bias, rngs=rngs
+    )
     for name, width in widths.items() if config.short_conv else ():
       setattr(self, f'{name}_conv', _conv_kernel(config, width, rngs))
+
+  def add_projection(
+    self,
+    name: str,
+    width: int,
+    *,
+    use_bias: bool = False,
+    rngs: nnx.Rngs,
+  ) -> None:
+    """Makes a projection into heads, and its norm where the config asks."""
+    config = self.config
+    use_bias = use_bias or config.qkv_bias
+    inputs = config.d_model
+    made = make_linear(config, inputs, width, use_bias=use_bias, rngs=rngs)
+    setattr(self, name, made)
+    if config.qk_norm != 'none' and not name.startswith('value'):
+      width = config.head_dim if config.qk_norm == 'head' else width
+      setattr(self, f'{name}_norm', make_norm(config, width, rngs=rngs))
 
   def __call__(
     self,
@@ -239,6 +258,10 @@ class Attention(nnx.Module, abc.ABC):
     config, parts = self.config, []
     for name in ('query', 'key', 'value'):
       y = getattr(self, name + suffix)(x)
+      norm = getattr(self, f'{name}{suffix}_norm', None)
+      if norm is not None:
+        groups = (-1, norm.num_features)
+        y = norm(y.reshape(*y.shape[:2], *groups)).reshape(y.shape)
       if config.short_conv:
         y = context.short_conv(y, getattr(self, f'{name}_conv')[...])
       width = config.value_dim if name == 'value' else config.head_dim
@@ -250,10 +273,10 @@ class Attention(nnx.Module, abc.ABC):
     self, x: Float[Array, 'B T K H'], context: Context
   ) -> Float[Array, 'B T K H']:
     """Queries or keys as positions turn them, where the config says RoPE."""
-    if self.config.position_encoding != 'rope':
+    rope = self.config.rope
+    if rope is None:
       return x
-    angles_at = context.true_positions(x.shape[1])
-    return apply_rope(x, angles_at, base=self.config.rope_base)
+    return rope.rotate(x, context.true_positions(x.shape[1]))
 
   def qkv_activation(self, x: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
     """What projections pass through before rotation; here nothing."""
@@ -275,9 +298,14 @@ class Attention(nnx.Module, abc.ABC):
 
   def logit_options(self) -> dict[str, Any]:
     """What the config asks of the logits: options of the softmax op."""
-    if self.config.position_encoding != 'alibi':
-      return {}
-    return {'alibi_slopes': alibi_slopes(self.config.num_heads)}
+    config = self.config
+    given = {
+      'scale': config.attention_scale,
+      'logits_soft_cap': config.attention_soft_cap,
+    }
+    if config.position_encoding == 'alibi':
+      given['alibi_slopes'] = alibi_slopes(config.num_heads)
+    return {name: value for name, value in given.items() if value is not None}
 
   def output_transform(
     self, out: Float[Array, 'B Q N V'], x: Float[Array, 'B Q D']
@@ -323,6 +351,8 @@ def _required_capabilities(config: AttentionConfig) -> list[str]:
     'dropout': config.attention_dropout > 0,
     'short_conv': config.short_conv > 0,
     'pallas': config.implementation == 'pallas',
+    'scale': config.attention_scale is not None,
+    'soft_cap': config.attention_soft_cap is not None,
     config.position_encoding: config.position_encoding in CAPABILITIES,
   }
   return [capability for capability, is_asked in asked.items() if is_asked]
@@ -341,6 +371,19 @@ def make_linear(
     inputs,
     outputs,
     use_bias=use_bias,
+    dtype=jnp.dtype(config.dtype),
+    param_dtype=jnp.dtype(config.param_dtype),
+    rngs=rngs,
+  )
+
+
+def make_norm(
+  config: AttentionConfig, width: int, *, rngs: nnx.Rngs
+) -> nnx.RMSNorm:
+  """RMSNorm (arXiv:1910.07467) in the dtypes and with the eps of the config."""
+  return nnx.RMSNorm(
+    width,
+    epsilon=config.norm_eps,
     dtype=jnp.dtype(config.dtype),
     param_dtype=jnp.dtype(config.param_dtype),
     rngs=rngs,

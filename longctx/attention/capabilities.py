@@ -19,6 +19,12 @@ CAPABILITIES = {
   'gqa': 'query heads that share key heads',
   'rope': 'rotary positions',
   'alibi': 'logits that fall with distance',
+  'qk_norm': (
+    'norms of queries and keys, biases, and rotary positions of a part of the '
+    'head, scaled'
+  ),
+  'scale': 'a scale of the logits other than 1/√H',
+  'soft_cap': 'logits that a tanh bounds',
   'dropout': 'of attention weights, the same ones on any mesh',
   'short_conv': 'a convolution over queries, keys and values',
   'analysis': 'what a token gets of each other, for the scores of heads',
@@ -40,12 +46,29 @@ OF_SELECTIONS = {
     'what a query chooses is gathered, for which there is no kernel yet: take '
     'no implementation, or xla'
   ),
+  'soft_cap': (
+    'what is gathered has no soft cap: give the layer attention_soft_cap=None'
+  ),
+}
+
+# What holds where logits have a bias, which would be capped too.
+OF_BIASES = {
+  'soft_cap': (
+    'its logits have a bias that a cap would bend: give the layer '
+    'attention_soft_cap=None'
+  ),
 }
 
 # What holds for anything that passes a state from token to token.
 OF_RECURRENCES = {
   'alibi': (
     'there are no logits for ALiBi to lower: take rope, learned or no positions'
+  ),
+  'scale': (
+    'there are no logits to scale: give the layer attention_scale=None'
+  ),
+  'soft_cap': (
+    'there are no logits to cap: give the layer attention_soft_cap=None'
   ),
   'dropout': (
     'there are no weights per key to drop: give the layer attention_dropout=0.0'

@@ -16,7 +16,7 @@ import pathlib
 from collections.abc import Callable
 
 from longctx.cli import config_file
-from longctx.training import runs, trainer
+from longctx.training import runs, trainer, warm_start
 from longctx.training.config import ExperimentConfig, from_config_dict
 
 
@@ -42,9 +42,10 @@ def prepare(args) -> Callable[[], object]:
     num_processes=count,
     process_id=number,
   )
-  return functools.partial(
-    trainer.train, runs.prepare(config, workdir), workdir
-  )
+  prepared = runs.prepare(config, workdir)
+  for run in prepared:
+    warm_start.check(run)
+  return functools.partial(trainer.train, prepared, workdir)
 
 
 def default_workdir(spec: str) -> pathlib.Path:

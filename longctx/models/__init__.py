@@ -1,6 +1,6 @@
 """Transformer language models built from a pattern of attention layers."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ __all__ = [
   'TracedModel',
   'Transformer',
   'TransformerConfig',
+  'abstract_params',
   'make_model',
   'validate',
 ]
@@ -38,6 +39,13 @@ def make_model(config: TransformerConfig, *, rngs: nnx.Rngs) -> Transformer:
   """The model of a config, with a gate where it has one."""
   kind = GatedTransformer if config.gate.keep else Transformer
   return kind(config, rngs=rngs)
+
+
+def abstract_params(config: TransformerConfig) -> tuple[Any, Any]:
+  """(graph, params as ShapeDtypeStructs) of a model, without computing it."""
+  model = nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0)))
+  graph, params = nnx.split(model, nnx.Param)
+  return graph, nnx.to_pure_dict(params)
 
 
 def validate(

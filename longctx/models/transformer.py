@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longctx.attention import make_attention
-from longctx.attention.base import make_linear
+from longctx.attention.base import make_linear, make_norm
 from longctx.attention.context import Context
+from longctx.models.activations import ACTIVATIONS
 from longctx.models.config import (
   REMAT_POLICIES,
   TransformerConfig,
@@ -22,26 +23,49 @@ from longctx.typing import Array, Bool, Float, Int
 
 
 class MLP(nnx.Module):
-  """MLP: W_out gelu(W_in x), without biases."""
+  """MLP: W_out f(W_in x), or gated, W_out (f(W_gate x) · W_in x)."""
 
   def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-    self.up = make_linear(config, config.d_model, config.mlp_dim, rngs=rngs)
-    self.down = make_linear(config, config.mlp_dim, config.d_model, rngs=rngs)
+    self.function, is_gated = ACTIVATIONS[config.mlp]
+    D, F = config.d_model, config.mlp_dim
+    linear = functools.partial(
+      make_linear, config, use_bias=config.mlp_bias, rngs=rngs
+    )
+    self.up = linear(D, F)
+    self.gate = linear(D, F) if is_gated else None
+    self.down = linear(F, D)
 
   def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
-    return self.down(nnx.gelu(self.up(x)))
+    if self.gate is None:
+      return self.down(self.function(self.up(x)))
+    return self.down(self.function(self.gate(x)) * self.up(x))
+
+  def flops(self, seq_len: int) -> int:
+    """FLOPs of its products on one sequence."""
+    products = 2 if self.gate is None else 3
+    return 2 * products * seq_len * self.up.in_features * self.up.out_features
 
 
 class Block(nnx.Module):
-  """Transformer block: x + attention(norm(x)), then x + mlp(norm(x)) if any."""
+  """Transformer block: x + attention(norm(x)), then x + mlp(norm(x)) if any.
+
+  Norms stand where the config says, and with `parallel_residual` both are added
+  to the same x.
+  """
 
   def __init__(self, layer: str, config: TransformerConfig, *, rngs: nnx.Rngs):
-    self.attention_norm = _norm(config, rngs)
+    norm = lambda at: _norm(config, rngs) if at else None
+    before = config.norm_position != 'after'
+    after = config.norm_position != 'before'
+    self.is_parallel = config.parallel_residual
+    self.attention_norm = norm(before)
     self.attention = make_attention(layer, config, rngs=rngs)
+    self.attention_out_norm = norm(after)
     self.has_mlp = config.mlp_dim > 0
     if self.has_mlp:
-      self.mlp_norm = _norm(config, rngs)
+      self.mlp_norm = norm(before)
       self.mlp = MLP(config, rngs=rngs)
+      self.mlp_out_norm = norm(after)
 
   def __call__(
     self,
@@ -52,24 +76,25 @@ class Block(nnx.Module):
   ) -> Float[Array, 'B Q D']:
     """Applies the block, perhaps with another function in the layer's place."""
     attend = self.attention if attention is None else attention
-    out = attend(self.attention_norm(x), context)
-    x = context.at_queries(x) + out
+    out = attend(_apply(self.attention_norm, x), context)
+    before = context.at_queries(x)
+    x = before + _apply(self.attention_out_norm, out)
     if self.has_mlp:
-      x = x + self.mlp(self.mlp_norm(x))
+      read = before if self.is_parallel else x
+      out = self.mlp(_apply(self.mlp_norm, read))
+      x = x + _apply(self.mlp_out_norm, out)
     return x
 
   def flops(self, seq_len: int) -> int:
     """FLOPs of the forward pass on one sequence."""
-    mlp = 0
-    if self.has_mlp:
-      mlp = 4 * seq_len * self.mlp.up.in_features * self.mlp.up.out_features
+    mlp = self.mlp.flops(seq_len) if self.has_mlp else 0
     return self.attention.flops(seq_len) + mlp
 
 
 class Transformer(nnx.Module):
   """Decoder-only transformer: embedding, blocks, a norm and a head.
 
-  Pre-norm with RMSNorm (arXiv:1910.07467). All state is `nnx.Param`.
+  All state is `nnx.Param`.
   """
 
   # Whether a gate stands between blocks, see `longctx.models.gated`.
@@ -83,8 +108,9 @@ class Transformer(nnx.Module):
         'longctx.models.make_model, which goes by the config'
       )
     self.config = config
-    # Rows of norm one: multiplied by √D they enter the residual stream with
-    # unit variance, and as a tied head they give logits of unit variance.
+    # Rows of norm one: multiplied by √D, as by default, they enter the residual
+    # stream with unit variance, and as a tied head they give logits of unit
+    # variance.
     normal = nnx.initializers.normal(config.d_model**-0.5)
     shape = (config.vocab_size, config.d_model)
     param_dtype = jnp.dtype(config.param_dtype)
@@ -167,7 +193,12 @@ class Transformer(nnx.Module):
     placement: Placement | None,
   ) -> dict[str, Float[Array, '']]:
     """The sums of `loss` from the head's inputs on."""
-    sums = functools.partial(cross_entropy_sums, chunk=self.config.logits_chunk)
+    config = self.config
+    sums = functools.partial(
+      cross_entropy_sums,
+      chunk=config.logits_chunk,
+      soft_cap=config.logits_soft_cap,
+    )
     if placement is not None:
       sums = placement.sum_over_tokens(sums)
     return sums(self.head_matrix(), x, labels, weights)
@@ -191,7 +222,8 @@ class Transformer(nnx.Module):
       positions = context.true_positions(tokens.shape[1])
       # Padding has positions beyond the table, and takes its last row.
       x = x + jnp.take(self.position_table[...], positions, 0, mode='clip')
-    return (x * self.config.d_model**0.5).astype(self.config.dtype)
+    scale = self.config.embedding_scale or self.config.d_model**0.5
+    return (x * scale).astype(self.config.dtype)
 
   def hidden(
     self,
@@ -234,7 +266,8 @@ class Transformer(nnx.Module):
 
   def logits(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
     """The head: float32 logits from the normed outputs of `hidden`."""
-    return project(x, self.head_matrix())
+    soft_cap = self.config.logits_soft_cap
+    return project(x, self.head_matrix(), soft_cap=soft_cap)
 
   def state_bytes(self, seq_len: int, dtype: str | None = None) -> int:
     """Bytes that decoding keeps for one sequence, all layers together.
@@ -256,10 +289,19 @@ class Transformer(nnx.Module):
     return self.head[...]
 
 
-def _norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
-  return nnx.RMSNorm(
+def _norm(
+  config: TransformerConfig, rngs: nnx.Rngs
+) -> nnx.RMSNorm | nnx.LayerNorm:
+  if config.norm == 'rms':
+    return make_norm(config, config.d_model, rngs=rngs)
+  return nnx.LayerNorm(
     config.d_model,
+    epsilon=config.norm_eps,
     dtype=jnp.dtype(config.dtype),
     param_dtype=jnp.dtype(config.param_dtype),
     rngs=rngs,
   )
+
+
+def _apply(norm: Callable[[Array], Array] | None, x: Array) -> Array:
+  return x if norm is None else norm(x)

@@ -13,6 +13,7 @@ def cross_entropy_sums(
   weights: Float[Array, 'B T'],
   *,
   chunk: int,
+  soft_cap: float | None = None,
 ) -> dict[str, Float[Array, '']]:
   """Sums over all tokens of weighted nats, weights and right guesses.
 
@@ -25,6 +26,7 @@ def cross_entropy_sums(
     labels: tokens that the logits should predict.
     weights: of the tokens in the sums.
     chunk: positions whose logits exist at one time.
+    soft_cap: as in `project`.
 
   Returns:
     `loss`, `weight` and `correct`, float32 scalars.
@@ -33,7 +35,7 @@ def cross_entropy_sums(
 
   @jax.checkpoint
   def chunk_sums(head, x, labels, weights):
-    logits = project(x, head)
+    logits = project(x, head, soft_cap=soft_cap)
     lse = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     hit = jnp.argmax(logits, axis=-1) == labels
@@ -60,12 +62,16 @@ def cross_entropy_sums(
 
 
 def project(
-  x: Float[Array, 'B T D'], head: Float[Array, 'D V']
+  x: Float[Array, 'B T D'],
+  head: Float[Array, 'D V'],
+  *,
+  soft_cap: float | None = None,
 ) -> Float[Array, 'B T V']:
-  """Logits in float32, whatever the dtype of x."""
-  return jnp.einsum(
+  """Logits in float32, whatever the dtype of x; c tanh(z / c) with a cap c."""
+  logits = jnp.einsum(
     'BTD,DV->BTV',
     x,
     head.astype(x.dtype),
     preferred_element_type=jnp.float32,
   )
+  return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)

@@ -102,6 +102,21 @@ class LogConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TransferConfig(Checked):
+  """Transfer config: layers that stand in the place of others learn of them.
+
+  Attributes:
+    steps: first updates, in which layers that are others than in the model of
+      `init_from` learn to give the outputs of those, and nothing else learns,
+      see `longctx.training.transfer`; 0: none.
+  """
+
+  prefix: ClassVar[str] = 'transfer.'
+
+  steps: Natural = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AnalysisConfig(Checked):
   """Analysis config: how closely learning is watched, at no cost to it.
 
@@ -177,6 +192,9 @@ class ExperimentConfig(Checked):
     seed: names the initial parameters and the order of the examples.
     steps: optimizer updates.
     batch_size: rows per update, over all devices and accumulation steps.
+    init_from: a model whose parameters the run begins with, as far as they
+      fit: a workdir, WORKDIR:STEP, or pretrained weights as
+      `longctx.pretrained.open_source` takes them; empty: none.
     task: `name`, a key of `tasks.TASKS`, and fields of that task.
     runs: name -> nested overrides. Empty: one run in the workdir. Otherwise
       each named run trains in workdir/<name>, and they are compared at the end.
@@ -185,6 +203,7 @@ class ExperimentConfig(Checked):
   seed: Seed = 0
   steps: Positive = 1000
   batch_size: Positive = 32
+  init_from: str = ''
   task: dict[str, Any] = dataclasses.field(
     default_factory=lambda: tasks.task_defaults('mqar')
   )
@@ -200,6 +219,7 @@ class ExperimentConfig(Checked):
   checkpoint: CheckpointConfig = CheckpointConfig()
   log: LogConfig = LogConfig()
   analysis: AnalysisConfig = AnalysisConfig()
+  transfer: TransferConfig = TransferConfig()
   runs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
@@ -211,6 +231,11 @@ class ExperimentConfig(Checked):
     # With runs, each is checked as it is.
     if self.runs:
       return
+    if self.transfer.steps and not self.init_from:
+      raise ValueError(
+        f'transfer.steps={self.transfer.steps} learns of the layers of '
+        'init_from, which is empty'
+      )
     check_multiple(self, 'batch_size', 'optimizer.accumulation')
     for name in ('batch_size', 'eval.batch_size'):
       check_multiple(self, name, 'parallel.data')

@@ -16,6 +16,7 @@ from flax import nnx
 
 from longctx.attention.context import Context
 from longctx.models import TransformerConfig, make_model
+from longctx.models import abstract_params as abstract_params
 from longctx.parallel import Placement
 from longctx.training.config import ExperimentConfig
 from longctx.training.optimizer import make_optimizer
@@ -43,13 +44,6 @@ class CompiledSteps:
   evaluate: Callable[..., dict[str, jax.Array]]
 
 
-def abstract_params(config: TransformerConfig) -> tuple[Any, Any]:
-  """(graph, params as ShapeDtypeStructs) of a model, without computing it."""
-  model = nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0)))
-  graph, params = nnx.split(model, nnx.Param)
-  return graph, nnx.to_pure_dict(params)
-
-
 def init_state(
   model: TransformerConfig,
   config: ExperimentConfig,
@@ -67,6 +61,17 @@ def init_state(
   key = jax.random.key(config.seed)
   shardings = _state_shardings(jax.eval_shape(init, key), config, placement)
   return jax.jit(init, out_shardings=shardings)(key)
+
+
+def state_of(
+  params: Any, config: ExperimentConfig, placement: Placement | None
+) -> State:
+  """The state before the first update of given parameters."""
+  optimizer = make_optimizer(config.optimizer, config.steps)
+  make = lambda params: {'params': params, 'opt': optimizer.init(params)}
+  shapes = jax.eval_shape(make, params)
+  shardings = _state_shardings(shapes, config, placement)
+  return jax.jit(make, out_shardings=shardings)(params)
 
 
 def abstract_state(
@@ -120,7 +125,6 @@ def make_steps(
     config: of the run.
     placement: where batches lie, in its layout's order; None: one device.
   """
-  optimizer = make_optimizer(config.optimizer, config.steps)
   accumulation = config.optimizer.accumulation
 
   def sums(params, batch, step, dropout_key=None):
@@ -150,23 +154,51 @@ def make_steps(
       grads, out = grad(params, batch, key)
     else:
       grads, out = _accumulate(grad, params, batch, key, accumulation)
-    scale = 1 / jnp.maximum(out['weight'], 1e-9)
-    grads = jax.tree.map(
-      lambda g, p: (g * scale.astype(g.dtype)).astype(p.dtype), grads, params
-    )
-    updates, opt = optimizer.update(grads, state['opt'], params)
-    params = optax.apply_updates(params, updates)
-    metrics = {**out, 'grad_norm': optax.tree.norm(grads)}
-    state = {'params': params, 'opt': opt}
-    if placement is not None:
-      shardings = _state_shardings(state, config, placement)
-      state = jax.lax.with_sharding_constraint(state, shardings)
-    return state, metrics
+    return update(state, grads, out, config, placement=placement)
 
   def evaluate(params, batch, step=None):
     return sums(params, batch, step)[1]
 
   return CompiledSteps(jax.jit(train, donate_argnums=0), jax.jit(evaluate))
+
+
+def update(
+  state: State,
+  grads: Any,
+  out: dict[str, jax.Array],
+  config: ExperimentConfig,
+  *,
+  placement: Placement | None = None,
+  chosen: Callable[[tuple[Any, ...]], bool] | None = None,
+) -> tuple[State, dict[str, jax.Array]]:
+  """The state after an update, and the metrics of the step.
+
+  Args:
+    state: before it.
+    grads: of the sum of a loss.
+    out: sums over the batch, of which `weight` divides.
+    config: of the run.
+    placement: where the state lies; None: one device.
+    chosen: whether a parameter, by its path, is updated at all; None: each is.
+  """
+  params = state['params']
+  scale = 1 / jnp.maximum(out['weight'], 1e-9)
+  grads = jax.tree.map(
+    lambda g, p: (g * scale.astype(g.dtype)).astype(p.dtype), grads, params
+  )
+  optimizer = make_optimizer(config.optimizer, config.steps)
+  updates, opt = optimizer.update(grads, state['opt'], params)
+  if chosen is not None:
+    updates = jax.tree_util.tree_map_with_path(
+      lambda path, u: u if chosen(path) else jnp.zeros_like(u), updates
+    )
+  params = optax.apply_updates(params, updates)
+  metrics = {**out, 'grad_norm': optax.tree.norm(grads)}
+  state = {'params': params, 'opt': opt}
+  if placement is not None:
+    shardings = _state_shardings(state, config, placement)
+    state = jax.lax.with_sharding_constraint(state, shardings)
+  return state, metrics
 
 
 def _accumulate(grad, params, batch, key, parts):

@@ -19,7 +19,15 @@ from flax import nnx
 from longctx.analysis.analyzer import Analyzer
 from longctx.data.pipeline import BatchIterator
 from longctx.training import config as config_lib
-from longctx.training import figures, metrics, phase, step_cost, steps
+from longctx.training import (
+  figures,
+  metrics,
+  phase,
+  step_cost,
+  steps,
+  transfer,
+  warm_start,
+)
 from longctx.training import results as results_lib
 from longctx.training.checkpoint import Checkpointer, abstract
 from longctx.training.errors import (
@@ -118,7 +126,9 @@ class Trainer:
     # are queued.
     self.lockstep = jax.process_count() > 1 and jax.default_backend() == 'cpu'
     self.step, logged = self._restore()
-    self.saved = self.step
+    self.teacher, self.transfer = self._teacher(), None
+    # The start of a run is no checkpoint yet.
+    self.saved = self.step or None
     self.log = MetricsLog(
       run.workdir,
       start_step=self.step,
@@ -135,6 +145,10 @@ class Trainer:
     self.checkpointer.remove_unfinished()
     found = self.checkpointer.restore(**abstract(self.state))
     if found is None:
+      if self.config.init_from:
+        origin = warm_start.open_origin(self.config.init_from)
+        params = warm_start.start(self.state['params'], self._run.model, origin)
+        self.state = steps.state_of(params, self.config, self.placement)
       return 0, MetricsLog.EMPTY
     self.checkpointer.set_aside_after(found.step)
     self.state = {'params': found.params, 'opt': found.opt}
@@ -145,6 +159,14 @@ class Trainer:
     if 'detector' in found.meta:
       self.detector.set_state(found.meta['detector'])
     return found.step, found.meta.get('log')
+
+  def _teacher(self) -> transfer.Teacher | None:
+    """The model that exchanged layers still have to learn of, if any."""
+    if self.step >= self.config.transfer.steps:
+      return None
+    origin = warm_start.open_origin(self.config.init_from)
+    layers = transfer.exchanged_layers(origin.config, self._run.model)
+    return warm_start.teacher(origin, layers, self.config, self.placement)
 
   def run(self, stop: StopRequest) -> dict[str, Any]:
     """Trains to the last step; returns what results.json holds."""
@@ -186,7 +208,7 @@ class Trainer:
           # After all that writes a line, so that no resumed run lacks it.
           if 'save' in due or stop_now:
             with self.progress.doing('saving'):
-              self._save()
+              self.save()
           self.meter.pause()
         if stop_now and step < config.steps:
           self._stop(stop.signum)
@@ -212,6 +234,9 @@ class Trainer:
 
   def _update(self, batch: steps.Batch, step: int) -> dict[str, jax.Array]:
     """Makes one update, and says so where it has to be compiled first."""
+    if step <= self.config.transfer.steps:
+      return self._learn_of_teacher(batch, step)
+    self.teacher = self.transfer = None
     first = self.compiled is None
     expected = 0.0
     if first:
@@ -228,6 +253,20 @@ class Trainer:
     if first:
       with self.progress.doing('first step', expected):
         jax.block_until_ready(values)
+    return values
+
+  def _learn_of_teacher(self, batch, step) -> dict[str, jax.Array]:
+    """Makes an update of the exchanged layers alone."""
+    activity = contextlib.nullcontext()
+    if self.transfer is None:
+      self.transfer = transfer.make_step(
+        self.graph, self.teacher, self.config, placement=self.placement
+      )
+      activity = self.progress.doing('compiling', done='compiled in')
+    with activity:
+      self.state, values = self.transfer(
+        self.state, self.teacher.params, batch, np.int32(step)
+      )
     return values
 
   def _flops(self) -> int:
@@ -320,7 +359,8 @@ class Trainer:
       for batch in batches
     )
 
-  def _save(self):
+  def save(self):
+    """Writes a checkpoint of this step, in the background."""
     if self.saved == self.step:
       return
     try:

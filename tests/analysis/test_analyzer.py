@@ -177,6 +177,6 @@ def test_a_head_that_copies_has_score_one(sign):
     tokens, tokens, jnp.asarray(seen), jnp.ones((1, 8), bool)
   )
   score = model_scores.copying(
-    model, layer, h, out, placed, jnp.arange(4), Context()
+    model, 0, h, out, placed, jnp.arange(4), Context()
   )
   np.testing.assert_allclose(score, sign, atol=1e-3)

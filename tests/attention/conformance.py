@@ -75,6 +75,7 @@ def make_layer(
   dropout: float = 0.0,
   dtype: str = 'float32',
   implementation: str | None = None,
+  options: tuple = (),
 ):
   """(graph, params) of a small layer with what the variant can do.
 
@@ -95,6 +96,7 @@ def make_layer(
     dtype=dtype,
     param_dtype=param_dtype,
     implementation=implementation,
+    **dict(options),
   )
   layer = make_attention(tiny_layer(variant), config, rngs=nnx.Rngs(0))
   graph, params = nnx.split(layer, nnx.Param)
@@ -106,6 +108,31 @@ def make_layer(
     for x in leaves
   ]
   return graph, jax.tree.unflatten(tree, moved)
+
+
+# By capability, of pretrained models' blocks.
+OF_BLOCKS = {
+  'qk_norm': dict(
+    qk_norm='head',
+    qkv_bias=True,
+    out_bias=True,
+    rotary_dim=2,
+    rope_scaling='yarn(factor=4.0, original_context=4)',
+  ),
+  'scale': dict(attention_scale=0.4),
+  'soft_cap': dict(attention_soft_cap=3.0),
+}
+
+
+def everything(variant: str) -> dict:
+  """Settings of a layer with all that the variant can have at once."""
+  options = {}
+  for capability, of_block in OF_BLOCKS.items():
+    options |= of_block if has(variant, capability) else {}
+  settings = {'options': tuple(options.items())}
+  if has(variant, 'short_conv'):
+    settings['short_conv'] = 3
+  return settings
 
 
 def _rounded(x, dtype):
@@ -258,7 +285,7 @@ def check_decode(variant: str, *, mesh: tuple[int, int, int] | None = None):
   axes = None
   if mesh is not None:
     axes = make_axes(parallel.make_mesh(*mesh), 'seq')
-  settings = dict(short_conv=3) if has(variant, 'short_conv') else {}
+  settings = everything(variant)
   graph, params = make_layer(variant, **settings)
   layer = nnx.merge(graph, params)
   spec = layer.cache_spec(T, shards=axes.size(axes.seq) if axes else 1)
@@ -316,9 +343,14 @@ def check_dropout(variant: str):
   assert not np.allclose(actual[0], kept[0])
 
 
-def check_short_conv(variant: str):
-  run = program(variant, short_conv=3)
-  assert_close(run(make_input(), {}), oracle(variant, short_conv=3))
+def check_everything(variant: str, *, capability: str):
+  if capability in OF_BLOCKS:
+    make_layer(variant, options=tuple(OF_BLOCKS[capability].items()))
+  else:
+    make_layer(variant, short_conv=3)
+  settings = everything(variant)
+  run = program(variant, **settings)
+  assert_close(run(make_input(), {}), oracle(variant, **settings))
 
 
 def check_analysis(variant: str):
@@ -404,9 +436,7 @@ def check_mesh(variant: str, *, capability: str):
 
 @functools.cache
 def on_mesh(variant: str, place: tuple | None):
-  settings = {}
-  if has(variant, 'short_conv'):
-    settings['short_conv'] = 3
+  settings = everything(variant)
   if has(variant, 'dropout'):
     settings['dropout'] = 0.3
   graph, params = make_layer(variant, **settings)
@@ -478,8 +508,12 @@ CHECKS = {
   'alibi': functools.partial(
     check_position_encoding, position_encoding='alibi'
   ),
+  **{
+    name: functools.partial(check_everything, capability=name)
+    for name in OF_BLOCKS
+  },
   'dropout': check_dropout,
-  'short_conv': check_short_conv,
+  'short_conv': functools.partial(check_everything, capability='short_conv'),
   'analysis': check_analysis,
   'packing': check_packing,
   **{name: functools.partial(check_mesh, capability=name) for name in MESHES},

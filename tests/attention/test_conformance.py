@@ -38,6 +38,7 @@ SLOW = {
   'packing',
   'sharded_decode',
   'short_conv',
+  *conformance.OF_BLOCKS,
   *conformance.MESHES,
   'pallas',
 }

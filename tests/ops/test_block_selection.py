@@ -16,6 +16,7 @@ from longctx.ops.block_selection import (
   tiles,
 )
 from longctx.ops.dot_product_attention import dot_product_attention
+from longctx.ops.rope import Rope
 from tests.tolerances import case_id, tolerance
 
 # Compiling is nearly all of the time, and these programs are small.
@@ -98,7 +99,9 @@ def assert_close(actual, expected, dtype='float32'):
 
 SETTINGS = {
   moba: dict(block_size=4, top_k=3),
-  nsa: dict(block_size=4, top_n=4, stride=2, num_local=1, rope_base=100.0),
+  nsa: dict(
+    block_size=4, top_n=4, stride=2, num_local=1, rope=Rope(base=100.0)
+  ),
 }
 
 
@@ -133,7 +136,7 @@ CASES = [
   case(nsa, 37, indices='packed-shuffled', num_local=2),
   case(nsa, 37, indices='shuffled', num_initial=0, stride=1, top_n=3),
   case(nsa, 21, num_initial=2, num_local=2, block_size=8),
-  case(nsa, 5, indices='later', S=37, rope_base=None, stride=4),
+  case(nsa, 5, indices='later', S=37, rope=None, stride=4),
 ]
 
 
@@ -257,7 +260,7 @@ def test_a_planted_block_is_chosen(op, implementation):
     # The mean of a block.
     mean = np.broadcast_to(np.eye(H) / 4, (4, H, H))
     arrays['compress_k'] = Compression(np.zeros((4, H)), mean, np.eye(H))
-    options = dict(top_n=3, rope_base=None)
+    options = dict(top_n=3, rope=None)
   weights = weights_of(op, arrays, implementation=implementation, **options)
   for t in range(12, T):
     assert (weights[:, :, t, 8:12] > 0.1).all()

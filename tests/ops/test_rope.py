@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops.rope import apply_rope
+from longctx.ops.rope import Rope, apply_rope
+from longctx.ops.rope_scaling import SCALINGS, parse_scaling
 from tests.tolerances import tolerance
 
 
@@ -71,3 +72,73 @@ def test_positions_may_differ_by_row_and_bfloat16_is_rounded_once():
 def test_wrong_shapes_say_what_to_change():
   with pytest.raises(ValueError, match='head dim H=5 must be even'):
     apply_rope(jnp.zeros((1, 2, 1, 5)), jnp.arange(2))
+
+
+def test_a_part_of_the_head_turns_and_the_rest_stays():
+  x = np.random.default_rng(0).normal(size=(1, 9, 2, 12))
+  x, positions = jnp.asarray(x, 'float32'), jnp.arange(9)
+  result = Rope(dim=8).rotate(x, positions)
+  np.testing.assert_array_equal(result[..., 8:], x[..., 8:])
+  expected = rotate_in_float64(np.asarray(x[..., :8]), positions, 10_000.0)
+  np.testing.assert_allclose(result[..., :8], expected, atol=1e-6)
+
+
+SCALED = {
+  'none': 'none',
+  'linear': 'linear(factor=4.0)',
+  'ntk': 'ntk(factor=4.0)',
+  'yarn': 'yarn(factor=4.0, original_context=64)',
+  'llama3': 'llama3(factor=4.0, original_context=64)',
+  'longrope': 'longrope(short_factor=(1.0, 1.5, 2.0, 2.5), '
+  'long_factor=(1.0, 2.0, 3.0, 4.0), original_context=64, context=256)',
+}
+
+
+@pytest.mark.parametrize('name', SCALINGS)
+def test_scaling_keeps_fast_pairs_and_slows_slow_ones(name):
+  scaling = parse_scaling(SCALED[name])
+  plain = Rope(base=1e4).frequencies(8)
+  scaled = Rope(base=1e4, scaling=scaling).frequencies(8)
+  slower = plain / scaled
+  assert (np.diff(slower) >= -1e-9).all()
+  # The slowest pair takes four times as many tokens to a turn.
+  assert slower[-1] == pytest.approx(1 if name == 'none' else 4)
+  if name in ('ntk', 'yarn', 'llama3'):
+    assert slower[0] == pytest.approx(1)
+
+
+def test_a_query_that_turns_again_keeps_its_amplitude():
+  scaling = parse_scaling('yarn(factor=16.0, original_context=8)')
+  rope = Rope(scaling=scaling)
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 1, 8)), 'float32')
+  at = jnp.arange(5) * 7
+  there = rope.rotate(x, at)
+  back = rope.rotate(there, -at, again=True)
+  amplitude = 0.1 * np.log(16) + 1
+  np.testing.assert_allclose(back, amplitude * x, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('yarn', 'yarn needs factor'),
+    ('yarn(factor=2.0)', 'yarn needs original_context'),
+    ('linear(4)', "cannot read 'linear"),
+    ('linear(factor=0.5)', r'factor=0.5 must be in \[1'),
+    ('yran(factor=2.0)', "unknown scaling 'yran'; did you mean yarn"),
+    ('linear(factor=2.0, beta=1)', "linear has no 'beta'"),
+    (
+      'llama3(factor=2.0, original_context=8, low_freq_factor=4.0)',
+      'must be below high_freq_factor=4.0',
+    ),
+  ],
+)
+def test_a_wrong_scaling_says_what_to_change(text, message):
+  with pytest.raises(ValueError, match=message):
+    parse_scaling(text)
+
+
+def test_factors_are_as_many_as_pairs():
+  scaling = parse_scaling(SCALED['longrope'])
+  with pytest.raises(ValueError, match='has 4 factors, and 16 rotated'):
+    Rope(scaling=scaling).frequencies(16)

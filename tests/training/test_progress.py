@@ -125,7 +125,7 @@ def test_run_tells_compiling_first_step_evaluating_and_saving(
     trainer.jax, 'block_until_ready', slow(r'first step \d+ s of about', ready)
   )
   monkeypatch.setattr(made, '_validate', slow('evaluating', made._validate))
-  monkeypatch.setattr(made, '_save', slow('saving', made._save))
+  monkeypatch.setattr(made, 'save', slow('saving', made.save))
   monkeypatch.setattr(step_cost, 'LONG_FLOPS', 1.0)
   monkeypatch.setattr(step_cost, 'LINES', 0.0)
   monkeypatch.setattr(

@@ -1,11 +1,14 @@
 """Forgetting attention: softmax with data-dependent forget gates."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from longctx import masks
 from longctx.attention.base import QKV, Attention, AttentionConfig, make_linear
+from longctx.attention.capabilities import OF_BIASES
 from longctx.attention.context import Context
 from longctx.typing import Array, Float
 
@@ -27,6 +30,7 @@ class ForgettingAttention(Attention):
   """
 
   mask = masks.Causal()
+  unsupported: ClassVar = OF_BIASES
 
   def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from longctx import masks
-from longctx.attention.base import QKV, Attention, AttentionConfig, make_linear
+from longctx.attention.base import QKV, Attention, AttentionConfig
 from longctx.attention.context import Context
 from longctx.typing import Array, Float, Natural, Positive
 
@@ -80,17 +80,12 @@ class LongformerAttention(Attention):
       if causal:
         self.of_globals = masks.Causal() & self.of_globals
       self.mask = self.mask | self.of_globals
-    for name in PROJECTIONS if use_bias else ():
-      self._project_into(name, name, use_bias, rngs)
-    for name in PROJECTIONS if global_projections else ():
-      self._project_into(f'{name}_global', name, use_bias, rngs)
-
-  def _project_into(self, name, like, use_bias, rngs):
-    inputs, outputs = getattr(self, like).kernel.shape
-    module = make_linear(
-      self.config, inputs, outputs, use_bias=use_bias, rngs=rngs
-    )
-    setattr(self, name, module)
+    widths = {name: getattr(self, name).out_features for name in PROJECTIONS}
+    made = widths if use_bias else {}
+    if global_projections:
+      made = made | {f'{name}_global': n for name, n in widths.items()}
+    for name, width in made.items():
+      self.add_projection(name, width, use_bias=use_bias, rngs=rngs)
 
   def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """The windows, head by head, and what global tokens read."""
@@ -99,7 +94,10 @@ class LongformerAttention(Attention):
     parts = []
     for index, (heads, mask) in enumerate(self.of_heads):
       part = context if index == 0 else context.draw(index)
-      own = {name: y[jnp.array(heads)] for name, y in options.items()}
+      own = {
+        name: y[jnp.array(heads)] if jnp.ndim(y) else y
+        for name, y in options.items()
+      }
       q_part, k_part, v_part = _take_heads(q, k, v, heads)
       parts.append(
         part.dot_product_attention(q_part, k_part, v_part, mask=mask, **own)

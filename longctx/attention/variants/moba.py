@@ -51,12 +51,15 @@ class MixtureOfBlockAttention(Attention):
   def attend(self, qkv: QKV, context: Context) -> Float[Array, 'B Q N V']:
     """Chooses blocks and attends to them."""
     q, k, v, _ = qkv
+    options = self.logit_options()
+    scale = options.pop('scale', None)
     return context.with_gathered_kv(
       block_selection.moba,
       q,
       k,
       v,
-      per_head=self.logit_options(),
+      per_head=options,
+      scale=scale,
       summarize=block_selection.moba_summaries,
       block_size=self.block_size,
       top_k=self.top_k,

@@ -133,9 +133,8 @@ class NativeSparseAttention(Attention):
         compress_v=self.compress_value.weights(),
       ),
       summarize=block_selection.nsa_summaries,
-      rope_base=config.rope_base
-      if config.position_encoding == 'rope'
-      else None,
+      rope=config.rope,
+      scale=config.attention_scale,
       stride=self.stride,
       block_size=self.block_size,
       top_n=self.top_n,
@@ -143,7 +142,11 @@ class NativeSparseAttention(Attention):
       num_local=self.num_local,
     )
     window = context.dot_product_attention(
-      q, self.apply_rope(k[2], context), v[2], mask=self.window
+      q,
+      self.apply_rope(k[2], context),
+      v[2],
+      mask=self.window,
+      scale=config.attention_scale,
     )
     gates = nnx.sigmoid(self.gate(context.at_queries(x)))
     gates = gates.reshape(*gates.shape[:2], config.num_heads, 3, 1)

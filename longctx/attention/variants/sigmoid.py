@@ -1,12 +1,13 @@
 """Sigmoid attention: weights that do not compete."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 
 from longctx import masks
 from longctx.attention.base import QKV, Attention, AttentionConfig
+from longctx.attention.capabilities import OF_BIASES
 from longctx.attention.context import Context
 from longctx.typing import Array, Float, Positive
 
@@ -28,6 +29,7 @@ class SigmoidAttention(Attention):
   """
 
   mask = masks.Causal()
+  unsupported: ClassVar = OF_BIASES
 
   def __init__(
     self,

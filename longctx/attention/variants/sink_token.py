@@ -10,7 +10,6 @@ from longctx.attention.base import QKV, Attention, AttentionConfig
 from longctx.attention.context import Context
 from longctx.attention.variants.sliding_window import causal_mask
 from longctx.ops.merge import merge
-from longctx.ops.rope import apply_rope
 from longctx.typing import Array, Float, Positive
 
 
@@ -63,9 +62,9 @@ class SinkTokenAttention(Attention):
     tokens = context.dot_product_attention(
       q, k, v, mask=self.mask, return_lse=True, **self.logit_options()
     )
-    if config.position_encoding == 'rope':
+    if config.rope is not None:
       back = -context.true_positions(q.shape[1])
-      q = apply_rope(q, back, base=config.rope_base)
+      q = config.rope.rotate(q, back, again=True)
     q = context.at_queries(q)
     wide = jnp.promote_types(q.dtype, jnp.float32)
     sink_key, sink_value = (
@@ -73,7 +72,8 @@ class SinkTokenAttention(Attention):
     )
     B, Q, N, H = q.shape
     by_key_head = q.astype(wide).reshape(B, Q, config.num_kv_heads, -1, H)
-    z = jnp.einsum('BQKGH,MKH->BQKGM', by_key_head, sink_key) * H**-0.5
+    z = jnp.einsum('BQKGH,MKH->BQKGM', by_key_head, sink_key)
+    z *= config.attention_scale or H**-0.5
     # Of no token.
     sink_value = context.values(
       sink_value, jnp.zeros((*sink_value.shape[:2], v.shape[-1]), wide)

@@ -9,7 +9,6 @@ from longctx import masks
 from longctx.attention.base import QKV, Attention, AttentionConfig
 from longctx.attention.context import Context
 from longctx.ops.merge import merge
-from longctx.ops.rope import apply_rope
 from longctx.typing import Array, Float, Natural, Positive
 
 
@@ -55,6 +54,12 @@ class StreamingAttention(Attention):
         f'streaming: {cache_positions=} is of rope and alibi; with positions='
         f'{config.position_encoding!r} the layer has no positions to count'
       )
+    is_biased = cache_positions and config.position_encoding == 'alibi'
+    if is_biased and config.attention_soft_cap is not None:
+      raise NotImplementedError(
+        f'streaming: {cache_positions=} with alibi has a bias that a cap would '
+        'bend: give the layer attention_soft_cap=None'
+      )
     super().__init__(config, rngs=rngs)
     self.of_sinks = masks.Causal() & masks.PrefixColumns(num_sinks)
     self.of_window = masks.SlidingWindow(window - 1) & masks.Beyond(
@@ -75,8 +80,8 @@ class StreamingAttention(Attention):
     )
     positions = context.segment_positions(q.shape[1])
     slots = jnp.minimum(positions, self.last_slot)
-    if self.config.position_encoding == 'rope':
-      q = apply_rope(q, slots - positions, base=self.config.rope_base)
+    if self.config.rope is not None:
+      q = self.config.rope.rotate(q, slots - positions, again=True)
     slopes = options.pop('alibi_slopes', None)
     if slopes is not None:
       to_query, to_key = (

@@ -13,6 +13,7 @@ from longctx.ops.block_selection.summaries import (
   nsa_summaries,
 )
 from longctx.ops.dot_product_attention import Dropout, resolve
+from longctx.ops.rope import Rope
 from longctx.typing import Array, Float, Int, Key
 
 __all__ = [
@@ -129,7 +130,7 @@ def nsa(
   top_n: int,
   num_initial: int = 1,
   num_local: int = 2,
-  rope_base: float | None = None,
+  rope: Rope | None = None,
   q_positions: Integers | None = None,
   k_positions: Integers | None = None,
   q_segment_ids: Integers | None = None,
@@ -169,7 +170,7 @@ def nsa(
     top_n: blocks that a query reads, initial and local ones included.
     num_initial: first blocks of a segment, always read.
     num_local: last blocks up to the query's own, always read.
-    rope_base: rotates a compressed key by its first token's position; None:
+    rope: rotates a compressed key by its first token's position; None:
       does not.
     q_positions: as in `moba`, like the next ones.
     scale: of the products, in both branches.
@@ -193,7 +194,7 @@ def nsa(
     top_n,
     num_initial,
     num_local,
-    rope_base,
+    rope,
   )
   L = config.length
   if L % stride or block_size % stride:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from longctx.ops.block_selection.compression import Compression
 from longctx.ops.dot_product_attention.dropout import Dropout
+from longctx.ops.rope import Rope
 from longctx.typing import Array, Float, Int
 
 
@@ -51,7 +52,7 @@ class NSAConfig(NamedTuple):
   top_n: int
   num_initial: int
   num_local: int
-  rope_base: float | None
+  rope: Rope | None
 
   @property
   def length(self) -> int:

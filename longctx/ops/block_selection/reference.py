@@ -7,7 +7,6 @@ from longctx.ops.block_selection.arguments import NSAConfig, SelectionArgs
 from longctx.ops.block_selection.compression import compress
 from longctx.ops.block_selection.gathered import softmax
 from longctx.ops.dot_product_attention.dropout import keep_factor
-from longctx.ops.rope import apply_rope
 from longctx.typing import Array, Bool, Float, Int
 
 
@@ -97,8 +96,8 @@ def nsa(
   members = lambda x: jnp.einsum('LBSZ,BZKH->BSLKH', later.astype(dtype), x)
   kc = compress(members(kc), config.compress_k)
   vc = compress(members(vc), config.compress_v)
-  if config.rope_base is not None:
-    kc = apply_rope(kc, jnp.broadcast_to(k_pos, (B, S)), base=config.rope_base)
+  if config.rope is not None:
+    kc = config.rope.rotate(kc, jnp.broadcast_to(k_pos, (B, S)))
   ends = rank[:, None] + L
   complete = same & (rank[:, None] % stride == 0) & (ends <= length[..., None])
   kc, vc, ks, vs = (jnp.repeat(x, G, axis=2) for x in (kc, vc, ks, vs))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from longctx.ops.block_selection.compression import Compression, compress
-from longctx.ops.rope import apply_rope
+from longctx.ops.rope import Rope
 from longctx.typing import Array, Float, Int
 
 
@@ -52,23 +52,23 @@ def nsa_summaries(
   compress_k: Compression,
   compress_v: Compression,
   stride: int,
-  rope_base: float | None,
+  rope: Rope | None,
   **_: Any,
 ) -> tuple[Summary, ...]:
   """Compressed keys, rotated, and values; arguments are those of `nsa`."""
 
-  def make(blocks, first, *, weights, base):
+  def make(blocks, first, *, weights, rope):
     x = compress(blocks, weights)
-    return x if base is None else apply_rope(x, first, base=base)
+    return x if rope is None else rope.rotate(x, first)
 
-  both = ((compress_k, rope_base), (compress_v, None))
+  both = ((compress_k, rope), (compress_v, None))
   return tuple(
     Summary(
       weights.embedding.shape[0],
       stride,
-      functools.partial(make, weights=weights, base=base),
+      functools.partial(make, weights=weights, rope=rope),
       key=key,
       replaces=True,
     )
-    for key, (weights, base) in enumerate(both)
+    for key, (weights, rope) in enumerate(both)
   )
