@@ -1,8 +1,12 @@
 """The smallest experiment that learns something, shared by several tests."""
 
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
 from longctx import tasks
 from longctx.attention import VARIANTS
 from longctx.models.transformer import TransformerConfig
+from longctx.tasks.tokenizer import Tokenizer
 from longctx.training import config as config_lib
 from longctx.training.config import ExperimentConfig
 
@@ -27,3 +31,20 @@ def tiny_layer(variant: str) -> str:
   small = VARIANTS[variant].small
   arguments = ', '.join(f'{name}={value!r}' for name, value in small.items())
   return f'{variant}({arguments})'
+
+
+def tiny_tokenizer(
+  text: str, *, specials=('<eos>', '<bos>'), vocab_size=300, **fields
+) -> Tokenizer:
+  """Byte-level BPE that is trained on a text; its first special is EOS."""
+  backend = tokenizers.Tokenizer(models.BPE())
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=list(specials),
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  backend.train_from_iterator([text], trainer)
+  return Tokenizer(backend=backend, **{'eos': 0, 'stops': (0,), **fields})
