@@ -34,6 +34,11 @@ os.environ['JAX_COMPILATION_CACHE_DIR'] = str(
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
+# What commands keep for the next time is kept apart from the user's own.
+os.environ['LONGCTX_CACHE'] = str(
+  pathlib.Path(__file__).parent.parent / '.pytest_cache' / 'longctx'
+)
+
 # In the background it is ignored, here and in the commands that tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
   signal.signal(signal.SIGINT, signal.default_int_handler)

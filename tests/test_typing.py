@@ -28,9 +28,11 @@ from tests.house import LIBRARY
 # Texts that may be any: paths, and names of what lies outside.
 FREE = {
   'DataConfig.directory',
-  'BytesLM.path',
-  'BytesLM.tfds_name',
-  'BytesLM.tfds_data_dir',
+  'TextTask.path',
+  'TextTask.tfds_name',
+  'TextTask.tfds_data_dir',
+  'TextLM.tokenizer',
+  'TextLM.separator',
   # Parsed where a layer is made.
   'TransformerConfig.layers',
   'AttentionConfig.rope_scaling',

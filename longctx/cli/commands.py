@@ -194,18 +194,24 @@ GENERATE = (
   RUN,
   Flag('prompt', 'TEXT', 'Continue this text; the standard input by default.'),
   Flag(
-    'max_new', 'N', 'Draw this many bytes at most; 500 by default.', int, 500
+    'chat',
+    '',
+    "Answer it as a user's message, by the model's chat template.",
+    bool,
+  ),
+  Flag(
+    'max_new', 'N', 'Draw this many tokens at most; 500 by default.', int, 500
   ),
   Flag(
     'temperature',
     'X',
-    'Divide logits by this before a byte is drawn; 0 takes the likeliest.',
+    'Divide logits by this before a token is drawn; 0 takes the likeliest.',
     float,
     1.0,
   ),
-  Flag('top_k', 'N', 'Draw from this many likeliest bytes; 0: all.', int, 0),
+  Flag('top_k', 'N', 'Draw from this many likeliest tokens; 0: all.', int, 0),
   Flag(
-    'top_p', 'X', 'Draw from the likeliest bytes of this share.', float, 1.0
+    'top_p', 'X', 'Draw from the likeliest tokens of this share.', float, 1.0
   ),
   Flag('seed', 'N', 'Draw what this number names; 0 by default.', seed, 0),
   Flag('devices', 'N', 'Spread the cache over this many devices.', int, 1),
@@ -328,7 +334,7 @@ COMMANDS = {
   'generate': Command(
     prog='python -m longctx.generate',
     module='generate',
-    text='continue a text by a trained model of bytes',
+    text='continue a text by a trained model of text',
     flags=GENERATE,
   ),
   'data': Command(

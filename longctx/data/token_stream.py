@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from longctx.tasks import Task
-from longctx.tasks.bytes_lm import BOS, BytesLM
+from longctx.tasks.text_task import TextTask
 
 
 class Piece(NamedTuple):
@@ -39,10 +39,10 @@ class TokenStream:
       anew: whether a model reads on from nothing, as at position 0: the first
         token is then BOS where that is how the task's text begins.
     """
-    if isinstance(self.task, BytesLM):
+    if isinstance(self.task, TextTask):
       piece = self._take_text(begin, count)
       if self.task.prepend_bos and (anew or begin == 0):
-        piece.tokens[:, 0] = BOS
+        piece.tokens[:, 0] = self.task.bos
       return piece
     T = self.task.seq_len
     indices = range(begin // T, -(-(begin + count) // T))

@@ -25,6 +25,7 @@ from longctx.training.runs import (
   make_placement,
   read_config,
   resolve_model,
+  with_own_tokenizer,
 )
 
 
@@ -82,7 +83,7 @@ def open_workdir(workdir: pathlib.Path) -> list[Run]:
     folder = workdir / name
     if not any((folder / 'checkpoints').glob('[0-9]*')):
       raise ValueError(f'there is no checkpoint in {folder}: train it first')
-    task = tasks.make_task(**one.task)
+    task = tasks.make_task(**with_own_tokenizer(one.task, folder))
     model = resolve_model(one.model, task)
     found.append(
       Run(name=name, config=one, task=task, model=model, workdir=folder)
@@ -120,11 +121,13 @@ def swept_tasks(
   """
   if not sweep.parameter:
     return [run.task]
-  if sweep.parameter == 'name':
-    raise ValueError('a sweep changes a field of the task, not the task')
+  if sweep.parameter in ('name', 'tokenizer'):
+    raise ValueError(
+      'a sweep changes a field of the task, not the task or its tokens'
+    )
   found = []
   for value in sweep.values:
-    fields = {**run.config.task, sweep.parameter: value}
+    fields = {**tasks.task_fields(run.task), sweep.parameter: value}
     task = tasks.make_task(**fields)
     if task.vocab_size > run.model.vocab_size:
       raise ValueError(
@@ -241,8 +244,15 @@ class Parameters(NamedTuple):
   digest: str
 
 
-def restore(run: Run, step: int | None = None) -> Parameters:
+def restore(
+  run: Run, step: int | None = None, *, compare_text: bool = True
+) -> Parameters:
   """Reads a checkpoint of a run, the last one where no step is given.
+
+  Args:
+    run: from `open_workdir`.
+    step: of the checkpoint.
+    compare_text: say where the task's text has changed, which reads all of it.
 
   Raises:
     CheckpointError: there is none that can be read, or none of that step.
@@ -255,8 +265,8 @@ def restore(run: Run, step: int | None = None) -> Parameters:
     checkpointer.close()
   if restored is None:
     raise CheckpointError(f'there is no checkpoint in {run.workdir}')
-  text = run.task.text_digest
-  if restored.meta.get('text', text) != text:
+  text = restored.meta.get('text')
+  if compare_text and text is not None and text != run.task.text_digest:
     metrics.say(
       f'the text of the task has changed since {run.workdir} was trained on it'
     )

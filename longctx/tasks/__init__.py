@@ -22,6 +22,7 @@ from longctx.tasks.phone_book import PhoneBook
 from longctx.tasks.selective_copying import SelectiveCopying
 from longctx.tasks.stream_eval import StreamEval
 from longctx.tasks.task import SPLITS, Example, Task
+from longctx.tasks.text_lm import TextLM
 from longctx.tasks.variable_tracking import VariableTracking
 from longctx.typing import among, checked, field_types
 
@@ -40,6 +41,7 @@ TASKS = {
   'phone_book': PhoneBook,
   'selective_copying': SelectiveCopying,
   'stream_eval': StreamEval,
+  'text_lm': TextLM,
   'variable_tracking': VariableTracking,
 }
 

@@ -87,6 +87,11 @@ class Task(Checked, abc.ABC):
     """Tells the text that examples are cut from; '' where fields say all."""
     return ''
 
+  @property
+  def byte_counts(self) -> Int32[np.ndarray, ' V'] | None:
+    """Bytes of text that each label stands for; None where it is no text."""
+    return None
+
   @abc.abstractmethod
   def example(self, rng: np.random.Generator) -> Example:
     """Draws one example, of whichever split."""

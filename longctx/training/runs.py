@@ -5,6 +5,8 @@ import dataclasses
 import math
 import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -14,13 +16,17 @@ from longctx.data.pipeline import BatchIterator, make_iterator
 from longctx.models import TransformerConfig, validate
 from longctx.parallel import Placement, processes
 from longctx.parallel.layout import SequenceLayout
+from longctx.tasks.text_lm import TextLM
 from longctx.training import checks, metrics, metrics_log, resumption, steps
 from longctx.training import config as config_lib
 from longctx.training.checkpoint import Checkpointer
 from longctx.training.config import ExperimentConfig, ParallelConfig
 from longctx.training.errors import DamagedFileError
 from longctx.training.lock import locked
-from longctx.training.log_files import read_json, write_json
+from longctx.training.log_files import read_json, write_json, write_text
+
+# Where a workdir keeps the tokenizer of its task.
+TOKENIZER = 'tokenizer'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +54,15 @@ def resolve_model(
     vocab_size=model.vocab_size or task.vocab_size,
     max_positions=model.max_positions or task.seq_len,
   )
+
+
+def with_own_tokenizer(
+  task: Mapping[str, Any], folder: pathlib.Path
+) -> dict[str, Any]:
+  """Fields of a task, its tokenizer the copy that a workdir keeps, if any."""
+  own = folder / TOKENIZER
+  kept = 'tokenizer' in task and own.is_dir()
+  return {**task, **({'tokenizer': str(own)} if kept else {})}
 
 
 def start_devices(
@@ -120,6 +135,10 @@ def prepare(config: ExperimentConfig, workdir: pathlib.Path) -> list[Run]:
     processes.meet('longctx/workdirs')
     configs = {run.workdir: run.config for run in runs} | {workdir: config}
     finished = all(done[run.workdir] == run.config.steps for run in runs)
+    for run in runs:
+      if isinstance(run.task, TextLM):
+        for name, text in run.task.codec.files().items():
+          write_text(run.workdir / TOKENIZER / name, text)
     for folder, one in configs.items():
       write_json(folder / 'config.json', config_lib.to_dict(one), sealed=True)
       steps_done, whole = done.get(folder), _is_whole(folder / 'versions.json')

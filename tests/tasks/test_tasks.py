@@ -14,7 +14,7 @@ from longctx.tasks import (
 )
 
 # A new task is tested with its defaults, without an edit here.
-SYNTHETIC = [name for name in TASKS if name != 'bytes_lm']
+SYNTHETIC = [name for name in TASKS if name not in ('bytes_lm', 'text_lm')]
 
 # The best predictor errs, or some answers are likelier than others, by chance:
 # figures are expectations, met within 4 standard errors.
@@ -290,7 +290,7 @@ def test_bad_field_ends_with_one_line(name, fields, message):
   assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('name', sorted(TASKS))
+@pytest.mark.parametrize('name', sorted(TASKS.keys() - {'text_lm'}))
 def test_task_fields_make_the_task_again(name):
   task = make_task(name, seq_len=80)
   assert make_task(**task_fields(task)) == task
