@@ -119,11 +119,11 @@ class StreamLog:
     Args:
       begin: the first position of the bucket.
       end: the one after its last.
-      sums: of loss, weight and right guesses over its tokens.
+      sums: of loss, weight, right guesses and bytes over its tokens.
       seconds: that it took.
       cache: after it; None where the policy keeps none.
     """
-    loss, count, correct = map(float, sums)
+    loss, count, correct, size = map(float, sums)
     self.lines.append(
       {
         'policy': self._policy,
@@ -131,6 +131,7 @@ class StreamLog:
         'end': end,
         'loss': loss / max(count, 1e-9),
         'accuracy': correct / max(count, 1e-9),
+        **metrics.bits_per_byte({'loss': loss, 'bytes': size}),
         'count': int(count),
         'seconds': seconds,
         'peak_memory': _peak_memory(),

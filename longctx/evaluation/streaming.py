@@ -178,8 +178,8 @@ def evaluate_stream(
 
   Returns:
     The lines of each policy: begin and end of the bucket, loss (nats per scored
-    token) and accuracy, their count, seconds, and the bytes that the process
-    has held at most so far.
+    token), accuracy and, of text, bits per byte, the count of tokens, seconds,
+    and the bytes that the process has held at most so far.
   """
   learned = sweep.restore(run)
   tokens = TokenStream(
@@ -224,6 +224,7 @@ def _read(run, learned, tokens, policy, config) -> list[dict[str, Any]]:
   )
   log = _open_log(run, policy, config, learned)
   cache = log.resume(cache)
+  byte_counts = run.task.byte_counts
 
   @functools.partial(jax.jit, donate_argnames='cache')
   def extend(params, cache, piece):
@@ -231,7 +232,7 @@ def _read(run, learned, tokens, policy, config) -> list[dict[str, Any]]:
     logits, cache = cache_lib.extend(
       model, cache, piece.tokens, step=learned.step
     )
-    return cache, _sums(logits, piece)
+    return cache, _sums(logits, piece, byte_counts)
 
   with log.progress(end) as bar:
     for begin, stop in config.edges(end):
@@ -255,7 +256,7 @@ def _recompute(run, learned, tokens, policy, config) -> list[dict[str, Any]]:
   """The lines of windows that are read anew."""
   log = _open_log(run, policy, config, learned)
   log.resume(None)
-  graph = learned.graph
+  graph, byte_counts = learned.graph, run.task.byte_counts
 
   @jax.jit
   def read(params, piece):
@@ -266,7 +267,7 @@ def _recompute(run, learned, tokens, policy, config) -> list[dict[str, Any]]:
       model.hidden(x, query_indices=last, step=learned.step)
     )
     ends = Piece(*(y[:, -1:] for y in piece))
-    return _sums(logits, ends)
+    return _sums(logits, ends, byte_counts)
 
   end = _end(run, policy, config)
   with log.progress(end) as bar:
@@ -301,12 +302,14 @@ def _open_log(
   )
 
 
-def _sums(logits, piece: Piece) -> jax.Array:
-  """Nats of all scored tokens, their weight, and that of right guesses."""
+def _sums(logits, piece: Piece, byte_counts: np.ndarray | None) -> jax.Array:
+  """Nats of scored tokens, their weight, that of right guesses, and bytes."""
   logp = jax.nn.log_softmax(logits)
   nll = -jnp.take_along_axis(logp, piece.labels[..., None], -1)[..., 0]
   hit = logits.argmax(-1) == piece.labels
-  scored = jnp.stack([nll, jnp.ones_like(nll), hit]) * piece.weights
+  counts = jnp.zeros(1) if byte_counts is None else jnp.asarray(byte_counts)
+  counts = jnp.take(counts, piece.labels, mode='clip')
+  scored = jnp.stack([nll, jnp.ones_like(nll), hit, counts]) * piece.weights
   return scored.sum((1, 2))
 
 

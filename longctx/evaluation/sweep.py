@@ -219,10 +219,12 @@ def _line(row: dict[str, Any]) -> str:
   head = f'{row["run"]} ' if row['run'] else ''
   if row['parameter']:
     head += f'{row["parameter"]}={row["value"]} '
+  bits = row.get('bits_per_byte')
+  bits = '' if bits is None else f'{bits:.4f} bits per byte '
   return (
     f'{head}accuracy {row["accuracy"]:.4f} [{row["low"]:.4f}, '
-    f'{row["high"]:.4f}] loss {row["loss"]:.4f} (chance {row["chance"]:.4f}, '
-    f'{row["count"]:,} answers)'
+    f'{row["high"]:.4f}] loss {row["loss"]:.4f} {bits}'
+    f'(chance {row["chance"]:.4f}, {row["count"]:,} answers)'
   )
 
 
@@ -299,7 +301,10 @@ class _Measure:
     if task.seq_len not in self._evaluate:
       activity = 'compiling'
       self._evaluate[task.seq_len] = steps.make_steps(
-        self.learned.graph, config, placement=placement
+        self.learned.graph,
+        config,
+        placement=placement,
+        byte_counts=task.byte_counts,
       ).evaluate
     measure = self._evaluate[task.seq_len]
     iterator = make_iterator(
@@ -337,6 +342,7 @@ class _Measure:
       'low': low,
       'high': high,
       'loss': float(loss.sum() / total),
+      **metrics.bits_per_byte(kept),
       'count': int(weight.sum()),
       'examples': examples,
       'chance': task.chance,

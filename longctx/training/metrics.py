@@ -1,6 +1,7 @@
 """Metrics of a run: means over steps, intervals of accuracies, versions."""
 
 import collections
+import math
 import os
 import pathlib
 import platform
@@ -52,14 +53,22 @@ def means(sums: Iterable[Mapping[str, Any]]) -> dict[str, float]:
   return {
     'loss': totals['loss'] / weight,
     'accuracy': totals['correct'] / weight,
+    **bits_per_byte(totals),
     **gate.shares(totals),
   }
+
+
+def bits_per_byte(sums: Mapping[str, float]) -> dict[str, float]:
+  """Of sums of nats and of the bytes that tokens stand for, if they do."""
+  if not sums.get('bytes'):
+    return {}
+  return {'bits_per_byte': sums['loss'] / math.log(2) / sums['bytes']}
 
 
 class Meter:
   """Sums of per-token metrics over some steps, and the time they took."""
 
-  KEYS = ('loss', 'weight', 'correct')
+  KEYS = ('loss', 'weight', 'correct', 'bytes')
 
   def __init__(self):
     self.sums = dict.fromkeys(self.KEYS, 0.0)
@@ -71,7 +80,7 @@ class Meter:
   def add(self, values: dict[str, Any], *, tokens: int):
     """Adds one step: sums over its tokens, and how many it has."""
     for key in self.KEYS:
-      self.sums[key] += float(values[key])
+      self.sums[key] += float(values.get(key, 0))
     self._steps += 1
     now = time.perf_counter()
     # The step after a pause would count the pause, or a compilation.
@@ -97,6 +106,7 @@ class Meter:
     return {
       'loss': self.sums['loss'] / weight,
       'accuracy': self.sums['correct'] / weight,
+      **bits_per_byte(self.sums),
       'tokens_per_second': self._tokens / self._seconds
       if self._seconds
       else None,
@@ -113,7 +123,7 @@ class Meter:
     return dict(self.sums)
 
   def set_state(self, state: dict[str, float]):
-    self.sums = {key: float(state[key]) for key in self.KEYS}
+    self.sums = {key: float(state.get(key, 0)) for key in self.KEYS}
 
 
 def figures(rates: Mapping[str, float | None]) -> str:

@@ -114,6 +114,7 @@ def make_steps(
   config: ExperimentConfig,
   *,
   placement: Placement | None = None,
+  byte_counts: np.ndarray | None = None,
 ) -> CompiledSteps:
   """Makes the compiled functions of a run.
 
@@ -124,6 +125,7 @@ def make_steps(
     graph: of the model.
     config: of the run.
     placement: where batches lie, in its layout's order; None: one device.
+    byte_counts: of the task, for `bytes` among the sums; None: no text.
   """
   accumulation = config.optimizer.accumulation
 
@@ -139,6 +141,9 @@ def make_steps(
     )
     arrays = (batch[name] for name in ('tokens', 'labels', 'weights'))
     out = model.loss(*arrays, context, relevant=batch.get('relevant'))
+    if byte_counts is not None:
+      counts = jnp.asarray(byte_counts)[batch['labels']]
+      out |= {'bytes': jnp.where(batch['weights'] > 0, counts, 0).sum()}
     return out['loss'] + out.get('auxiliary', 0.0), out
 
   def train(state, batch, step):

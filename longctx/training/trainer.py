@@ -97,7 +97,10 @@ class Trainer:
     self.shapes: set[tuple] = set()
     self.parameters = sum(x.size for x in jax.tree.leaves(params))
     self.functions = steps.make_steps(
-      self.graph, config, placement=run.placement
+      self.graph,
+      config,
+      placement=run.placement,
+      byte_counts=run.task.byte_counts,
     )
     self.schedule = make_schedule(config.optimizer, config.steps)
     self.meter = metrics.Meter()

@@ -1,6 +1,7 @@
 """text_lm: real text in the tokens of any tokenizer."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from longctx.cli import flags
 from longctx.data import prepared
 from longctx.evaluation import sweep
+from longctx.evaluation.streaming import StreamConfig, evaluate_stream
 from longctx.tasks import SPLITS, make_task, task_fields, text_lm
 from longctx.tasks.documents import read_documents
 from longctx.tasks.gguf_tokenizer import tokenizer_from_gguf
@@ -233,6 +235,56 @@ def workdir(folder, plain, tmp_path_factory):
   shutil.rmtree(moved)
   text_lm.load_tokenizer.cache_clear()
   return workdir
+
+
+def expected_bits(task, loss, examples):
+  """Bits per byte, from a mean loss over examples of the test split."""
+  count = size = 0
+  for index in range(examples):
+    example = task.get(0, 'test', index)
+    count += example.weights.sum()
+    size += task.byte_counts[example.labels[example.weights > 0]].sum()
+  return loss * count / math.log(2) / size
+
+
+def test_results_have_the_bits_per_byte(workdir):
+  (run,) = sweep.open_workdir(workdir)
+  results = json.loads((workdir / 'results.json').read_text())
+  expected = expected_bits(run.task, results['loss'], 4)
+  assert results['bits_per_byte'] == pytest.approx(expected)
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  for row in map(json.loads, lines):
+    assert row['split'] == 'analysis' or row['bits_per_byte'] > 0
+  (row,) = sweep.evaluate(
+    [run], workdir, sweep=sweep.parse_sweep(''), batches=2
+  )
+  assert row['loss'] == pytest.approx(results['loss'])
+  assert row['bits_per_byte'] == pytest.approx(results['bits_per_byte'])
+
+
+def test_streams_are_of_tokens_and_have_bits_per_byte(workdir):
+  (run,) = sweep.open_workdir(workdir)
+  config = StreamConfig(
+    tokens=16, slots=8, chunk=8, bucket=16, policies=('window',)
+  )
+  rows = evaluate_stream(run, config)['window']
+  task, begin = run.task, 0
+  for row in rows:
+    labels = task.text('test')[begin + 1 : row['end'] + 1]
+    nats = row['loss'] * row['count']
+    bits = nats / math.log(2) / task.byte_counts[labels].sum()
+    assert row['bits_per_byte'] == pytest.approx(bits)
+    begin = row['end']
+
+
+def test_bytes_of_a_model_of_bytes_are_its_scored_tokens(folder, tmp_path):
+  config = tiny_config(
+    steps=1,
+    batch_size=2,
+    task=dict(name='bytes_lm', path=str(folder), seq_len=32),
+  )
+  results = trainer.train(runs.prepare(config, tmp_path), tmp_path)['']
+  assert results['bits_per_byte'] == pytest.approx(results['bits_per_token'])
 
 
 def test_a_workdir_opens_without_the_tokenizer_it_was_made_with(workdir):
