@@ -1,4 +1,4 @@
-"""GGUF files: metadata and tensors, memory-mapped and dequantised one by one.
+"""GGUF files: metadata, and tensors that are read and dequantised one by one.
 
 The format of llama.cpp, versions 2 and 3. A quantised row is a sequence of
 blocks of 32 numbers q with a scale d and perhaps a minimum m in float16:
@@ -68,17 +68,17 @@ class GGUFFile:
   path: Path
   metadata: Mapping[str, Any]
   tensors: Mapping[str, TensorInfo]
-  data: np.ndarray
 
   def read(self, name: str) -> np.ndarray:
     """A tensor in memory of its own, float32 if it is quantised."""
     shape, kind, start, size = self.tensors[name]
-    raw = self.data[start : start + size]
+    # A mapped file would be in memory beside what is made of it.
+    raw = np.fromfile(self.path, np.uint8, size, offset=start)
     if kind in PLAIN:
-      return np.array(raw.view(PLAIN[kind]).reshape(shape))
+      return raw.view(PLAIN[kind]).reshape(shape)
     if kind in BLOCKS:
       return dequantize(raw.view(BLOCKS[kind]), kind).reshape(shape)
-    package, rows = gguf_package(), np.asarray(raw.reshape(*shape[:-1], -1))
+    package, rows = gguf_package(), raw.reshape(*shape[:-1], -1)
     try:
       return package.dequantize(rows, package.GGMLQuantizationType(kind))
     except NotImplementedError as error:
@@ -190,7 +190,7 @@ def open_gguf(path: Path) -> GGUFFile:
     tensors = _place(entries, header.at, metadata, path, len(data))
   except (ArithmeticError, TypeError, ValueError) as error:
     raise ValueError(f'{path} is no GGUF file, or damaged: {error}') from error
-  return GGUFFile(path, metadata, tensors, data)
+  return GGUFFile(path, metadata, tensors)
 
 
 def _entry(header: _Header) -> tuple[str, list[int], int, int]:

@@ -1,4 +1,4 @@
-"""Safetensors checkpoints: one file or several with an index, memory-mapped."""
+"""Safetensors checkpoints: one file, or several with an index."""
 
 import dataclasses
 import json
@@ -85,7 +85,8 @@ def read_index(path: Path) -> Mapping[str, str]:
 def open_file(path: Path) -> Any:
   """Opens one file, whose header is held to its size."""
   try:
-    return safe_open(path, 'np')
+    # A mapped file would be in memory beside what is made of it.
+    return safe_open(path, 'np', backend='pread')
   except FileNotFoundError:
     why = 'it is missing'
   except OSError as error:
