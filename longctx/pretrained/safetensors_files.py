@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from longctx.tasks.tokenizer import Tokenizer
+
 INDEX = 'model.safetensors.index.json'
 # safetensors finds bfloat16 in numpy once JAX has been imported.
 DTYPES = {'F32': np.float32, 'F16': np.float16, 'BF16': jnp.bfloat16}
@@ -21,12 +23,14 @@ class SafetensorsSource:
 
   Attributes:
     files: which hold the tensors, by the tensors' names.
+    folder: where they lie.
   """
 
   name: str
   config: Mapping[str, Any]
   shapes: Mapping[str, tuple[int, ...]]
   files: Mapping[str, Any]
+  folder: Path
 
   def read(self, name: str) -> np.ndarray:
     """A tensor as it is stored, in memory of its own."""
@@ -36,6 +40,11 @@ class SafetensorsSource:
         f'{self.name}: {name} is of type {dtype}; known: {", ".join(DTYPES)}'
       )
     return self.files[name].get_tensor(name)
+
+  def tokenizer(self) -> Tokenizer | None:
+    """The tokenizer of tokenizer.json, if it is there."""
+    is_there = (self.folder / 'tokenizer.json').exists()
+    return Tokenizer.load(self.folder) if is_there else None
 
 
 def open_safetensors(path: Path, name: str = '') -> SafetensorsSource:
@@ -71,7 +80,7 @@ def open_safetensors(path: Path, name: str = '') -> SafetensorsSource:
         f'{folder / file} has no {tensor}, which {INDEX} places there'
       )
   config = read_json(folder / 'config.json')
-  return SafetensorsSource(name or str(path), config, shapes, files)
+  return SafetensorsSource(name or str(path), config, shapes, files, folder)
 
 
 def read_index(path: Path) -> Mapping[str, str]:

@@ -14,6 +14,7 @@ from longctx.pretrained.fetch import WHEELS, cached
 from longctx.pretrained.gguf import open_gguf
 from longctx.pretrained.gguf_names import gguf_source
 from longctx.pretrained.safetensors_files import open_safetensors
+from longctx.tasks.tokenizer import Tokenizer
 
 HUB_NAME = re.compile(r'[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?')
 
@@ -38,6 +39,14 @@ class Source(Protocol):
     Raises:
       KeyError: no such tensor.
       NotImplementedError: its type is of no use here, or a package is missing.
+    """
+
+  def tokenizer(self) -> Tokenizer | None:
+    """The tokenizer that lies with it, if one does.
+
+    Raises:
+      ValueError: it is damaged.
+      NotImplementedError: it is of a kind that is not known here.
     """
 
 

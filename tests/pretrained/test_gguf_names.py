@@ -376,6 +376,25 @@ def test_unknown_architectures_and_missing_metadata_are_refused(tmp_path):
     source_of(tmp_path, 'llama', METADATA, {})
 
 
+def test_the_tokenizer_is_that_of_the_metadata(tmp_path):
+  metadata = {f'llama.{key}': value for key, value in METADATA.items()}
+  metadata['general.architecture'] = 'llama'
+  words = {
+    'model': 'gpt2',
+    'pre': 'smollm',
+    'tokens': ['a', 'b', 'ab', '<end>'],
+    'token_type': [1, 1, 1, 3],
+    'merges': ['a b'],
+    'eos_token_id': 3,
+  }
+  tensors = {'token_embd.weight': np.zeros((4, D))}
+  path = write(tmp_path / 'x.gguf', metadata, tensors)
+  assert open_source(path).tokenizer() is None
+  metadata |= {f'tokenizer.ggml.{key}': x for key, x in words.items()}
+  found = open_source(write(path, metadata, tensors)).tokenizer()
+  assert (found.encode('abb'), found.eos) == ([2, 1], 3)
+
+
 def test_a_folder_is_opened_by_the_one_file_that_it_holds(tmp_path):
   source_of(
     tmp_path, 'llama', METADATA, {'token_embd.weight': np.zeros((V, D))}

@@ -5,9 +5,11 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import save_file
 
 from longctx.pretrained.source import open_source
+from longctx.tasks.tokenizer import Tokenizer
 
 INDEX = 'model.safetensors.index.json'
 TENSORS = {
@@ -60,6 +62,15 @@ def test_other_types_are_refused_when_they_are_read(folder):
     NotImplementedError, match=r'mask is of type I8; known: F32'
   ):
     open_source(folder).read('mask')
+
+
+def test_the_tokenizer_is_that_of_the_folder(folder):
+  assert open_source(folder).tokenizer() is None
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE({'a': 0, 'b': 1}, []))
+  saved = Tokenizer.of(backend, None, 1, [], None)
+  saved.save(folder)
+  found = open_source(folder / 'model.safetensors').tokenizer()
+  assert (found.digest, found.eos) == (saved.digest, 1)
 
 
 def refuse(path, message):
