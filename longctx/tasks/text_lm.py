@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import pathlib
 import re
@@ -190,6 +189,8 @@ def load_tokens(task: TextLM) -> dict[str, np.ndarray]:
     aside = tempfile.mkdtemp(prefix='.incomplete-', dir=folder.parent)
     try:
       _write_tokens(task, pathlib.Path(aside), dtype)
+      # Others may read it.
+      os.chmod(aside, 0o755)
       with contextlib.suppress(OSError):
         # Unless another process was faster.
         os.rename(aside, folder)
@@ -221,7 +222,7 @@ def _write_tokens(task: TextLM, folder: pathlib.Path, dtype: type) -> None:
       for split in SPLITS
     }
     bar = stack.enter_context(
-      tqdm.tqdm(desc='tokenizing', unit='B', unit_scale=True, disable=None)
+      tqdm.tqdm(desc='tokenizing', unit='char', unit_scale=True, disable=None)
     )
     for batch in _batches(parts):
       encoded = task.codec.encode_plain([part.text for part in batch])
@@ -231,8 +232,6 @@ def _write_tokens(task: TextLM, folder: pathlib.Path, dtype: type) -> None:
           tokens.append(end)
         files[part.split].write(np.array(tokens, dtype).tobytes())
         bar.update(len(part.text))
-  fields = {'tokenizer': task.codec.digest, 'dtype': np.dtype(dtype).name}
-  (folder / 'meta.json').write_text(json.dumps(fields))
 
 
 class _Part(NamedTuple):
@@ -258,9 +257,10 @@ def _parts(document: Document) -> Iterator[_Part]:
     if not last:
       ends = [m.end() for m in re.finditer(rb'\S\n(?=\S)', chunk)]
       chunk = chunk[: ends[-1] if ends else chunk.rfind(b'\n') + 1] or chunk
-      while text[start + len(chunk)] >> 6 == 2:
-        # Within a character.
-        chunk = chunk[:-1]
+      # Not within a character of UTF-8, which has four bytes at most.
+      cuts = range(len(chunk), len(chunk) - 4, -1)
+      whole = (cut for cut in cuts if text[start + cut] >> 6 != 2)
+      chunk = chunk[: next(whole, None)]
     try:
       yield _Part(split, chunk.decode(), start == 0, last)
     except UnicodeDecodeError as error:

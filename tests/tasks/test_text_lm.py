@@ -194,6 +194,10 @@ def test_what_the_text_is_follows_from_text_and_tokenizer(
     (dict(tfds_name='b'), 'are both set'),
     (dict(path='/no/such/text'), 'cannot read text from /no/such/text'),
     (dict(path='latin'), 'latin1.txt is no text in UTF-8 .byte 0xef at 2.'),
+    (
+      dict(path='binary'),
+      'of binary is no text in UTF-8 .byte 0x80',
+    ),
     (dict(path='short'), 'split of .* has 0 tokens, fewer than'),
     (dict(path='empty'), 'is empty'),
   ],
@@ -206,6 +210,8 @@ def test_text_that_cannot_be_read_ends_with_one_line(
     (tmp_path / name).parent.mkdir()
     (tmp_path / f'{name}.txt').write_text(text, encoding='latin-1')
   (tmp_path / 'empty').touch()
+  (tmp_path / 'binary').write_bytes(b'\x80' * 999)
+  monkeypatch.setattr(text_lm, 'PART', 64)
   fields = dict(path='short', tokenizer=plain) | fields
   with pytest.raises(ValueError, match=message) as error:
     make_task('text_lm', **fields).get(0, 'validation', 0)
@@ -260,6 +266,19 @@ def test_results_have_the_bits_per_byte(workdir):
   )
   assert row['loss'] == pytest.approx(results['loss'])
   assert row['bits_per_byte'] == pytest.approx(results['bits_per_byte'])
+
+
+def test_a_mesh_counts_the_same_bytes(folder, plain, tmp_path):
+  config = tiny_config(
+    steps=1,
+    batch_size=2,
+    task=dict(name='text_lm', path=str(folder), tokenizer=plain, seq_len=32),
+    parallel=dict(data=2, seq=2),
+  )
+  results = trainer.train(runs.prepare(config, tmp_path), tmp_path)['']
+  task = make_task(**config.task)
+  expected = expected_bits(task, results['loss'], 4)
+  assert results['bits_per_byte'] == pytest.approx(expected)
 
 
 def test_streams_are_of_tokens_and_have_bits_per_byte(workdir):
