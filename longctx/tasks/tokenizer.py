@@ -11,7 +11,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import jinja2
 import jinja2.ext
@@ -292,7 +292,9 @@ def _token_id(
 def _compile(template: str) -> jinja2.Template:
   """A chat template, with what such templates may rely on."""
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    trim_blocks=True,
+    lstrip_blocks=True,
+    extensions=[jinja2.ext.loopcontrols, _Generation],
   )
   environment.filters['tojson'] = functools.partial(
     json.dumps, ensure_ascii=False
@@ -300,6 +302,16 @@ def _compile(template: str) -> jinja2.Template:
   environment.globals['raise_exception'] = _refuse
   environment.globals['strftime_now'] = _now
   return environment.from_string(template)
+
+
+class _Generation(jinja2.ext.Extension):
+  """`generation` blocks mark what an assistant has said; the text stays."""
+
+  tags: ClassVar = {'generation'}
+
+  def parse(self, parser: Any) -> Any:
+    next(parser.stream)
+    return parser.parse_statements(('name:endgeneration',), drop_needle=True)
 
 
 def _refuse(message: str) -> NoReturn:

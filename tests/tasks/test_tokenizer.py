@@ -20,7 +20,8 @@ TEMPLATE = """\
   {% if message.role == 'nobody' %}
     {{ raise_exception('nobody speaks') }}
   {% endif %}
-<bos>{{ message.role }}: {{ message.content }}
+<bos>{{ message.role }}: {% generation %}{{ message.content }}
+{% endgeneration %}
 {% endfor %}
 {% if add_generation_prompt %}
 <bos>assistant:
