@@ -1,6 +1,8 @@
 """Safetensors checkpoints: what is read, and the line that refuses."""
 
 import json
+import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -130,3 +132,33 @@ def test_configs_are_held_to_be_one_object(folder, text, message):
 def test_folders_without_weights_are_refused(tmp_path):
   refuse(tmp_path, 'has no .safetensors files')
   refuse(tmp_path / 'gone', 'gone is no file or folder that is here')
+
+
+def hub(monkeypatch, answer):
+  """A hub whose client does as `answer` does."""
+  client = types.SimpleNamespace(snapshot_download=answer)
+  monkeypatch.setitem(sys.modules, 'huggingface_hub', client)
+
+
+def test_models_of_the_hub_are_opened_at_a_revision(folder, monkeypatch):
+  asked = []
+
+  def answer(repository, *, revision, **options):
+    asked.append((repository, revision))
+    return str(folder)
+
+  hub(monkeypatch, answer)
+  assert open_source('org/name').name == 'org/name'
+  assert open_source('org/name@v1').shapes.keys() == TENSORS.keys()
+  assert asked == [('org/name', None), ('org/name', 'v1')]
+
+
+def test_a_hub_that_is_out_of_reach_is_told_in_a_line(monkeypatch):
+  def answer(*arguments, **options):
+    raise ConnectionError('no route\nto the host')
+
+  hub(monkeypatch, answer)
+  refuse('org/name', 'org/name is not here, and the .* not give it: no route$')
+  monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+  with pytest.raises(NotImplementedError, match=r"pip install -e '\.\[hub\]'"):
+    open_source('org/name')
