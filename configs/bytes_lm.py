@@ -1,4 +1,4 @@
-"""A language model of real source code, byte by byte, on two CPU cores.
+r"""A language model of real source code, byte by byte, on two CPU cores.
 
 The text is the Python standard library's own source on this machine, split by
 file; --config.task.path=DIR reads any other. Bits per byte are bits_per_token
@@ -6,6 +6,8 @@ in results.json, since a token is a byte.
 
   python train.py --config=configs/bytes_lm.py
   python train.py --config=configs/bytes_lm.py:linear
+  python train.py --config=configs/bytes_lm.py \
+    --config.model.mlp=swiglu --config.model.mlp_dim=344   # as many parameters
   python eval.py sweep --workdir=runs/bytes_lm --task.seq_len=128,256,512
 
 Expected, measured at commit 8d6447d on two shared CPU cores (AMD EPYC): 1.93

@@ -14,6 +14,9 @@ and `laptop` where there are not, and the first line of the output says which.
 tokens, one narrow head, one step. `sibling` is their shape at a length at which
 several processes train in seconds.
 
+Published models of this kind have gated MLPs, of as many parameters at `pod`
+with --config.model.mlp=swiglu --config.model.mlp_dim=2736.
+
 Expected: docs/results.md, 'A million tokens on a mesh', has what a step takes.
 """
 

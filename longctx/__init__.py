@@ -59,6 +59,10 @@ _FACE = {
     'longctx.decoding.sampler.Sampling',
     'how tokens are drawn: temperature, top_k, top_p',
   ),
+  'pretrained': (
+    'longctx.pretrained',
+    "other people's models: load, export",
+  ),
   'tasks': ('longctx.tasks', 'synthetic tasks, by name in TASKS'),
   'make_task': ('longctx.tasks.make_task', 'a task by its name'),
   'make_iterator': (
@@ -99,12 +103,13 @@ __all__ = [
   'masks',
   'parallel',
   'prepare',
+  'pretrained',
   'tasks',
   'train',
 ]
 
 if TYPE_CHECKING:
-  from longctx import masks, parallel, tasks
+  from longctx import masks, parallel, pretrained, tasks
   from longctx.analysis.analyzer import Analyzer
   from longctx.attention import VARIANTS, AttentionConfig
   from longctx.attention import make_layer as Attention

@@ -10,11 +10,19 @@ import pytest
 from longctx.cli.config_file import load_config_file
 from longctx.training import runs, steps
 from longctx.training.config import ExperimentConfig, from_config_dict
+from tests.tiny import tiny_tokenizer
 from tests.training.test_trainer import ROOT
 
 # 'file:argument' for configs whose get_config takes one, and 'file' for all.
 SPECS = sorted(path.stem for path in (ROOT / 'configs').glob('[a-z]*.py'))
-ARGUMENTS = ('default:copying', 'mqar:linear', 'copying:full', 'induction:1')
+ARGUMENTS = (
+  'default:copying',
+  'mqar:linear',
+  'copying:full',
+  'induction:1',
+  'smollm2:extend',
+  'smollm2:hybrid',
+)
 
 # Depth alone, and only for the time of one step: each block is the same code.
 FEWER_LAYERS = ('bytes_lm', 'copying')
@@ -24,18 +32,31 @@ FEWER_LAYERS = ('bytes_lm', 'copying')
 SMALL = {'ring_1m': 'ring_1m:sibling', 'zoo': 'zoo:full'}
 
 
-def load(spec):
+def load(spec, folder=None):
   name, colon, argument = SMALL.get(spec, spec).partition(':')
   path = ROOT / 'configs' / f'{name}.py'
   config = load_config_file(f'{path}{colon}{argument}')
   if name in FEWER_LAYERS:
     config.model.layers = config.model.layers[:1]
+  if name == 'smollm2':
+    shrink(config, folder)
   return from_config_dict(ExperimentConfig, config)
+
+
+def shrink(config, folder):
+  """A model of the same kind, of nothing that has to be fetched."""
+  tiny_tokenizer('import os').save(folder / 'tokenizer')
+  config.task.tokenizer = str(folder / 'tokenizer')
+  config.task.path = str(ROOT / 'longctx')
+  config.task.seq_len, config.model.vocab_size = 32, None
+  config.model.d_model, config.model.mlp_dim = 36, 32
+  config.model.head_dim = 4
+  config.model.layers = config.model.layers[:3]
 
 
 @pytest.mark.parametrize('spec', [*SPECS, *ARGUMENTS])
 def test_config_is_checked_and_makes_a_finite_step(spec, tmp_path):
-  for run in runs.prepare(load(spec), tmp_path):
+  for run in runs.prepare(load(spec, tmp_path), tmp_path / 'run'):
     config = dataclasses.replace(run.config, batch_size=2)
     place = dict(placement=run.placement)
     batches = runs.open_batches(config, run.task, 'train', **place)

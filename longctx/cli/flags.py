@@ -270,6 +270,8 @@ def _parser(name: str) -> argparse.ArgumentParser:
   )
   for word in command.positional:
     parser.add_argument(word, choices=[word], help=argparse.SUPPRESS)
+  if flag := command.argument:
+    parser.add_argument(flag.name, metavar=flag.metavar, help=flag.text)
   flags = parser.add_argument_group('flags')
   for flag in command.flags:
     _add(flags, flag)
@@ -294,5 +296,7 @@ def _usage(command: Command) -> str:
     for flag in command.flags
     if flag.default is REQUIRED
   ]
+  words = [command.argument.metavar] if command.argument else []
+  optional = ['[--FLAG=VALUE ...]'] if len(command.flags) > len(needed) else []
   keys = [f'[--{prefix}.KEY=VALUE ...]' for prefix in command.prefixes]
-  return ' '.join([*needed, '[--FLAG=VALUE ...]', *keys])
+  return ' '.join([*words, *needed, *optional, *keys])

@@ -41,12 +41,13 @@ def read_task(
       raise ValueError(f'unknown argument {argument!r}; fields are --task.x=y')
     kind = type(task_defaults(name).get(key, ''))
     # A text field takes its text as it stands, quotes or not.
-    fields[key] = value if kind is str else _literal(value)
+    fields[key] = value if kind is str else literal(value)
   sizes = {'train': 0, 'validation': 0, 'test': 0}
   return make_task(name, **fields), 0, sizes
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
+  """A value in Python's spelling, or the text itself."""
   try:
     return ast.literal_eval(text)
   except (ValueError, SyntaxError):

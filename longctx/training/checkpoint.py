@@ -380,10 +380,14 @@ def _let_abandoned_end():
 
 
 def abstract(tree: Any) -> Any:
-  """The tree with a ShapeDtypeStruct for each array, its sharding kept."""
+  """The tree with a ShapeDtypeStruct for each array, its sharding kept.
+
+  What has none is of the first device.
+  """
+  one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
   def describe(x):
-    sharding = getattr(x, 'sharding', None)
+    sharding = getattr(x, 'sharding', None) or one
     return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding)
 
   return jax.tree.map(describe, tree)

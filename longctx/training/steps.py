@@ -68,10 +68,10 @@ def state_of(
 ) -> State:
   """The state before the first update of given parameters."""
   optimizer = make_optimizer(config.optimizer, config.steps)
-  make = lambda params: {'params': params, 'opt': optimizer.init(params)}
-  shapes = jax.eval_shape(make, params)
-  shardings = _state_shardings(shapes, config, placement)
-  return jax.jit(make, out_shardings=shardings)(params)
+  state = {'params': params, 'opt': jax.eval_shape(optimizer.init, params)}
+  places = _state_shardings(state, config, placement)
+  opt = jax.jit(optimizer.init, out_shardings=places and places['opt'])(params)
+  return {'params': params, 'opt': opt}
 
 
 def abstract_state(

@@ -71,6 +71,13 @@ def train(runs: list[Run], workdir: pathlib.Path) -> dict[str, Any]:
   return results
 
 
+def save_start(run: Run) -> None:
+  """Writes checkpoint 0 of a run, which nothing has trained."""
+  with locked(run.workdir), contextlib.closing(Trainer(run)) as trainer:
+    trainer.save()
+  metrics.say(f'{run.workdir} holds step 0 of {run.config.init_from}')
+
+
 def train_run(run: Run, *, stop: StopRequest) -> dict[str, Any]:
   """Trains one run to its last step and measures it on the test split."""
   with contextlib.ExitStack() as stack:
@@ -120,7 +127,7 @@ class Trainer:
         seed=config.seed,
         placement=run.placement,
       )
-    self.state = steps.init_state(run.model, config, placement=run.placement)
+    self.state: steps.State = {}
     self.batches = self._open('train')
     self.checkpointer = Checkpointer(
       run.workdir / 'checkpoints', keep=config.checkpoint.keep, say=metrics.say
@@ -146,12 +153,12 @@ class Trainer:
   def _restore(self) -> tuple[int, dict[str, int] | None]:
     """Updates made so far, and the state of their log."""
     self.checkpointer.remove_unfinished()
-    found = self.checkpointer.restore(**abstract(self.state))
+    place = dict(placement=self.placement)
+    template = steps.abstract_state(self._run.model, self.config, **place)
+    found = self.checkpointer.restore(**abstract(template))
     if found is None:
-      if self.config.init_from:
-        origin = warm_start.open_origin(self.config.init_from)
-        params = warm_start.start(self.state['params'], self._run.model, origin)
-        self.state = steps.state_of(params, self.config, self.placement)
+      begin = warm_start.start if self.config.init_from else steps.init_state
+      self.state = begin(self._run.model, self.config, **place)
       return 0, MetricsLog.EMPTY
     self.checkpointer.set_aside_after(found.step)
     self.state = {'params': found.params, 'opt': found.opt}

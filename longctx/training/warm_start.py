@@ -13,11 +13,12 @@ import numpy as np
 from longctx import tasks
 from longctx.models import TransformerConfig, abstract_params
 from longctx.parallel import Placement
-from longctx.pretrained.load import flatten, read_config, read_parameters
+from longctx.pretrained.loading import flatten, read_config, read_parameters
 from longctx.pretrained.source import Source, open_source
 from longctx.training import config as config_lib
-from longctx.training import metrics, runs
+from longctx.training import metrics, runs, steps
 from longctx.training.checkpoint import Checkpointer
+from longctx.training.config import ExperimentConfig
 from longctx.training.errors import CheckpointError
 from longctx.training.transfer import Teacher, exchanged_layers
 
@@ -159,12 +160,27 @@ def fit(origin: Origin, leaves: dict[str, Any]) -> Fit:
   return found
 
 
-def start(params: Any, model: TransformerConfig, origin: Origin) -> Any:
-  """The parameters with what fits of the origin's, which is said in lines."""
-  leaves = flatten(params)
-  fitting = fit(origin, leaves)
-  for line in report(origin, model, leaves, fitting):
+def start(
+  model: TransformerConfig,
+  config: ExperimentConfig,
+  *,
+  placement: Placement | None = None,
+) -> steps.State:
+  """The state before the first update, with what fits of `config.init_from`.
+
+  What is taken, new, left and other is said in lines. Only where something is
+  new is a model initialised.
+  """
+  place = dict(placement=placement)
+  origin = open_origin(config.init_from)
+  params = steps.abstract_state(model, config, **place)['params']
+  fitting = fit(origin, flatten(params))
+  for line in report(origin, model, flatten(params), fitting):
     metrics.say(line)
+  if fitting.new or fitting.grown:
+    params = steps.init_state(model, config, **place)['params']
+  leaves, tree = flatten(params), jax.tree.structure(params)
+  del params
   whole, tables = set(fitting.taken), set(fitting.grown)
   for path, value in origin.parameters():
     if path in whole:
@@ -175,13 +191,15 @@ def start(params: Any, model: TransformerConfig, origin: Origin) -> Any:
       part = (slice(None),) * axis + (slice(rows),)
       old[part] = np.asarray(value)[part]
       leaves[path] = _like(old, leaves[path])
-  return jax.tree.unflatten(jax.tree.structure(params), leaves.values())
+  return steps.state_of(
+    jax.tree.unflatten(tree, leaves.values()), config, placement
+  )
 
 
 def teacher(
   origin: Origin,
   exchanged: tuple[int, ...],
-  config: config_lib.ExperimentConfig,
+  config: ExperimentConfig,
   placement: Placement | None,
 ) -> Teacher:
   """The origin's own model, of which some layers are exchanged."""
@@ -198,7 +216,7 @@ def teacher(
   )
 
 
-def _like(value: Any, leaf: jax.Array) -> jax.Array:
+def _like(value: Any, leaf: Any) -> jax.Array:
   return jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding)
 
 

@@ -1,7 +1,7 @@
 """Makes the fixtures of the parity tests: tiny models of other people's code.
 
     pip install -e '.[parity]'
-    python -m tests.pretrained.make_fixtures
+    python -m tests.pretrained.make_fixtures [SmolLM2-135M-Instruct.Q4_1.gguf]
 
 Each is a random model of transformers, saved by it, and beside it tokens and
 the logits that it gives them, in a float32 file: longer than its window and
@@ -174,7 +174,37 @@ def run(model) -> dict[str, np.ndarray]:
   return {'tokens': tokens, 'logits': logits.detach().numpy(), **gradients}
 
 
+def of_smollm2(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Tokens of some source code, logits at a few places, and the mean loss."""
+  import torch
+  from transformers import AutoModelForCausalLM, AutoTokenizer
+
+  place = dict(gguf_file=path.name)
+  tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)
+  model = AutoModelForCausalLM.from_pretrained(
+    path.parent, dtype=torch.float32, **place
+  ).eval()
+  text = pathlib.Path(__file__).read_text() * 2
+  tokens = np.array(tokenizer(text)['input_ids'][:1024])
+  columns = np.arange(0, model.config.vocab_size, 199)
+  with torch.no_grad():
+    logits = model(torch.tensor(tokens)[None]).logits[0]
+    loss = torch.nn.functional.cross_entropy(
+      logits[:-1], torch.tensor(tokens[1:])
+    )
+  return {
+    'tokens': tokens.astype(np.uint16),
+    'columns': columns.astype(np.uint16),
+    'logits': logits.numpy()[:256:8, columns],
+    'loss': loss.numpy(),
+  }
+
+
 def main() -> int:
+  if len(sys.argv) > 1:
+    found = of_smollm2(pathlib.Path(sys.argv[1]))
+    np.savez_compressed(FOLDER / 'smollm2.npz', **found)
+    return 0
   for name in CASES:
     folder = FOLDER / name
     model = make_model(name)

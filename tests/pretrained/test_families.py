@@ -13,9 +13,9 @@ from flax import nnx
 from longctx.decoding import cache as cache_lib
 from longctx.models import Transformer, TransformerConfig
 from longctx.parallel import make_mesh
-from longctx.pretrained.export import export
+from longctx.pretrained.exporting import export
 from longctx.pretrained.families import FAMILIES
-from longctx.pretrained.load import flatten, load
+from longctx.pretrained.loading import flatten, load
 from longctx.pretrained.safetensors_files import open_safetensors
 from tests.pretrained.make_fixtures import CASES, FOLDER
 
@@ -43,7 +43,7 @@ def test_every_family_has_a_case():
 
 @pytest.mark.parametrize('case', CASES)
 def test_logits_are_those_of_transformers_there_and_back(case, tmp_path):
-  model, truth = load(FOLDER / case), expected(case)
+  model, truth = load(FOLDER / case).model, expected(case)
   assert np.abs(logits(model, truth['tokens']) - truth['logits']).max() < 1e-5
   export(model, tmp_path)
   again, back = open_safetensors(tmp_path), open_safetensors(FOLDER / case)
@@ -53,13 +53,13 @@ def test_logits_are_those_of_transformers_there_and_back(case, tmp_path):
     np.testing.assert_allclose(
       again.read(name), back.read(name), atol=1e-7, err_msg=name
     )
-  read = load(tmp_path)
+  read = load(tmp_path).model
   assert read.config == model.config
 
 
 @pytest.mark.parametrize('case', ['llama', 'llama-tied'])
 def test_gradients_are_those_of_transformers(case):
-  model, truth = load(FOLDER / case), expected(case)
+  model, truth = load(FOLDER / case).model, expected(case)
   graph, params = nnx.split(model, nnx.Param)
   tokens = jnp.asarray(truth['tokens'], jnp.int32)
   weights = jnp.ones(tokens.shape).at[:, -1].set(0)
@@ -83,7 +83,7 @@ def test_gradients_are_those_of_transformers(case):
 
 @pytest.mark.parametrize('case', ['gemma3', 'gpt_neox', 'gpt2', 'phi3'])
 def test_cached_logits_are_those_of_the_parallel_pass(case):
-  model, truth = load(FOLDER / case), expected(case)
+  model, truth = load(FOLDER / case).model, expected(case)
   tokens = jnp.asarray(truth['tokens'], jnp.int32)
   cache = cache_lib.init(model, batch_size=2, capacity=32)
   found = []
@@ -98,7 +98,7 @@ def test_cached_logits_are_those_of_the_parallel_pass(case):
 def test_parameters_lie_on_a_mesh_as_they_are_read():
   truth = expected('qwen3')
   mesh = make_mesh(data=2, seq=1, model=2)
-  model = load(FOLDER / 'qwen3', mesh=mesh, fsdp=True)
+  model = load(FOLDER / 'qwen3', mesh=mesh, fsdp=True).model
   kernel = model.blocks[0].mlp.up.kernel[...]
   assert kernel.sharding.spec == jax.P(None, 'model')
   assert len(kernel.sharding.device_set) == 4
@@ -106,7 +106,8 @@ def test_parameters_lie_on_a_mesh_as_they_are_read():
 
 
 def test_bfloat16_is_the_cast_of_float32():
-  exact, cast = load(FOLDER / 'llama'), load(FOLDER / 'llama', dtype='bfloat16')
+  exact = load(FOLDER / 'llama').model
+  cast = load(FOLDER / 'llama', dtype='bfloat16').model
   for x, y in zip(
     jax.tree.leaves(nnx.state(exact)),
     jax.tree.leaves(nnx.state(cast)),
@@ -187,7 +188,7 @@ def test_a_model_of_this_package_is_exported_with_its_embedding_scale(tmp_path):
   )
   model = Transformer(config, rngs=nnx.Rngs(0))
   export(model, tmp_path)
-  again = load(tmp_path)
+  again = load(tmp_path).model
   assert not again.config.tied_head
   tokens = np.arange(10)[None]
   np.testing.assert_allclose(

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from longctx.models import TransformerConfig
-from longctx.pretrained.load import flatten, load
+from longctx.pretrained.loading import flatten, load
 from longctx.tasks import task_defaults
 from longctx.training import runs, trainer, warm_start
 from longctx.training.config import ExperimentConfig
@@ -22,7 +22,9 @@ CONFIG = ExperimentConfig(
   task=TASK,
   steps=2,
   batch_size=4,
-  model=dataclasses.replace(load(FOLDER / 'llama').config, dtype='float32'),
+  model=dataclasses.replace(
+    load(FOLDER / 'llama').model.config, dtype='float32'
+  ),
 )
 
 
@@ -41,7 +43,7 @@ def parameters(tmp_path, **changes):
 
 
 def of_fixture(case='llama'):
-  model = load(FOLDER / case)
+  model = load(FOLDER / case).model
   return flatten(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]))
 
 

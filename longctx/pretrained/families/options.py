@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from longctx.ops.rope_scaling import parse_scaling
+from longctx.ops.rope_scaling import SCALINGS, parse_scaling
 
 # What changes no logit: names, how it was trained, how text is made of it.
 IDLE = {
@@ -199,6 +199,8 @@ def rope_fields(
       # It is the share of both contexts.
       left.pop('factor', None)
       given['context'] = context
+    usual = {field.name: field.default for field in fields(SCALINGS[kind])}
+    given = {k: v for k, v in given.items() if v != usual[k]}
     scaling = f'{kind}({", ".join(f"{k}={v!r}" for k, v in given.items())})'
     parse_scaling(scaling)
   if left:
@@ -218,10 +220,9 @@ def rope_options(base: float, scaling: str) -> dict[str, Any]:
     raise ValueError(f'rope_scaling={scaling!r} has no name there')
   parsed = parse_scaling(scaling)
   options['rope_type'] = kind
-  defaults = {field.name: field.default for field in fields(parsed)}
   for here, there in ROPE_TYPES[kind].items():
     value = getattr(parsed, here)
-    if value != defaults.get(here):
+    if value is not None:
       options[there] = value
   if kind == 'longrope':
     options['factor'] = max(parsed.context / parsed.original_context, 1.0)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,19 @@ from longctx.models import (
 from longctx.parallel.parameters import state_shardings
 from longctx.pretrained.families import Options, Tensor, family_of
 from longctx.pretrained.source import Source, open_source
+from longctx.tasks.tokenizer import Tokenizer
 
 # What older checkpoints store beside parameters: masks, frequencies.
 BUFFERS = re.compile(r'.*\.(masked_bias|attn\.bias|attention\.bias|inv_freq)')
 
 Leaves = dict[str, Any]
+
+
+class Pretrained(NamedTuple):
+  """Pretrained model, and the tokenizer of its texts; None: it has none."""
+
+  model: Transformer
+  tokenizer: Tokenizer | None
 
 
 def read_config(source: Source) -> TransformerConfig:
@@ -50,8 +58,8 @@ def load(
   mesh: Mesh | None = None,
   fsdp: bool = False,
   **changes: Any,
-) -> Transformer:
-  """A pretrained model, from other people's weights.
+) -> Pretrained:
+  """A pretrained model and its tokenizer, from other people's weights.
 
   Nothing is initialised first: each tensor is read, cast and placed by its
   sharding, one after the other.
@@ -71,6 +79,8 @@ def load(
   source = source if isinstance(source, Source) else open_source(source)
   fields = vars(read_config(source)) | dict(dtype=dtype, param_dtype=dtype)
   config = TransformerConfig(**fields | changes)
+  tokenizer = source.tokenizer()
+  check_vocabulary(source, config, tokenizer)
   graph, abstract = abstract_params(config)
   places = None
   if mesh is not None:
@@ -85,9 +95,19 @@ def load(
     for path, value in read_parameters(source, config, leaves)
   }
   structure = jax.tree.structure(abstract)
-  return nnx.merge(
-    graph, jax.tree.unflatten(structure, map(filled.get, leaves))
-  )
+  params = jax.tree.unflatten(structure, map(filled.get, leaves))
+  return Pretrained(nnx.merge(graph, params), tokenizer)
+
+
+def check_vocabulary(
+  source: Source, config: TransformerConfig, tokenizer: Tokenizer | None
+) -> None:
+  """Raises ValueError where a tokenizer has tokens that the model has not."""
+  if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+    raise ValueError(
+      f'{source.name}: its tokenizer has {tokenizer.vocab_size:,} tokens, and '
+      f'its model a vocabulary of {config.vocab_size:,}'
+    )
 
 
 def read_parameters(

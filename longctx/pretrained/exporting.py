@@ -14,7 +14,8 @@ from longctx.attention import parse_layer
 from longctx.models import Transformer, TransformerConfig
 from longctx.ops.rope_scaling import parse_scaling
 from longctx.pretrained.families import FAMILIES, Family, Options, family_of
-from longctx.pretrained.load import Leaves, flatten
+from longctx.pretrained.loading import Leaves, flatten
+from longctx.tasks.tokenizer import Tokenizer
 
 # Fields that change no logit, or how one is computed.
 HOW = {
@@ -31,7 +32,11 @@ HOW = {
 
 
 def export(
-  model: Transformer, path: str | Path, *, family: str | None = None
+  model: Transformer,
+  path: str | Path,
+  *,
+  family: str | None = None,
+  tokenizer: Tokenizer | None = None,
 ) -> Path:
   """Writes a model as model.safetensors and config.json into a folder.
 
@@ -42,6 +47,7 @@ def export(
   Args:
     model: of any origin.
     path: the folder, made if need be.
+    tokenizer: to be written beside it.
     family: a model_type, such as 'llama'; None: the first that can hold it.
 
   Returns:
@@ -70,6 +76,8 @@ def export(
   options = chosen.write(config) | unknown | {'dtype': config.param_dtype}
   text = json.dumps(options, indent=2, sort_keys=True)
   (folder / 'config.json').write_text(text + '\n')
+  if tokenizer is not None:
+    tokenizer.save(folder)
   save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
   return folder
 
