@@ -53,7 +53,7 @@ def get_config(variant: str = 'finetune') -> ConfigDict:
   model.remat = 'dots'
 
   config.steps = 50
-  config.batch_size = 4
+  config.batch_size = 2
   config.optimizer.learning_rate = 1e-4
   config.optimizer.warmup_steps = 5
   config.optimizer.weight_decay = 0.0

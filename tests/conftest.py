@@ -34,7 +34,11 @@ os.environ['JAX_COMPILATION_CACHE_DIR'] = str(
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
-# What commands keep for the next time is kept apart from the user's own.
+# What commands keep for the next time is kept apart from the user's own, of
+# which tests read what was fetched.
+os.environ.setdefault(
+  'LONGCTX_USER_CACHE', os.environ.get('LONGCTX_CACHE', '~/.cache/longctx')
+)
 os.environ['LONGCTX_CACHE'] = str(
   pathlib.Path(__file__).parent.parent / '.pytest_cache' / 'longctx'
 )

@@ -1,5 +1,6 @@
 """Transformer language models built from a pattern of attention layers."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,7 @@ def make_model(config: TransformerConfig, *, rngs: nnx.Rngs) -> Transformer:
   return kind(config, rngs=rngs)
 
 
+@functools.lru_cache(maxsize=16)
 def abstract_params(config: TransformerConfig) -> tuple[Any, Any]:
   """(graph, params as ShapeDtypeStructs) of a model, without computing it."""
   model = nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0)))
@@ -73,13 +75,14 @@ def validate(
   if placement is not None:
     seq_len = placement.layout.padded_len
 
+  graph, params = abstract_params(config)
   traced = []
 
-  def loss():
-    model = make_model(config, rngs=nnx.Rngs(0))
-    params = jax.tree.leaves(nnx.state(model, nnx.Param))
+  def loss(params):
+    model = nnx.merge(graph, params)
+    leaves = jax.tree.leaves(params)
     masks = tuple(block.attention.mask for block in model.blocks)
-    traced.append(TracedModel(sum(x.nbytes for x in params), masks))
+    traced.append(TracedModel(sum(x.nbytes for x in leaves), masks))
     tokens = jnp.zeros((batch_size, seq_len), jnp.int32)
     return model.loss(
       tokens,
@@ -89,5 +92,5 @@ def validate(
       placement=placement,
     )
 
-  jax.eval_shape(loss)
+  jax.eval_shape(loss, params)
   return traced[0]

@@ -123,9 +123,7 @@ def read_parameters(
   Raises:
     ValueError: a tensor is missing, surplus or of another shape.
   """
-  tensors = list(family_of(source.config['model_type']).tensors(config))
-  names = _names(source, tensors)
-  _check_shapes(source, tensors, names, leaves)
+  tensors, names = find_tensors(source, config, leaves)
   if config.tied_head and 'lm_head.weight' in source.shapes:
     _check_tied(source, names[tensors[0].name])
   for tensor in tensors:
@@ -133,6 +131,20 @@ def read_parameters(
     parts = tensor.split(source.read(names[tensor.name]), widths)
     for path, part in zip(tensor.paths, parts, strict=True):
       yield path, np.ascontiguousarray(part, jnp.dtype(leaves[path].dtype))
+
+
+def find_tensors(
+  source: Source, config: TransformerConfig, leaves: Leaves
+) -> tuple[list[Tensor], dict[str, str]]:
+  """The tensors of a model, and what they are called in this source.
+
+  Raises:
+    ValueError: one is missing, surplus or of another shape.
+  """
+  tensors = list(family_of(source.config['model_type']).tensors(config))
+  names = _names(source, tensors)
+  _check_shapes(source, tensors, names, leaves)
+  return tensors, names
 
 
 def flatten(tree: Any) -> Leaves:

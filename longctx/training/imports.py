@@ -4,8 +4,13 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from longctx.models import TransformerConfig
-from longctx.pretrained.loading import check_vocabulary, read_config
+from longctx.models import TransformerConfig, abstract_params
+from longctx.pretrained.loading import (
+  check_vocabulary,
+  find_tensors,
+  flatten,
+  read_config,
+)
 from longctx.pretrained.source import open_source
 from longctx.tasks import task_defaults
 from longctx.training import runs
@@ -50,6 +55,7 @@ def prepare(
       'one'
     )
   check_vocabulary(opened, model, tokenizer)
+  find_tensors(opened, model, flatten(abstract_params(model)[1]))
   tokenizer.save(workdir / 'tokenizer')
   task = task_defaults(
     'text_lm', seq_len=seq_len, tokenizer=str(workdir / 'tokenizer')

@@ -49,10 +49,13 @@ def resolve_model(
   model: TransformerConfig, task: tasks.Task
 ) -> TransformerConfig:
   """Takes from the task what the model leaves open."""
+  positions = model.max_positions
+  if model.position_encoding == 'learned':
+    positions = positions or task.seq_len
   return dataclasses.replace(
     model,
     vocab_size=model.vocab_size or task.vocab_size,
-    max_positions=model.max_positions or task.seq_len,
+    max_positions=positions,
   )
 
 

@@ -81,7 +81,9 @@ def abstract_state(
   placement: Placement | None = None,
 ) -> State:
   """`init_state` as ShapeDtypeStructs, whose devices need not be there."""
-  state = jax.eval_shape(_make_init(model, config), jax.random.key(config.seed))
+  params = abstract_params(model)[1]
+  optimizer = make_optimizer(config.optimizer, config.steps)
+  state = {'params': params, 'opt': jax.eval_shape(optimizer.init, params)}
   if placement is None:
     return state
   shardings = _state_shardings(state, config, placement)

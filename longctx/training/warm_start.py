@@ -78,7 +78,7 @@ def open_origin(name: str) -> Origin:
   if (workdir / 'checkpoints').is_dir():
     run = runs.read_config(workdir)
     model = run.model
-    if not model.vocab_size or not model.max_positions:
+    if not model.vocab_size or model.position_encoding == 'learned':
       model = runs.resolve_model(model, tasks.make_task(**run.task))
     origin = dict(workdir=workdir, step=int(step) if step else None)
   elif (

@@ -368,9 +368,9 @@ def compiled_once():
   )
   programs, states = {}, {}
 
-  def make_steps(graph, config, *, placement=None):
+  def make_steps(graph, config, *, placement=None, **options):
     assert placement is None
-    return programs.setdefault(key(config), made(graph, config))
+    return programs.setdefault(key(config), made(graph, config, **options))
 
   def init_state(model, config, *, placement=None):
     name = key(config)

@@ -1,6 +1,8 @@
 """SmolLM2-135M: a real model, where `fetch smollm2` has brought it."""
 
 import functools
+import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,13 @@ from longctx.pretrained import fetch
 from longctx.pretrained.loading import load
 from tests.pretrained.make_fixtures import FOLDER
 
+CACHE = pathlib.Path(os.environ['LONGCTX_USER_CACHE']).expanduser()
+FILE = CACHE / 'smollm2' / fetch.WHEELS['smollm2'].file
+
 pytestmark = [
   pytest.mark.slow,
   pytest.mark.skipif(
-    not fetch.cached('smollm2').is_file(),
+    not FILE.is_file(),
     reason='not here: python -m longctx.pretrained fetch smollm2',
   ),
 ]
@@ -27,7 +32,7 @@ pytestmark = [
 @functools.cache
 def model():
   """(graph, params)."""
-  return nnx.split(load('smollm2').model)
+  return nnx.split(load(FILE).model)
 
 
 @functools.cache
@@ -59,12 +64,16 @@ def test_logits_and_loss_are_those_of_transformers():
 
 def test_chunks_and_tokens_give_the_logits_of_the_parallel_pass():
   graph, params = model()
-  made = nnx.merge(graph, params)
-  expected = jax.jit(lambda t: made(t))(tokens(256))
-  cache, found = cache_lib.init(made, batch_size=1, capacity=256), []
-  extend = jax.jit(lambda cache, t: cache_lib.extend(made, cache, t))
-  for begin, end in ((0, 100), (100, 117), (117, 118), (118, 119), (119, 256)):
-    logits, cache = extend(cache, tokens(256)[:, begin:end])
+  expected = jax.jit(lambda p, t: nnx.merge(graph, p)(t))(params, tokens(160))
+  made, found = nnx.merge(graph, params), []
+  cache = cache_lib.init(made, batch_size=1, capacity=160)
+
+  @jax.jit
+  def extend(params, cache, t):
+    return cache_lib.extend(nnx.merge(graph, params), cache, t)
+
+  for begin, end in ((0, 100), (100, 101), (101, 102), (102, 160)):
+    logits, cache = extend(params, cache, tokens(160)[:, begin:end])
     found.append(logits)
   np.testing.assert_allclose(
     jnp.concatenate(found, axis=1), expected, atol=2e-3
@@ -86,7 +95,7 @@ def test_eight_devices_give_the_loss_of_one():
 
   expected = jax.jit(loss)(params, *map(jnp.asarray, (rows, labels, weights)))
   spread = jax.device_put(params, placement.state_shardings(params, fsdp=True))
-  arrays = placement.put({'t': rows, 'l': labels, 'w': weights})
+  arrays = placement.put({'tokens': rows, 'labels': labels, 'weights': weights})
   run = jax.jit(functools.partial(loss, placement=placement))
-  actual = run(spread, *(arrays[key] for key in 'tlw'))
+  actual = run(spread, *arrays.values())
   np.testing.assert_allclose(actual, expected, rtol=1e-5)
