@@ -144,13 +144,14 @@ def test_exchanged_layers_learn_the_outputs_of_the_old_ones_alone(tmp_path):
   assert losses[-1] < 0.8 * losses[0]
 
 
-def test_a_run_that_is_stopped_in_its_transfer_goes_on_bit_for_bit(tmp_path):
+@pytest.mark.parametrize('transferred', [0, 3])
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(tmp_path, transferred):
   changes = dict(
     init_from=str(FOLDER / 'llama'),
     model=dataclasses.replace(
       CONFIG.model, layers=('full', 'sliding_window(window=6)')
     ),
-    transfer=type(CONFIG.transfer)(steps=3),
+    transfer=type(CONFIG.transfer)(steps=transferred),
     optimizer=dataclasses.replace(CONFIG.optimizer, schedule_steps=5),
   )
 
