@@ -37,6 +37,7 @@ SHAPES = [
   dict(B=2, T=63, N=4, K=2, H=32),
   dict(B=1, T=5, N=2, K=2),
   dict(B=1, T=1, S=9, N=2, K=1),
+  dict(B=2, T=1, S=9, N=6, K=3),
   dict(B=3, T=21, S=50, N=6, K=2, V=4),
   dict(B=2, T=63, N=4, K=2, H=32, dtype='bfloat16'),
 ]
@@ -47,7 +48,7 @@ SHAPES = [
   ('shape', 'normalizer'),
   [
     *((shape, 'softmax') for shape in SHAPES),
-    *((SHAPES[i], n) for i in (2, 3, 5) for n in ('softpick', 'sigmoid')),
+    *((SHAPES[i], n) for i in (2, 3, 6) for n in ('softpick', 'sigmoid')),
   ],
   ids=lambda x: case_id(**x) if isinstance(x, dict) else x,
 )
