@@ -7,6 +7,11 @@ import pathlib
 import subprocess
 import sys
 
+from flax import nnx
+
+from longctx.models import Transformer, TransformerConfig
+from longctx.pretrained import export
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -49,6 +54,18 @@ def test_decoding_is_timed_at_every_context():
   for line in timed:
     assert 0 < line['seconds_min'] <= line['seconds']
   assert len([line for line in lines if 'growth' in line]) == 3
+
+
+def test_a_pretrained_model_is_timed(tmp_path):
+  config = TransformerConfig(vocab_size=256, mlp_dim=64, mlp='swiglu')
+  export(Transformer(config, rngs=nnx.Rngs(0)), tmp_path, family='llama')
+  machine, ours, shares = lines_of(
+    'pretrained.py', '--quick', '--peers=', f'--source={tmp_path}'
+  )
+  assert machine['machine']['read_gb_per_s'] > 0
+  assert ours['program'] == 'longctx' and ours['prefill'] > 0
+  assert ours['decode'].keys() == {'32'}
+  assert shares['shares'].keys() == {'share_of_reading_weights'}
 
 
 def test_layers_are_timed_at_every_length():

@@ -26,7 +26,8 @@ RIDDLES = {'How', 'What', 'Where', 'Whether', 'Which', 'Who'}
 
 # The only imports that may stand inside a function: what an extra brings, or
 # what a benchmark compares with when it is there.
-OPTIONAL = {'gguf', 'huggingface_hub', 'tensorboardX', 'torch', 'transformers'}
+OPTIONAL = {'gguf', 'huggingface_hub', 'llama_cpp', 'tensorboardX', 'torch'}
+OPTIONAL |= {'transformers'}
 
 # Where the name to import is not the name to install.
 DISTRIBUTION = {'absl': 'absl-py', 'orbax': 'orbax-checkpoint'}
