@@ -10,6 +10,7 @@ an amplitude that rotated queries and keys are multiplied by.
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Callable
 from typing import Annotated
 
@@ -206,7 +207,8 @@ def parse_scaling(text: str) -> RopeScaling:
     name, arguments = parse_call(text)
   except ValueError as error:
     raise ValueError(
-      f"cannot read {text!r}: write 'none', or as in 'linear(factor=8.0)'"
+      f"cannot read {reprlib.repr(text)}: write 'none', or as in "
+      "'linear(factor=8.0)'"
     ) from error
   if name not in SCALINGS:
     raise ValueError(f'unknown scaling {name!r}{among(name, SCALINGS)}')

@@ -7,8 +7,10 @@ from longctx.models import TransformerConfig
 from longctx.pretrained.families.options import (
   ACTIVATIONS,
   Options,
+  context_options,
   name_of,
   rope_fields,
+  rope_given,
   rope_options,
 )
 from longctx.pretrained.families.tensors import Tensor, linear, norm
@@ -106,11 +108,9 @@ class GPTNeoX:
   def read(self, options: Options) -> TransformerConfig:
     """The config of a model, from its options; each is taken or refused."""
     D, N = options.need('hidden_size'), options.need('num_attention_heads')
-    rope = dict(
-      options.take('rope_parameters') or options.take('rope_scaling') or {}
-    )
+    rope = rope_given(options)
     share = options.take('rotary_pct', 0.25)
-    share = rope.pop('partial_rotary_factor', share)
+    share = rope.pop('partial_rotary_factor', None) or share
     base = options.take('rotary_emb_base', 10_000.0)
     options.expect(attention_bias=True)
     config = TransformerConfig(
@@ -156,6 +156,7 @@ class GPTNeoX:
       rotary_emb_base=config.rope_base,
       rope_parameters={**rope, 'partial_rotary_factor': share},
       attention_bias=True,
+      **context_options(config.rope_scaling),
     )
 
   def tensors(self, config: TransformerConfig) -> Iterator[Tensor]:

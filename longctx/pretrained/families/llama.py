@@ -6,18 +6,20 @@ differs is said in a `LlamaLike` each.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from longctx.attention import parse_layer
 from longctx.models import TransformerConfig
-from longctx.ops.rope_scaling import LongRope, parse_scaling
+from longctx.ops.rope_scaling import LongRope, RopeScaling, parse_scaling
 from longctx.pretrained.families import tensors as tensor_lib
 from longctx.pretrained.families.options import (
   GATED,
   Options,
+  context_options,
   name_of,
   rope_fields,
+  rope_given,
   rope_options,
 )
 from longctx.pretrained.families.tensors import Tensor
@@ -75,9 +77,11 @@ class LlamaLike:
     default = self.defaults
     D, N = options.need('hidden_size'), options.need('num_attention_heads')
     context = options.take('max_position_embeddings')
-    original = options.take('original_max_position_embeddings')
+    original = options.take(
+      'original_max_position_embeddings', default.get('original')
+    )
     head_dim = options.take('head_dim', default.get('head_dim', D // N))
-    options.expect(pretraining_tp=1)
+    options.expect(pretraining_tp=1, full_attn_mod=1, interpolate_factor=1)
     of_attention, of_mlp = self.biases
     has_bias = bool(of_attention and options.take(of_attention, False))
     activation = 'hidden_activation' if self.is_gemma else 'hidden_act'
@@ -91,7 +95,7 @@ class LlamaLike:
       vocab_size=options.need('vocab_size'),
       d_model=D,
       num_heads=N,
-      num_kv_heads=options.take('num_key_value_heads', default.get('kv', N)),
+      num_kv_heads=options.given('num_key_value_heads', default.get('kv')) or N,
       head_dim=head_dim,
       rotary_dim=None if partial == 1 else int(head_dim * partial),
       norm_eps=options.take('rms_norm_eps', default.get('eps', 1e-6)),
@@ -130,29 +134,35 @@ class LlamaLike:
   ) -> dict[str, dict[str, Any]]:
     """Fields of RoPE, of layers with full attention and of those with less."""
     base = options.take('rope_theta', self.defaults.get('base', 10_000.0))
-    older, newer = options.take('rope_scaling'), options.take('rope_parameters')
+    rope = rope_given(options)
     local = options.take('rope_local_base_freq', LOCAL_BASE)
-    given = {'full_attention': newer or older}
+    given, bases = {'full_attention': rope}, {'full_attention': base}
     if self.is_gemma and self.qk_norm != 'none':
-      given['sliding_attention'] = {'rope_theta': local}
-      if newer and 'rope_type' not in newer:
-        given = {key: newer.get(key) for key in given}
+      bases['sliding_attention'] = local
+      nested = any(isinstance(value, Mapping) for value in rope.values())
+      given = {**dict.fromkeys(bases), **(rope if nested else given)}
+      if unknown := given.keys() - bases:
+        raise ValueError(
+          f'{self.model_type} with rope {sorted(unknown)} has no equal here'
+        )
     found = {}
     for key, rope in given.items():
       rope = dict(rope or {})
       partial = None
       if self.is_partial:
         partial = rope.pop('partial_rotary_factor', None)
-      if original and rope.get('rope_type', rope.get('type')) in (
-        'longrope',
-        'yarn',
-      ):
-        rope.setdefault('original_max_position_embeddings', original)
       found[key] = rope_fields(
-        rope, family=self.model_type, base=base, context=context
+        rope,
+        family=self.model_type,
+        base=bases[key],
+        context=context,
+        original=original,
       )
       if partial is not None:
         found[key]['partial_rotary_factor'] = partial
+      kind = parse_scaling(found[key]['rope_scaling'])
+      if self.is_partial and type(kind) not in (RopeScaling, LongRope):
+        raise ValueError(f'{self.model_type} has no scaling but longrope')
     return found
 
   def _layers(
@@ -224,7 +234,7 @@ class LlamaLike:
       rope['partial_rotary_factor'] = config.rotary_dim / head_dim
       options['partial_rotary_factor'] = config.rotary_dim / head_dim
     options['rope_parameters'] = rope
-    options |= _contexts(config.rope_scaling)
+    options |= context_options(config.rope_scaling)
     of_attention, of_mlp = self.biases
     if of_attention:
       options[of_attention] = config.out_bias
@@ -300,17 +310,6 @@ class LlamaLike:
 PROJECTIONS = ('query', 'key', 'value')
 
 
-def _contexts(scaling: str) -> dict[str, int]:
-  """Options that tell the contexts of a scaling that needs both."""
-  parsed = parse_scaling(scaling)
-  if not isinstance(parsed, LongRope):
-    return {}
-  return {
-    'max_position_embeddings': parsed.context,
-    'original_max_position_embeddings': parsed.original_context,
-  }
-
-
 SANDWICH = (
   'input_layernorm',
   'post_attention_layernorm',
@@ -331,7 +330,7 @@ FAMILIES = (
   LlamaLike(
     model_type='qwen2',
     architecture='Qwen2ForCausalLM',
-    defaults={'window': 4096},
+    defaults={'kv': 32, 'window': 4096},
     qkv_bias=True,
     biases=NO_BIASES,
     windows='some',
@@ -339,7 +338,7 @@ FAMILIES = (
   LlamaLike(
     model_type='qwen3',
     architecture='Qwen3ForCausalLM',
-    defaults={'head_dim': 128, 'window': 4096},
+    defaults={'kv': 32, 'head_dim': 128, 'window': 4096},
     qk_norm='head',
     biases=('attention_bias', ''),
     windows='some',
@@ -356,6 +355,7 @@ FAMILIES = (
     model_type='gemma2',
     architecture='Gemma2ForCausalLM',
     defaults={
+      'kv': 4,
       'head_dim': 256,
       'window': 4096,
       'act': 'gelu_pytorch_tanh',
@@ -374,6 +374,7 @@ FAMILIES = (
     model_type='gemma3_text',
     architecture='Gemma3ForCausalLM',
     defaults={
+      'kv': 4,
       'head_dim': 256,
       'window': 4096,
       'act': 'gelu_pytorch_tanh',
@@ -391,7 +392,7 @@ FAMILIES = (
   LlamaLike(
     model_type='phi3',
     architecture='Phi3ForCausalLM',
-    defaults={'eps': 1e-5},
+    defaults={'eps': 1e-5, 'original': 4096},
     biases=NO_BIASES,
     is_fused=True,
     is_partial=True,

@@ -1,15 +1,23 @@
 """Config options of a checkpoint: each is used, or refused by name."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from longctx.ops.rope_scaling import SCALINGS, parse_scaling
+from longctx.ops.rope_scaling import (
+  SCALINGS,
+  Llama3,
+  LongRope,
+  Yarn,
+  parse_scaling,
+)
 
 # What changes no logit: names, how it was trained, how text is made of it.
 IDLE = {
   '_attn_implementation',
   '_name_or_path',
+  '_num_labels',
   'architectures',
   'attention_dropout',
   'attn_pdrop',
@@ -28,9 +36,12 @@ IDLE = {
   'max_position_embeddings',
   'model_type',
   'n_ctx',
+  'output_past',
   'pad_token_id',
+  'predict_special_tokens',
   'problem_type',
   'resid_pdrop',
+  'return_dict',
   'summary_activation',
   'summary_first_dropout',
   'summary_proj_to_labels',
@@ -157,12 +168,32 @@ ROPE_TYPES = {
 }
 
 
+def rope_given(options: Options) -> dict[str, Any]:
+  """What a config says of RoPE, whichever of its two names says so."""
+  found = {
+    x: options.take(x) or {} for x in ('rope_parameters', 'rope_scaling')
+  }
+  for name, value in found.items():
+    if not isinstance(value, Mapping):
+      raise ValueError(
+        f'{options.family} with {name}={value!r} has no equal here'
+      )
+  newer, older = found.values()
+  if newer and older and newer != older:
+    raise ValueError(
+      f'{options.family} has two scalings of RoPE: rope_parameters={newer} and '
+      f'rope_scaling={older}'
+    )
+  return dict(newer or older)
+
+
 def rope_fields(
   rope: Mapping[str, Any] | None,
   *,
   family: str,
-  base: float,
+  base: int | float,
   context: int | None,
+  original: int | None = None,
 ) -> dict[str, Any]:
   """`rope_base` and `rope_scaling` of `rope_parameters` or `rope_scaling`.
 
@@ -171,6 +202,7 @@ def rope_fields(
     family: for messages.
     base: where `rope` has none.
     context: max_position_embeddings, which older configs mean.
+    original: original_max_position_embeddings, where it stands outside.
   """
   left = {k: v for k, v in (rope or {}).items() if v is not None}
   older = left.pop('type', None)
@@ -189,16 +221,18 @@ def rope_fields(
     given = {}
     for here, there in ROPE_TYPES[kind].items():
       value = left.pop(there, None)
-      if value is None and here == 'original_context':
-        value = context
+      if here == 'original_context':
+        value = original or value or context
       if isinstance(value, list):
         value = tuple(value)
       if value is not None:
         given[here] = value
     if kind == 'longrope':
-      # It is the share of both contexts.
-      left.pop('factor', None)
       given['context'] = context
+      # Unless it is given, it is the share of both contexts.
+      factor = left.pop('factor', None)
+      if factor is not None and 'attention_factor' not in given:
+        given |= _amplitude(factor, given['original_context'], context)
     usual = {field.name: field.default for field in fields(SCALINGS[kind])}
     given = {k: v for k, v in given.items() if v != usual[k]}
     scaling = f'{kind}({", ".join(f"{k}={v!r}" for k, v in given.items())})'
@@ -208,6 +242,15 @@ def rope_fields(
       f'{family} with rope {left} has no equal here, under {kind!r}'
     )
   return {'rope_base': base, 'rope_scaling': scaling}
+
+
+def _amplitude(factor: float, original: int, context: int) -> dict[str, float]:
+  """LongRoPE's `attention_factor` of a factor, where contexts tell another."""
+  share, factor = (max(x, 1.0) for x in (context / original, factor))
+  if math.isclose(share, factor):
+    return {}
+  amplitude = math.sqrt(1 + math.log(factor) / math.log(original))
+  return {'attention_factor': amplitude}
 
 
 def rope_options(base: float, scaling: str) -> dict[str, Any]:
@@ -227,3 +270,17 @@ def rope_options(base: float, scaling: str) -> dict[str, Any]:
   if kind == 'longrope':
     options['factor'] = max(parsed.context / parsed.original_context, 1.0)
   return options
+
+
+def context_options(scaling: str) -> dict[str, int]:
+  """Options that tell the contexts of a scaling that knows them."""
+  parsed = parse_scaling(scaling)
+  if isinstance(parsed, LongRope):
+    return {
+      'max_position_embeddings': parsed.context,
+      'original_max_position_embeddings': parsed.original_context,
+    }
+  if isinstance(parsed, (Yarn, Llama3)):
+    reach = round(parsed.factor * parsed.original_context)
+    return {'max_position_embeddings': reach}
+  return {}
