@@ -15,6 +15,7 @@ from longctx.models import Transformer, TransformerConfig
 from longctx.ops.rope_scaling import parse_scaling
 from longctx.pretrained.families import FAMILIES, Family, Options, family_of
 from longctx.pretrained.loading import Leaves, flatten
+from longctx.pretrained.safetensors_files import INDEX
 from longctx.tasks.tokenizer import Tokenizer
 
 # Fields that change no logit, or how one is computed.
@@ -59,10 +60,10 @@ def export(
   config = model.config
   leaves = flatten(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]))
   families = [family_of(family)] if family else list(FAMILIES.values())
-  chosen, why = _choose(config, families)
+  chosen, why = _choose(config, families, leaves)
   if chosen is None and config.embedding_scale != 1:
     config, leaves = _unscaled(config, leaves)
-    chosen, why = _choose(config, families)
+    chosen, why = _choose(config, families, leaves)
   if chosen is None:
     raise ValueError(f'no family holds this model: {why}')
   tensors = {}
@@ -70,6 +71,11 @@ def export(
     parts = [np.asarray(leaves[path]) for path in tensor.paths]
     tensors[tensor.name] = np.ascontiguousarray(tensor.join(parts))
   folder = Path(path).expanduser()
+  if (folder / INDEX).exists():
+    raise ValueError(
+      f'{folder} holds a model of several files, which its {INDEX} names: take '
+      'another folder'
+    )
   folder.mkdir(parents=True, exist_ok=True)
   # Of tokens a family has its own, which the vocabulary need not have.
   unknown = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
@@ -83,7 +89,7 @@ def export(
 
 
 def _choose(
-  config: TransformerConfig, families: list[Family]
+  config: TransformerConfig, families: list[Family], leaves: Leaves
 ) -> tuple[Family | None, str]:
   """The first family that holds a config, or why the nearest does not."""
   nearest = (len(dataclasses.fields(config)) + 1, 'there is none')
@@ -94,6 +100,8 @@ def _choose(
     except (ValueError, KeyError, TypeError) as error:
       nearest = min(nearest, (len(nearest[1]), f'{family.model_type}: {error}'))
       continue
+    held = {path for t in family.tensors(config) for path in t.paths}
+    differing += sorted(held ^ leaves.keys())[:1]
     if not differing:
       return family, ''
     why = f'{family.model_type} has {", ".join(differing)}'

@@ -24,6 +24,9 @@ from longctx.tasks.tokenizer import Tokenizer
 # What older checkpoints store beside parameters: masks, frequencies.
 BUFFERS = re.compile(r'.*\.(masked_bias|attn\.bias|attention\.bias|inv_freq)')
 
+# What checkpoints call a head, and may store although it is tied.
+HEADS = ('lm_head.weight', 'embed_out.weight')
+
 Leaves = dict[str, Any]
 
 
@@ -49,6 +52,11 @@ def read_config(source: Source) -> TransformerConfig:
     return family.read(Options(values, model_type))
   except ValueError as error:
     raise ValueError(f'{source.name}: {error}') from error
+  except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+    raise ValueError(
+      f'{source.name}: a value of its config is of another kind than '
+      f'{model_type} has there ({error})'
+    ) from error
 
 
 def load(
@@ -94,6 +102,11 @@ def load(
     path: jax.device_put(value, shardings[path])
     for path, value in read_parameters(source, config, leaves)
   }
+  if new := sorted(leaves.keys() - filled.keys()):
+    raise ValueError(
+      f'{source.name} has nothing for {new[0]} of this model'
+      + (f', nor for {len(new) - 1} more' if new[1:] else '')
+    )
   structure = jax.tree.structure(abstract)
   params = jax.tree.unflatten(structure, map(filled.get, leaves))
   return Pretrained(nnx.merge(graph, params), tokenizer)
@@ -124,8 +137,9 @@ def read_parameters(
     ValueError: a tensor is missing, surplus or of another shape.
   """
   tensors, names = find_tensors(source, config, leaves)
-  if config.tied_head and 'lm_head.weight' in source.shapes:
-    _check_tied(source, names[tensors[0].name])
+  if config.tied_head:
+    for head in source.shapes.keys() & set(HEADS):
+      _check_tied(source, head, names[tensors[0].name])
   for tensor in tensors:
     widths = [leaves[path].shape[-1] for path in tensor.paths]
     parts = tensor.split(source.read(names[tensor.name]), widths)
@@ -143,7 +157,7 @@ def find_tensors(
   """
   tensors = list(family_of(source.config['model_type']).tensors(config))
   names = _names(source, tensors)
-  _check_shapes(source, tensors, names, leaves)
+  _check_shapes(source, tensors, names, leaves, is_tied=config.tied_head)
   return tensors, names
 
 
@@ -155,9 +169,13 @@ def flatten(tree: Any) -> Leaves:
 
 def _names(source: Source, tensors: list[Tensor]) -> dict[str, str]:
   """What each tensor is called in this source: some lack the model's prefix."""
-  if any(tensor.name in source.shapes for tensor in tensors):
-    return {tensor.name: tensor.name for tensor in tensors}
-  return {tensor.name: tensor.name.partition('.')[2] for tensor in tensors}
+  names = {tensor.name: tensor.name for tensor in tensors}
+  if not any(name in source.shapes for name in names):
+    # The head is beside the model.
+    names |= {
+      name: name.partition('.')[2] for name in names if name not in HEADS
+    }
+  return names
 
 
 def _check_shapes(
@@ -165,9 +183,16 @@ def _check_shapes(
   tensors: list[Tensor],
   names: dict[str, str],
   leaves: Leaves,
+  *,
+  is_tied: bool,
 ) -> None:
   wanted = {}
   for tensor in tensors:
+    if unknown := [path for path in tensor.paths if path not in leaves]:
+      raise ValueError(
+        f'{source.name}: {tensor.name} has no place, for this model lacks '
+        f'{unknown[0]}'
+      )
     shapes = [leaves[path].shape for path in tensor.paths]
     wanted[names[tensor.name]] = tensor.shape(shapes)
   for name, shape in wanted.items():
@@ -184,8 +209,8 @@ def _check_shapes(
       )
   surplus = sorted(
     name
-    for name in source.shapes.keys() - wanted.keys() - {'lm_head.weight'}
-    if not BUFFERS.fullmatch(name)
+    for name in source.shapes.keys() - wanted.keys()
+    if not BUFFERS.fullmatch(name) and not (is_tied and name in HEADS)
   )
   if surplus:
     more = f', and {len(surplus) - 1} more' if len(surplus) > 1 else ''
@@ -195,9 +220,9 @@ def _check_shapes(
     )
 
 
-def _check_tied(source: Source, embedding: str) -> None:
-  if not np.array_equal(source.read('lm_head.weight'), source.read(embedding)):
+def _check_tied(source: Source, head: str, embedding: str) -> None:
+  if not np.array_equal(source.read(head), source.read(embedding)):
     raise ValueError(
-      f'{source.name}: tie_word_embeddings is true, and lm_head.weight is not '
+      f'{source.name}: tie_word_embeddings is true, and {head} is not '
       f'{embedding}'
     )

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -14,7 +13,7 @@ from longctx.tasks.tokenizer import Tokenizer
 
 INDEX = 'model.safetensors.index.json'
 # safetensors finds bfloat16 in numpy once JAX has been imported.
-DTYPES = {'F32': np.float32, 'F16': np.float16, 'BF16': jnp.bfloat16}
+DTYPES = ('F64', 'F32', 'F16', 'BF16')
 
 
 @dataclasses.dataclass

@@ -156,6 +156,9 @@ def changed(tmp_path, case='llama', tensors=lambda x: x, **options):
     ('llama', {'num_hidden_layers': 1}, 'nothing here is made of the tensor'),
     ('llama', {'vocab_size': 25}, r'\[24, 16\], and its config asks for \[25'),
     ('llama', {'tie_word_embeddings': True}, 'lm_head.weight is not model'),
+    ('llama', {'hidden_size': '16'}, 'of another kind than llama has'),
+    ('llama', {'num_attention_heads': 0}, 'of another kind than llama has'),
+    ('llama', {'intermediate_size': 0}, 'lacks blocks/0/mlp'),
     ('gpt2', {'scale_attn_weights': False}, 'scale_attn_weights=False'),
     ('qwen2', {'layer_types': ['full_attention']}, '1 layer_types'),
   ],
@@ -182,6 +185,26 @@ def test_missing_and_surplus_tensors_are_named(tmp_path):
     load(changed(tmp_path, tensors=surplus))
 
 
+def test_a_base_model_lacks_its_head_by_name(tmp_path):
+  def base(tensors):
+    tensors.pop('lm_head.weight')
+    return {k.removeprefix('model.'): v for k, v in tensors.items()}
+
+  with pytest.raises(ValueError, match=r'lacks the tensor lm_head\.weight'):
+    load(changed(tmp_path, tensors=base))
+
+
+def test_changes_that_need_other_parameters_are_refused():
+  with pytest.raises(ValueError, match='has nothing for blocks/0/attention/'):
+    load(FOLDER / 'llama', layers=('gla(gate_rank=2)', 'full'))
+
+
+def test_no_export_is_hidden_by_files_of_another_model(tmp_path):
+  (tmp_path / 'model.safetensors.index.json').write_text('{}')
+  with pytest.raises(ValueError, match='holds a model of several files'):
+    export(load(FOLDER / 'llama').model, tmp_path)
+
+
 def test_a_model_of_this_package_is_exported_with_its_embedding_scale(tmp_path):
   config = TransformerConfig(
     vocab_size=11, d_model=8, num_heads=2, mlp_dim=12, mlp='swiglu'
@@ -202,6 +225,7 @@ def test_a_model_of_this_package_is_exported_with_its_embedding_scale(tmp_path):
     ({'layers': ('gla', 'full')}, 'no family .* layers='),
     ({'mlp': 'gelu'}, 'no family holds this model'),
     ({'short_conv': 2}, 'short_conv=0'),
+    ({'mlp_dim': 0}, 'llama has blocks/0/mlp'),
   ],
 )
 def test_no_family_is_said_with_the_nearest(changes, message, tmp_path):

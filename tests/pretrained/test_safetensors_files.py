@@ -61,7 +61,7 @@ def test_one_file_stands_for_what_lies_beside_it(folder):
 def test_other_types_are_refused_when_they_are_read(folder):
   save_file({'mask': np.ones(3, np.int8)}, folder / 'model.safetensors')
   with pytest.raises(
-    NotImplementedError, match=r'mask is of type I8; known: F32'
+    NotImplementedError, match=r'mask is of type I8; known: F64'
   ):
     open_source(folder).read('mask')
 
