@@ -69,6 +69,7 @@ def open_origin(name: str) -> Origin:
 
   Raises:
     ValueError: neither is there, or no model can be made of it.
+    CheckpointError: a workdir that has not saved this step, or any.
     OSError, DamagedFileError: a workdir whose config cannot be read.
   """
   folder, _, step = name.rpartition(':')
@@ -76,6 +77,9 @@ def open_origin(name: str) -> Origin:
     folder, step = name, ''
   workdir = pathlib.Path(folder).expanduser()
   if (workdir / 'checkpoints').is_dir():
+    pattern = str(int(step)) if step else '[0-9]*'
+    if not any((workdir / 'checkpoints').glob(pattern)):
+      raise CheckpointError(f'init_from={name!r}: there is no such checkpoint')
     run = runs.read_config(workdir)
     model = run.model
     if not model.vocab_size or model.position_encoding == 'learned':

@@ -12,6 +12,7 @@ from longctx.pretrained.loading import flatten, load
 from longctx.tasks import task_defaults
 from longctx.training import runs, trainer, warm_start
 from longctx.training.config import ExperimentConfig
+from longctx.training.errors import CheckpointError
 from longctx.training.metrics_log import read_metrics
 from tests.pretrained.make_fixtures import FOLDER
 
@@ -90,6 +91,13 @@ def test_a_resumed_run_reads_its_own_checkpoint(tmp_path, capsys):
   capsys.readouterr()
   trainer.train([make(tmp_path, **config, steps=2)], tmp_path)
   assert 'takes' not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('step', ['', ':7'])
+def test_an_origin_that_has_saved_nothing_is_refused_first(tmp_path, step):
+  (tmp_path / 'origin' / 'checkpoints').mkdir(parents=True)
+  with pytest.raises(CheckpointError, match='no such checkpoint'):
+    make(tmp_path / 'run', init_from=f'{tmp_path}/origin{step}')
 
 
 @pytest.mark.parametrize(
