@@ -30,7 +30,11 @@ def prepare(args) -> Callable[[], None]:
       f'{run.workdir} was trained on {run.config.task["name"]}, and text is '
       'written by a model of bytes_lm or text_lm'
     )
-  text = sys.stdin.read() if args.prompt is None else args.prompt
+  try:
+    text = sys.stdin.read() if args.prompt is None else args.prompt
+    text.encode()
+  except UnicodeError as error:
+    raise ValueError(f'the prompt is no text in UTF-8: {error}') from error
   if not text:
     raise ValueError('the prompt is empty: give --prompt a text')
   if args.max_new < 1:

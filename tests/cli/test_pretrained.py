@@ -41,6 +41,11 @@ def test_a_workdir_at_step_0_writes_trains_and_is_exported(tmp_path, capsys):
   generate = ['generate', place, '--prompt=import os', '--temperature=0']
   assert flags.main([*generate, '--max_new=3']) == 0
   assert capsys.readouterr().out.startswith('import os')
+  # As a terminal hands on a byte that is no UTF-8.
+  with pytest.raises(SystemExit):
+    flags.main(['generate', place, '--prompt=\udcff'])
+  said = capsys.readouterr().err
+  assert 'the prompt is no text in UTF-8' in said and said.count('\n') == 1
   assert flags.main(['eval', place, '--batches=1', '--batch_size=2']) == 0
   out = tmp_path / 'out'
   assert flags.main(['pretrained', 'export', place, f'--out={out}']) == 0
