@@ -7,9 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from longctx.ops.rope_scaling import RopeScaling
+from longctx.ops.target import target
 from longctx.typing import Array, Float, Int, check_floats
 
 UNSCALED = RopeScaling()
+
+# Tokens from which what `_once` saves is worth a product.
+LONG = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,8 @@ class Rope:
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if not again and self.scaling.amplitude != 1:
       cos, sin = (self.scaling.amplitude * y for y in (cos, sin))
+    if T >= LONG and target().platform == 'cpu':
+      cos, sin = jnp.split(_once(jnp.concatenate([cos, sin], -1)), 2, -1)
     first, second = jnp.split(x[..., :R].astype(dtype), 2, axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     rest = [] if R == H else [x[..., R:].astype(dtype)]
@@ -88,6 +94,15 @@ def apply_rope(
 ) -> Float[Array, 'B T N H']:
   """All channels rotated, without a scaling: see `Rope.rotate`."""
   return Rope(base=base).rotate(x, positions)
+
+
+def _once(x: Float[Array, '*shape R']) -> Float[Array, '*shape R']:
+  """x, computed before it is used: a product that XLA on CPU fuses with none.
+
+  Else it computes sines anew for each head and half of it, barriers or not
+  (jaxlib 0.10.2), which takes as long as the projection before.
+  """
+  return jnp.dot(x, jnp.eye(x.shape[-1], dtype=x.dtype), precision='highest')
 
 
 def _angles(positions, radians, dtype):
