@@ -131,7 +131,7 @@ class Generator:
     model: Transformer,
     *,
     capacity: int | None = None,
-    chunk: int = 256,
+    chunk: int = 1024,
     sampling: Sampling = GREEDY,
     stop_tokens: tuple[int, ...] = (),
     step: int | None = None,
@@ -146,7 +146,8 @@ class Generator:
       model: trained.
       capacity: the most tokens of a row, its prompt included; None for any
         number, which takes layers that forget or keep a state.
-      chunk: tokens of a prompt that are read at once.
+      chunk: the most tokens of a prompt that are read at once; short prompts
+        are filled up to a power of two.
       sampling: how tokens are drawn.
       stop_tokens: tokens that end a row.
       step: of the training that made the parameters; None: none.
@@ -260,10 +261,11 @@ class Generator:
       ended=jnp.zeros(B, bool, device=self._place),
       count=jnp.int32(0),
     )
-    tokens = np.pad(tokens, [(0, 0), (0, -T % self.chunk)])
-    for begin in range(0, T, self.chunk):
-      part = slice(begin, begin + self.chunk)
-      valid = np.arange(begin, begin + self.chunk) < lengths[:, None]
+    size = min(self.chunk, 1 << (T - 1).bit_length())
+    tokens = np.pad(tokens, [(0, 0), (0, -T % size)])
+    for begin in range(0, T, size):
+      part = slice(begin, begin + size)
+      valid = np.arange(begin, begin + size) < lengths[:, None]
       stream = self._prefill(self._params, stream, tokens[:, part], valid)
     return self._begin(self._params, stream)
 
