@@ -63,6 +63,19 @@ class Tokenizer:
     # It may bring the length and padding that it was trained with.
     backend.no_truncation()
     backend.no_padding()
+    try:
+      return cls._beside(backend, file)
+    except (LookupError, TypeError) as error:
+      raise ValueError(
+        f'a file beside {file} has a value of another kind than is wanted: '
+        f'{first_line(error)}'
+      ) from error
+
+  @classmethod
+  def _beside(
+    cls, backend: tokenizers.Tokenizer, file: pathlib.Path
+  ) -> 'Tokenizer':
+    """A tokenizer with what the files beside its own say."""
     names = ('special_tokens_map', 'tokenizer_config')
     names = {k: v for n in names for k, v in _read_json(file, n).items()}
     generation = _read_json(file, 'generation_config')

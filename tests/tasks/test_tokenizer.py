@@ -283,3 +283,19 @@ def test_transformers_reads_what_is_saved(tmp_path):
     messages, tokenize=False, add_generation_prompt=True
   )
   assert written == WITH_BOS.chat(messages)
+
+
+@pytest.mark.parametrize(
+  ('name', 'text'),
+  [
+    ('tokenizer_config', '{"eos_token": 5}'),
+    ('tokenizer_config', '{"chat_template": [{"name": "default"}]}'),
+    ('generation_config', '{"eos_token_id": "x"}'),
+    ('generation_config', '{"eos_token_id": {}}'),
+  ],
+)
+def test_a_value_of_another_kind_beside_it_is_refused(name, text, tmp_path):
+  tiny_tokenizer('import os').save(tmp_path)
+  (tmp_path / f'{name}.json').write_text(text)
+  with pytest.raises(ValueError, match='of another kind'):
+    Tokenizer.load(tmp_path)
