@@ -236,6 +236,11 @@ class ExperimentConfig(Checked):
         f'transfer.steps={self.transfer.steps} learns of the layers of '
         'init_from, which is empty'
       )
+    if self.transfer.steps and self.optimizer.accumulation > 1:
+      raise ValueError(
+        f'transfer.steps={self.transfer.steps} reads a batch at once: take '
+        'optimizer.accumulation=1 and a smaller batch_size'
+      )
     check_multiple(self, 'batch_size', 'optimizer.accumulation')
     for name in ('batch_size', 'eval.batch_size'):
       check_multiple(self, name, 'parallel.data')

@@ -152,6 +152,16 @@ def test_exchanged_layers_learn_the_outputs_of_the_old_ones_alone(tmp_path):
   assert losses[-1] < 0.8 * losses[0]
 
 
+def test_a_transfer_without_accumulation_says_so():
+  with pytest.raises(ValueError, match=r'take optimizer\.accumulation=1'):
+    dataclasses.replace(
+      CONFIG,
+      init_from='x',
+      transfer=type(CONFIG.transfer)(steps=1),
+      optimizer=dataclasses.replace(CONFIG.optimizer, accumulation=2),
+    )
+
+
 @pytest.mark.parametrize('transferred', [0, 3])
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(tmp_path, transferred):
   changes = dict(
