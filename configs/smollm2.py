@@ -13,11 +13,12 @@ The text is the Python standard library's own source on this machine;
   extend     8,192 -> 32,768 tokens by YaRN (arXiv:2309.00071), on windows of
              2,048: frequencies are those of 32,768 whatever is read. Lengthen
              them by --config.task.seq_len where memory allows;
-  hybrid     every other layer becomes a window of 256 tokens beside Gated
-             DeltaNet's state in the next; both learn the outputs of the old
-             layers first (arXiv:2410.10254), then all learn the text.
+  hybrid     of each three layers one stays, one becomes a window of 256 tokens
+             and one Gated DeltaNet; these learn the outputs of the old layers
+             first (arXiv:2410.10254), then all learn the text.
 
-Expected: see docs/pretrained.md, which has what was measured and where.
+Expected: docs/pretrained.md has what was measured, of `finetune` and of YaRN
+without training; `extend` and `hybrid` have not been trained at this size yet.
 """
 
 from ml_collections import ConfigDict
